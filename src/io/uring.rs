@@ -1,0 +1,1 @@
+//! glommio implementation of [`super::Io`].

@@ -1,0 +1,19 @@
+//! pgstrata: a pageserver for PostgreSQL.
+//!
+//! ```text
+//! WAL in:   wal/receiver -> wal/decode -> shard/ingest -> layers/open -> layers/frozen
+//!           -> shard/checkpoint -> layers/delta, layers/image
+//! page out: server/page_service -> shard/get_page -> layers/* -> redo -> page
+//! ```
+//!
+//! Modules stand here in the order in which they build on each other; imports run one way.
+
+#![deny(missing_docs)]
+#![deny(unsafe_code)]
+
+pub mod base;
+pub mod io;
+pub mod limits;
+pub mod redo;
+pub mod shard;
+pub mod wal;

@@ -1,0 +1,9 @@
+//! Every bound of the program, with the relations between them.
+
+/// Largest WAL record that PostgreSQL 15 can write, in bytes (`MaxAllocSize`, 1 GiB - 1).
+pub const WAL_RECORD_BYTES_MAX: usize = 0x3fff_ffff;
+
+/// Size of a journal segment in bytes.
+pub const JOURNAL_SEGMENT_BYTES: u64 = 16 * 1024 * 1024;
+
+const _: () = assert!(JOURNAL_SEGMENT_BYTES % crate::io::ALIGNMENT as u64 == 0);

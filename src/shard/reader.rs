@@ -1,0 +1,120 @@
+//! What the page service reads from a shard, and how a read can fail.
+
+use bytes::Bytes;
+
+use crate::base::{BlockNumber, Kind, Lsn, RelTag, SlruKind, TenantShardId, TimelineId};
+use crate::redo::RedoError;
+
+/// The pair of LSNs that a page request carries (facts of the page service protocol).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct RequestLsn {
+    /// The version wanted: the newest at or below this. [`Lsn::MAX`] asks for the newest of all.
+    pub request: Lsn,
+    /// The client's promise that nothing changed in `(not_modified_since, request]`.
+    pub not_modified_since: Lsn,
+}
+
+/// Why a read failed. The text goes to the client.
+#[derive(Debug, Clone, thiserror::Error)]
+pub enum ReadError {
+    /// No such tenant here.
+    #[error("tenant {0} is not on this node")]
+    TenantNotFound(TenantShardId),
+    /// No such timeline.
+    #[error("timeline {1} of tenant {0} is not on this node")]
+    TimelineNotFound(TenantShardId, TimelineId),
+    /// The timeline is still being created.
+    #[error("timeline {timeline} is not readable yet: {reason}")]
+    NotReady {
+        /// The timeline.
+        timeline: TimelineId,
+        /// Why.
+        reason: String,
+    },
+    /// WAL up to the wanted LSN did not come in time.
+    #[error(
+        "timed out after {waited_ms} ms waiting for WAL up to {wanted}; the timeline is at {last_record_lsn}"
+    )]
+    LsnTimeout {
+        /// The LSN waited for.
+        wanted: Lsn,
+        /// How far ingest is.
+        last_record_lsn: Lsn,
+        /// Time waited, in milliseconds.
+        waited_ms: u64,
+    },
+    /// Below the first LSN at which the timeline is consistent.
+    #[error(
+        "cannot read at {request}: history of this timeline begins at {start}, the end of its base backup"
+    )]
+    BelowStart {
+        /// The LSN asked for.
+        request: Lsn,
+        /// The first readable LSN.
+        start: Lsn,
+    },
+    /// The request's LSNs make no sense.
+    #[error("bad LSNs in request: {0}")]
+    BadLsn(String),
+    /// The request is wrong otherwise.
+    #[error("bad request: {0}")]
+    BadRequest(String),
+    /// What is stored for the key is damaged or missing.
+    #[error("{what} cannot be read at {lsn}: {problem}")]
+    Damaged {
+        /// The key, for humans.
+        what: String,
+        /// The LSN.
+        lsn: Lsn,
+        /// What is wrong.
+        problem: String,
+    },
+    /// Redo failed.
+    #[error(transparent)]
+    Redo(#[from] RedoError),
+    /// The node or the timeline is shutting down.
+    #[error("shutting down")]
+    Shutdown,
+}
+
+impl ReadError {
+    /// What a caller can do about it.
+    pub fn kind(&self) -> Kind {
+        match self {
+            ReadError::TenantNotFound(_)
+            | ReadError::TimelineNotFound(..)
+            | ReadError::BelowStart { .. }
+            | ReadError::BadLsn(_)
+            | ReadError::BadRequest(_) => Kind::Invalid,
+            ReadError::NotReady { .. } | ReadError::LsnTimeout { .. } => Kind::Retry,
+            ReadError::Damaged { .. } => Kind::Corrupt,
+            ReadError::Redo(error) => error.kind(),
+            ReadError::Shutdown => Kind::Shutdown,
+        }
+    }
+}
+
+/// A timeline as the page service sees it.
+#[allow(async_fn_in_trait, reason = "executors are single-threaded: no Send bound is wanted")]
+pub trait TimelineReader: 'static {
+    /// One page, 8,192 bytes; zeros at and past the end of the fork.
+    async fn get_page(
+        &self,
+        rel: RelTag,
+        block: BlockNumber,
+        lsn: RequestLsn,
+    ) -> Result<Bytes, ReadError>;
+    /// Does the fork exist?
+    async fn rel_exists(&self, rel: RelTag, lsn: RequestLsn) -> Result<bool, ReadError>;
+    /// Size of the fork in blocks; 0 if it does not exist.
+    async fn rel_size(&self, rel: RelTag, lsn: RequestLsn) -> Result<BlockNumber, ReadError>;
+    /// Size of the main forks and others of a database in `pg_default`, in bytes.
+    async fn db_size(&self, db: u32, lsn: RequestLsn) -> Result<i64, ReadError>;
+    /// All blocks of an SLRU segment, up to 32 × 8,192 bytes.
+    async fn slru_segment(
+        &self,
+        kind: SlruKind,
+        segment: u32,
+        lsn: RequestLsn,
+    ) -> Result<Bytes, ReadError>;
+}

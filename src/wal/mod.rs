@@ -1,0 +1,3 @@
+//! PostgreSQL's write-ahead log: framing, records, what they change, how they come in.
+
+pub mod change;
