@@ -13,6 +13,7 @@
 
 pub mod base;
 pub mod io;
+pub mod layers;
 pub mod limits;
 pub mod redo;
 pub mod shard;

@@ -1,0 +1,82 @@
+//! The frozen layer: an open layer that takes no more values.
+//!
+//! It is shared between the executor that owns the timeline, which still reads from it, and a
+//! background executor, which writes it to a delta file; hence `Send + Sync`. It goes when the
+//! file has been published.
+
+use std::path::Path;
+
+use crate::base::{Key, KeyRange, Lsn, LsnRange, Value};
+use crate::io::Io;
+use crate::layers::open::Versions;
+use crate::layers::{DeltaWriter, LayerDesc, LayerError, LayerOwner, Lookup, Newest};
+
+/// A closed layer in memory.
+#[derive(Debug)]
+pub struct FrozenLayer {
+    lsns: LsnRange,
+    versions: Versions,
+}
+
+/// Fails to compile if the layer could not be handed to another executor.
+const _: fn() = || {
+    fn shareable<T: Send + Sync>() {}
+    shareable::<FrozenLayer>();
+};
+
+impl FrozenLayer {
+    pub(super) fn new(lsns: LsnRange, versions: Versions) -> FrozenLayer {
+        FrozenLayer { lsns, versions }
+    }
+
+    /// The LSN range that the layer covers, half-open.
+    pub fn lsns(&self) -> &LsnRange {
+        &self.lsns
+    }
+
+    /// Appends the values of `key` within `lsns` to `out`, newest first, up to and including the
+    /// first base.
+    pub fn collect(&self, key: Key, lsns: &LsnRange, out: &mut Vec<(Lsn, Value)>) -> Lookup {
+        self.versions.collect(key, lsns, out)
+    }
+
+    /// For every key of the range, its newest value with `lsn < below`, unless `out` has a newer.
+    pub fn scan(&self, keys: &KeyRange, below: Lsn, out: &mut Newest) {
+        self.versions.scan(keys, below, out);
+    }
+
+    /// All values in order of key, then LSN.
+    pub fn entries(&self) -> impl Iterator<Item = (Key, Lsn, &Value)> {
+        self.versions.entries()
+    }
+
+    /// Number of values.
+    pub fn value_count(&self) -> u64 {
+        self.versions.value_count()
+    }
+
+    /// Estimate of the memory in use, in bytes.
+    pub fn memory_bytes(&self) -> usize {
+        self.versions.memory_bytes()
+    }
+
+    /// Writes the layer to a delta file over all keys, published in `dir` when this returns.
+    ///
+    /// # Errors
+    /// [`LayerError::Empty`] without values; whatever [`DeltaWriter`] says. Nothing is left behind.
+    pub async fn write<I: Io>(
+        &self,
+        io: &I,
+        dir: &Path,
+        owner: LayerOwner,
+    ) -> Result<LayerDesc, LayerError> {
+        let mut writer = DeltaWriter::create(io, dir, owner, self.lsns.clone()).await?;
+        for (key, lsn, value) in self.entries() {
+            if let Err(error) = writer.add(key, lsn, value).await {
+                writer.abort().await;
+                return Err(error);
+            }
+        }
+        writer.finish(Key::MIN..Key::MAX).await
+    }
+}
