@@ -1,1 +1,319 @@
-//! glommio implementation of [`super::Io`].
+//! glommio implementation of [`super::Io`]: io_uring and `O_DIRECT`.
+//!
+//! Data goes through the ring. Operations on directories (list, create, remove a tree) are plain
+//! system calls: they are rare, short, and io_uring has no call for some of them.
+
+use std::cell::RefCell;
+use std::future::Future;
+use std::io;
+use std::ops::{Deref, DerefMut};
+use std::path::{Path, PathBuf};
+use std::rc::Rc;
+use std::time::Duration;
+
+use glommio::io::{Directory, DmaBuffer, DmaFile, OpenOptions, ReadResult};
+use glommio::{Latency, Shares, TaskQueueHandle};
+
+use super::{ALIGNMENT, DirEntry, File, Instant, Io, IoCause, IoError, TaskClass};
+use crate::limits::{DEVICE_IO_BYTES_MAX, SERVE_LATENCY_US};
+
+/// One glommio executor's access to the world. Made on the executor; cheap to clone.
+#[derive(Clone)]
+pub struct UringIo {
+    queues: Rc<Queues>,
+}
+
+struct Queues {
+    serve: TaskQueueHandle,
+    ingest: TaskQueueHandle,
+    background: TaskQueueHandle,
+    started: std::time::Instant,
+    random: RefCell<fastrand::Rng>,
+}
+
+impl UringIo {
+    /// Access for the executor that runs the caller; creates its task queues, so call it once.
+    #[allow(clippy::new_without_default, reason = "it acts on the running executor")]
+    pub fn new() -> Self {
+        let executor = glommio::executor();
+        let latency = Duration::from_micros(SERVE_LATENCY_US);
+        let matters = Latency::Matters(latency);
+        let queue = |shares, latency, name| {
+            executor.create_task_queue(Shares::Static(shares), latency, name)
+        };
+        UringIo {
+            queues: Rc::new(Queues {
+                serve: queue(1000, matters, "serve"),
+                ingest: queue(500, matters, "ingest"),
+                background: queue(100, Latency::NotImportant, "background"),
+                #[allow(clippy::disallowed_methods, reason = "this is the door to the clock")]
+                started: std::time::Instant::now(),
+                #[allow(clippy::disallowed_methods, reason = "this is the door to randomness")]
+                random: RefCell::new(fastrand::Rng::new()),
+            }),
+        }
+    }
+}
+
+/// The task queue of a class, for code that deals with glommio itself.
+impl UringIo {
+    fn queue(&self, class: TaskClass) -> TaskQueueHandle {
+        match class {
+            TaskClass::Serve => self.queues.serve,
+            TaskClass::Ingest => self.queues.ingest,
+            TaskClass::Background => self.queues.background,
+        }
+    }
+}
+
+/// An open file.
+pub struct UringFile {
+    file: DmaFile,
+    path: PathBuf,
+}
+
+/// Bytes that were read.
+pub enum UringRead {
+    /// One device read, as the ring left it.
+    One(ReadResult),
+    /// Several, put together.
+    Many(Vec<u8>),
+}
+
+impl Deref for UringRead {
+    type Target = [u8];
+
+    fn deref(&self) -> &[u8] {
+        match self {
+            UringRead::One(result) => result,
+            UringRead::Many(bytes) => bytes,
+        }
+    }
+}
+
+/// Zeroed, aligned memory to write from.
+pub struct UringBuf(DmaBuffer);
+
+impl Deref for UringBuf {
+    type Target = [u8];
+
+    fn deref(&self) -> &[u8] {
+        self.0.as_bytes()
+    }
+}
+
+impl DerefMut for UringBuf {
+    fn deref_mut(&mut self) -> &mut [u8] {
+        self.0.as_bytes_mut()
+    }
+}
+
+fn os_cause(error: &io::Error) -> IoCause {
+    match error.kind() {
+        io::ErrorKind::NotFound => IoCause::NotFound,
+        io::ErrorKind::AlreadyExists => IoCause::Exists,
+        io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded => IoCause::NoSpace,
+        _ => IoCause::Other(error.to_string()),
+    }
+}
+
+fn os_error(operation: &'static str, path: &Path, error: &io::Error) -> IoError {
+    IoError { operation, path: path.to_owned(), cause: os_cause(error) }
+}
+
+fn ring_error(
+    operation: &'static str,
+    path: &Path,
+    error: glommio::GlommioError<()>,
+) -> IoError {
+    os_error(operation, path, &io::Error::from(error))
+}
+
+#[allow(clippy::disallowed_methods, reason = "this is the door to the file system")]
+impl Io for UringIo {
+    type File = UringFile;
+
+    async fn create(&self, path: &Path) -> Result<UringFile, IoError> {
+        let file = OpenOptions::new()
+            .read(true)
+            .write(true)
+            .create_new(true)
+            .mode(0o600)
+            .dma_open(path)
+            .await
+            .map_err(|error| ring_error("create", path, error))?;
+        Ok(UringFile { file, path: path.to_owned() })
+    }
+
+    async fn open(&self, path: &Path) -> Result<UringFile, IoError> {
+        let file = OpenOptions::new()
+            .read(true)
+            .write(true)
+            .dma_open(path)
+            .await
+            .map_err(|error| ring_error("open", path, error))?;
+        Ok(UringFile { file, path: path.to_owned() })
+    }
+
+    async fn rename(&self, source: &Path, target: &Path) -> Result<(), IoError> {
+        std::fs::rename(source, target).map_err(|error| os_error("rename", source, &error))
+    }
+
+    async fn remove(&self, path: &Path) -> Result<(), IoError> {
+        std::fs::remove_file(path).map_err(|error| os_error("remove", path, &error))
+    }
+
+    async fn create_dir(&self, path: &Path) -> Result<(), IoError> {
+        match std::fs::create_dir(path) {
+            Err(error) if error.kind() != io::ErrorKind::AlreadyExists => {
+                Err(os_error("create directory", path, &error))
+            }
+            Ok(()) | Err(_) => Ok(()),
+        }
+    }
+
+    async fn remove_dir_all(&self, path: &Path) -> Result<(), IoError> {
+        let owned = path.to_owned();
+        let removed =
+            glommio::executor().spawn_blocking(move || std::fs::remove_dir_all(owned)).await;
+        match removed {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => {
+                Err(os_error("remove directory", path, &error))
+            }
+            Ok(()) | Err(_) => Ok(()),
+        }
+    }
+
+    async fn list(&self, dir: &Path) -> Result<Vec<DirEntry>, IoError> {
+        let fail = |error: io::Error| os_error("list", dir, &error);
+        let mut entries = Vec::new();
+        for entry in std::fs::read_dir(dir).map_err(fail)? {
+            let entry = entry.map_err(fail)?;
+            let metadata = match entry.metadata() {
+                Ok(metadata) => metadata,
+                // It was removed meanwhile.
+                Err(error) if error.kind() == io::ErrorKind::NotFound => continue,
+                Err(error) => return Err(fail(error)),
+            };
+            entries.push(DirEntry {
+                name: entry.file_name().to_string_lossy().into_owned(),
+                is_dir: metadata.is_dir(),
+                len: if metadata.is_dir() { 0 } else { metadata.len() },
+            });
+        }
+        entries.sort();
+        Ok(entries)
+    }
+
+    async fn sync_dir(&self, dir: &Path) -> Result<(), IoError> {
+        let fail = |error| ring_error("sync directory", dir, error);
+        let handle = Directory::open(dir).await.map_err(fail)?;
+        let synced = handle.sync().await;
+        handle.close().await.map_err(fail)?;
+        synced.map_err(fail)
+    }
+
+    fn now(&self) -> Instant {
+        self.queues.started.elapsed()
+    }
+
+    fn unix_time_us(&self) -> i64 {
+        let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH);
+        now.map_or(0, |time| time.as_micros() as i64)
+    }
+
+    fn random_u64(&self) -> u64 {
+        self.queues.random.borrow_mut().u64(..)
+    }
+
+    async fn sleep(&self, duration: Duration) {
+        glommio::timer::sleep(duration).await;
+    }
+
+    async fn yield_if_needed(&self) {
+        glommio::yield_if_needed().await;
+    }
+
+    fn spawn(&self, class: TaskClass, task: impl Future<Output = ()> + 'static) {
+        // The queues live as long as the executor, so this fails only outside of it, which no
+        // caller is.
+        if let Ok(spawned) = glommio::spawn_local_into(task, self.queue(class)) {
+            spawned.detach();
+        }
+    }
+}
+
+impl UringFile {
+    fn check(&self, offset: u64, len: usize) {
+        assert_eq!(offset % ALIGNMENT as u64, 0, "unaligned offset in {}", self.path.display());
+        assert_eq!(len % ALIGNMENT, 0, "unaligned length in {}", self.path.display());
+    }
+
+    fn error(&self, operation: &'static str, error: glommio::GlommioError<()>) -> IoError {
+        ring_error(operation, &self.path, error)
+    }
+}
+
+impl File for UringFile {
+    type ReadBuf = UringRead;
+    type WriteBuf = UringBuf;
+
+    fn alloc(&self, len: usize) -> UringBuf {
+        let mut buf = self.file.alloc_dma_buffer(len);
+        buf.as_bytes_mut().fill(0);
+        UringBuf(buf)
+    }
+
+    async fn read_at(&self, offset: u64, len: usize) -> Result<UringRead, IoError> {
+        self.check(offset, len);
+        if len <= DEVICE_IO_BYTES_MAX {
+            let read = self.file.read_at_aligned(offset, len).await;
+            return Ok(UringRead::One(read.map_err(|error| self.error("read", error))?));
+        }
+        let mut bytes = Vec::with_capacity(len);
+        while bytes.len() < len {
+            let part = DEVICE_IO_BYTES_MAX.min(len - bytes.len());
+            let read = self.file.read_at_aligned(offset + bytes.len() as u64, part).await;
+            let read = read.map_err(|error| self.error("read", error))?;
+            bytes.extend_from_slice(&read);
+            if read.len() < part {
+                break;
+            }
+        }
+        Ok(UringRead::Many(bytes))
+    }
+
+    async fn write_at(&self, offset: u64, buf: UringBuf) -> Result<(), IoError> {
+        let len = buf.len();
+        self.check(offset, len);
+        assert!(len <= DEVICE_IO_BYTES_MAX, "a write of {len} bytes at once");
+        let written = self.file.write_at(buf.0, offset).await;
+        let written = written.map_err(|error| self.error("write", error))?;
+        if written != len {
+            return Err(IoError {
+                operation: "write",
+                path: self.path.clone(),
+                cause: IoCause::NoSpace,
+            });
+        }
+        Ok(())
+    }
+
+    async fn allocate(&self, len: u64) -> Result<(), IoError> {
+        let done = self.file.pre_allocate(len, false).await;
+        done.map_err(|error| self.error("allocate", error))
+    }
+
+    async fn sync(&self) -> Result<(), IoError> {
+        self.file.fdatasync().await.map_err(|error| self.error("sync", error))
+    }
+
+    async fn len(&self) -> Result<u64, IoError> {
+        self.file.file_size().await.map_err(|error| self.error("size of", error))
+    }
+
+    async fn close(self) -> Result<(), IoError> {
+        let path = self.path;
+        self.file.close().await.map_err(|error| ring_error("close", &path, error))
+    }
+}

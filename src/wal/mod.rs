@@ -1,3 +1,4 @@
 //! PostgreSQL's write-ahead log: framing, records, what they change, how they come in.
 
 pub mod change;
+pub mod journal;

@@ -1,0 +1,123 @@
+//! Prometheus text from the counters of the cores.
+
+use prometheus_client::encoding::EncodeLabelSet;
+use prometheus_client::encoding::text::encode;
+use prometheus_client::metrics::counter::Counter;
+use prometheus_client::metrics::family::Family;
+use prometheus_client::metrics::gauge::Gauge;
+use prometheus_client::registry::Registry;
+use std::sync::atomic::AtomicU64;
+
+use crate::shard::control::{CoreMetrics, TimelineInfo, TimelineState};
+
+#[derive(Clone, Debug, Hash, PartialEq, Eq, EncodeLabelSet)]
+struct CoreLabel {
+    core: u64,
+}
+
+#[derive(Clone, Debug, Hash, PartialEq, Eq, EncodeLabelSet)]
+struct TimelineLabel {
+    tenant: String,
+    timeline: String,
+}
+
+type Number = fn(&CoreMetrics) -> u64;
+type Seconds = fn(&CoreMetrics) -> f64;
+type TimelineNumber = fn(&TimelineInfo) -> u64;
+
+const COUNTERS: &[(&str, &str, Number)] = &[
+    ("connections_accepted", "Connections accepted", |m| m.connections_accepted),
+    ("connections_moved", "Connections handed to the owning core", |m| m.connections_moved),
+    ("get_page_requests", "GetPage requests answered", |m| m.get_page_requests),
+    ("other_requests", "Other page service requests answered", |m| m.other_requests),
+    ("request_errors", "Page service requests answered by an error", |m| m.request_errors),
+    ("wal_bytes_received", "WAL bytes taken in", |m| m.wal_bytes_received),
+    ("wal_records_ingested", "WAL records ingested", |m| m.wal_records_ingested),
+    ("values_ingested", "Values stored by ingest", |m| m.values_ingested),
+    ("wal_changes_skipped", "Changes of blocks that do not exist", |m| m.wal_changes_skipped),
+    ("journal_syncs", "Syncs of the journal", |m| m.journal_syncs),
+    ("journal_bytes_written", "Bytes written to the journal", |m| m.journal_bytes_written),
+    ("layer_bytes_written", "Bytes of layer files written", |m| m.layer_bytes_written),
+    ("checkpoints", "Layers written by checkpoints", |m| m.checkpoints),
+    ("redo_requests", "Pages rebuilt from WAL records", |m| m.redo_requests),
+    ("redo_records", "WAL records applied", |m| m.redo_records),
+    ("redo_children_started", "Wal-redo processes started", |m| m.redo_children_started),
+    ("redo_failures", "Failed redo requests", |m| m.redo_failures),
+];
+
+const SECONDS: &[(&str, &str, Seconds)] = &[
+    ("get_page_seconds", "Time spent on GetPage requests", |m| m.get_page_seconds),
+    ("redo_seconds", "Time spent on redo", |m| m.redo_seconds),
+];
+
+const TIMELINE_GAUGES: &[(&str, &str, TimelineNumber)] = &[
+    ("timeline_received_lsn", "End of WAL taken in", |t| t.received_lsn.0),
+    ("timeline_last_record_lsn", "Readable up to here", |t| t.last_record_lsn.0),
+    ("timeline_journal_lsn", "WAL synced up to here", |t| t.journal_lsn.0),
+    ("timeline_disk_consistent_lsn", "In layer files up to here", |t| t.disk_consistent_lsn.0),
+    ("timeline_layers", "Layer files", |t| t.layer_count),
+    ("timeline_layer_bytes", "Bytes of layer files", |t| t.layer_bytes),
+    ("timeline_memory_bytes", "Bytes of values in memory", |t| t.open_layer_bytes),
+    ("timeline_source_connected", "1 if the WAL source is connected", |t| {
+        u64::from(t.wal_source_connected)
+    }),
+    ("timeline_broken", "1 if an operator must step in", |t| {
+        u64::from(t.state == TimelineState::Broken)
+    }),
+];
+
+/// The whole page of metrics.
+pub(super) fn text(cores: &[CoreMetrics], timelines: &[TimelineInfo]) -> String {
+    let mut registry = Registry::with_prefix("pgstrata");
+    for &(name, help, read) in COUNTERS {
+        let family = Family::<CoreLabel, Counter>::default();
+        for metrics in cores {
+            family.get_or_create(&label(metrics)).inc_by(read(metrics));
+        }
+        registry.register(name, help, family);
+    }
+    for &(name, help, read) in SECONDS {
+        let family = Family::<CoreLabel, Counter<f64, AtomicU64>>::default();
+        for metrics in cores {
+            family.get_or_create(&label(metrics)).inc_by(read(metrics));
+        }
+        registry.register(name, help, family);
+    }
+    let open = Family::<CoreLabel, Gauge<u64, AtomicU64>>::default();
+    for metrics in cores {
+        open.get_or_create(&label(metrics)).set(metrics.connections_open);
+    }
+    registry.register("connections_open", "Connections open", open);
+    for &(name, help, read) in TIMELINE_GAUGES {
+        let family = Family::<TimelineLabel, Gauge<u64, AtomicU64>>::default();
+        for info in timelines {
+            let (tenant, timeline) = (info.tenant.to_string(), info.timeline.to_string());
+            family.get_or_create(&TimelineLabel { tenant, timeline }).set(read(info));
+        }
+        registry.register(name, help, family);
+    }
+    let mut out = String::new();
+    // Writing to a String does not fail.
+    let _ = encode(&mut out, &registry);
+    out
+}
+
+fn label(metrics: &CoreMetrics) -> CoreLabel {
+    CoreLabel { core: metrics.core as u64 }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_counter_has_a_line_per_core() {
+        let core = CoreMetrics { core: 1, wal_bytes_received: 77, ..CoreMetrics::default() };
+        let text = text(&[CoreMetrics::default(), core], &[]);
+        assert!(text.contains("pgstrata_wal_bytes_received_total{core=\"1\"} 77"), "{text}");
+        for (name, _, _) in COUNTERS {
+            assert_eq!(text.matches(&format!("pgstrata_{name}_total{{")).count(), 2, "{name}");
+        }
+        assert!(text.ends_with("# EOF\n"));
+    }
+}

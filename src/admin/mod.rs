@@ -1,0 +1,9 @@
+//! The HTTP admin API, on the control thread.
+//!
+//! It owns nothing: every request becomes messages to the cores, and their replies become JSON.
+//! The control thread is the only one with a tokio runtime.
+
+mod metrics;
+mod routes;
+
+pub use routes::{AdminState, serve};

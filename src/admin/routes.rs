@@ -1,0 +1,226 @@
+//! Routes of the admin API.
+//!
+//! | method and path | does |
+//! |---|---|
+//! | GET `/v1/status` | version, cores, number of timelines |
+//! | GET `/v1/tenant` | tenants with their timelines |
+//! | GET `/v1/tenant/{tenant}/timeline` | timelines of a tenant |
+//! | POST `/v1/tenant/{tenant}/timeline` | makes a timeline: `{"timeline": …, "source": …}` |
+//! | GET `/v1/tenant/{tenant}/timeline/{timeline}` | one timeline |
+//! | PUT `/v1/tenant/{tenant}/timeline/{timeline}/checkpoint` | writes memory to layer files |
+//! | GET `/metrics` | Prometheus text |
+//!
+//! Errors are `{"error": "what happened"}` with 400, 404, 409 or 503.
+
+use std::collections::BTreeMap;
+use std::future::Future;
+use std::time::Duration;
+
+use axum::Router;
+use axum::extract::rejection::JsonRejection;
+use axum::extract::{DefaultBodyLimit, Json, Path, State};
+use axum::http::StatusCode;
+use axum::response::{IntoResponse, Response};
+use axum::routing::{get, put};
+use futures_channel::oneshot;
+use serde::{Deserialize, Serialize};
+
+use super::metrics;
+use crate::base::{Kind, TenantShardId, TimelineId};
+use crate::limits::{ADMIN_BODY_BYTES_MAX, CONTROL_REPLY_MS_MAX};
+use crate::server::mesh::{Control, Mesh, Message};
+use crate::server::router::owner;
+use crate::shard::control::{
+    ControlError, CoreMetrics, CreateTimeline, TimelineInfo, TimelineSource,
+};
+
+/// What the routes need.
+#[derive(Clone)]
+pub struct AdminState {
+    /// The cores' inboxes.
+    pub mesh: Mesh,
+}
+
+/// An error as the client gets it.
+struct ApiError {
+    status: StatusCode,
+    message: String,
+}
+
+impl IntoResponse for ApiError {
+    fn into_response(self) -> Response {
+        let body = serde_json::json!({ "error": self.message });
+        (self.status, Json(body)).into_response()
+    }
+}
+
+impl From<ControlError> for ApiError {
+    fn from(error: ControlError) -> Self {
+        let status = match error.kind {
+            Kind::Invalid => StatusCode::CONFLICT,
+            Kind::Retry | Kind::Shutdown => StatusCode::SERVICE_UNAVAILABLE,
+            Kind::Corrupt => StatusCode::INTERNAL_SERVER_ERROR,
+        };
+        ApiError { status, message: error.message }
+    }
+}
+
+fn bad_request(message: impl ToString) -> ApiError {
+    ApiError { status: StatusCode::BAD_REQUEST, message: message.to_string() }
+}
+
+fn not_found(message: impl ToString) -> ApiError {
+    ApiError { status: StatusCode::NOT_FOUND, message: message.to_string() }
+}
+
+fn unavailable(message: impl ToString) -> ApiError {
+    ApiError { status: StatusCode::SERVICE_UNAVAILABLE, message: message.to_string() }
+}
+
+impl AdminState {
+    /// Asks one core and waits for its reply.
+    async fn ask<T>(
+        &self,
+        core: usize,
+        question: impl FnOnce(oneshot::Sender<T>) -> Control,
+    ) -> Result<T, ApiError> {
+        let (reply, answer) = oneshot::channel();
+        self.mesh.send(core, Message::Control(question(reply))).map_err(unavailable)?;
+        let limit = Duration::from_millis(CONTROL_REPLY_MS_MAX);
+        match tokio::time::timeout(limit, answer).await {
+            Ok(Ok(value)) => Ok(value),
+            Ok(Err(_)) => Err(unavailable(format!("core {core} has stopped"))),
+            Err(_) => Err(unavailable(format!("core {core} did not answer in time"))),
+        }
+    }
+
+    async fn timelines(&self) -> Result<Vec<TimelineInfo>, ApiError> {
+        let mut all = Vec::new();
+        for core in 0..self.mesh.cores() {
+            all.extend(self.ask(core, Control::Timelines).await?);
+        }
+        Ok(all)
+    }
+}
+
+/// Serves the admin API until `stop` resolves.
+pub async fn serve(
+    listener: tokio::net::TcpListener,
+    state: AdminState,
+    stop: impl Future<Output = ()> + Send + 'static,
+) -> std::io::Result<()> {
+    axum::serve(listener, router(state)).with_graceful_shutdown(stop).await
+}
+
+fn router(state: AdminState) -> Router {
+    Router::new()
+        .route("/v1/status", get(status))
+        .route("/v1/tenant", get(tenants))
+        .route("/v1/tenant/{tenant}/timeline", get(tenant_timelines).post(create_timeline))
+        .route("/v1/tenant/{tenant}/timeline/{timeline}", get(timeline))
+        .route("/v1/tenant/{tenant}/timeline/{timeline}/checkpoint", put(checkpoint))
+        .route("/metrics", get(metrics_text))
+        .fallback(|| async { not_found("there is no such path; see /v1/status, /v1/tenant") })
+        .layer(DefaultBodyLimit::max(ADMIN_BODY_BYTES_MAX))
+        .with_state(state)
+}
+
+#[derive(Serialize)]
+struct Status {
+    version: &'static str,
+    cores: usize,
+    timelines: usize,
+}
+
+async fn status(State(state): State<AdminState>) -> Result<Json<Status>, ApiError> {
+    let timelines = state.timelines().await?.len();
+    let cores = state.mesh.cores();
+    Ok(Json(Status { version: env!("CARGO_PKG_VERSION"), cores, timelines }))
+}
+
+#[derive(Serialize)]
+struct Tenant {
+    tenant: TenantShardId,
+    timelines: Vec<TimelineInfo>,
+}
+
+async fn tenants(State(state): State<AdminState>) -> Result<Json<Vec<Tenant>>, ApiError> {
+    let mut by_tenant: BTreeMap<TenantShardId, Vec<TimelineInfo>> = BTreeMap::new();
+    for info in state.timelines().await? {
+        by_tenant.entry(info.tenant).or_default().push(info);
+    }
+    let list = by_tenant.into_iter().map(|(tenant, timelines)| Tenant { tenant, timelines });
+    Ok(Json(list.collect()))
+}
+
+async fn of_tenant(state: &AdminState, tenant: &str) -> Result<Vec<TimelineInfo>, ApiError> {
+    let tenant: TenantShardId = tenant.parse().map_err(bad_request)?;
+    let core = owner(&tenant, state.mesh.cores());
+    let mut found = state.ask(core, Control::Timelines).await?;
+    found.retain(|info| info.tenant == tenant);
+    if found.is_empty() {
+        return Err(not_found(format!("tenant {tenant} is not on this node")));
+    }
+    Ok(found)
+}
+
+async fn tenant_timelines(
+    State(state): State<AdminState>,
+    Path(tenant): Path<String>,
+) -> Result<Json<Vec<TimelineInfo>>, ApiError> {
+    Ok(Json(of_tenant(&state, &tenant).await?))
+}
+
+async fn timeline(
+    State(state): State<AdminState>,
+    Path((tenant, timeline)): Path<(String, String)>,
+) -> Result<Json<TimelineInfo>, ApiError> {
+    let id: TimelineId = timeline.parse().map_err(bad_request)?;
+    let found = of_tenant(&state, &tenant).await?.into_iter().find(|info| info.timeline == id);
+    found
+        .map(Json)
+        .ok_or_else(|| not_found(format!("timeline {id} of tenant {tenant} is not on this node")))
+}
+
+/// Body of a POST that makes a timeline.
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct NewTimeline {
+    timeline: TimelineId,
+    source: TimelineSource,
+}
+
+async fn create_timeline(
+    State(state): State<AdminState>,
+    Path(tenant): Path<String>,
+    body: Result<Json<NewTimeline>, JsonRejection>,
+) -> Result<StatusCode, ApiError> {
+    let tenant: TenantShardId = tenant.parse().map_err(bad_request)?;
+    let Json(body) = body.map_err(|error| bad_request(error.body_text()))?;
+    let request = CreateTimeline { tenant, timeline: body.timeline, source: body.source };
+    let core = owner(&tenant, state.mesh.cores());
+    state.ask(core, |reply| Control::CreateTimeline(request, reply)).await??;
+    Ok(StatusCode::ACCEPTED)
+}
+
+async fn checkpoint(
+    State(state): State<AdminState>,
+    Path((tenant, timeline)): Path<(String, String)>,
+) -> Result<StatusCode, ApiError> {
+    let tenant: TenantShardId = tenant.parse().map_err(bad_request)?;
+    let timeline: TimelineId = timeline.parse().map_err(bad_request)?;
+    let core = owner(&tenant, state.mesh.cores());
+    state.ask(core, |reply| Control::Checkpoint(tenant, timeline, reply)).await??;
+    Ok(StatusCode::NO_CONTENT)
+}
+
+async fn metrics_text(State(state): State<AdminState>) -> Result<Response, ApiError> {
+    let mut cores: Vec<CoreMetrics> = Vec::new();
+    for core in 0..state.mesh.cores() {
+        cores.push(state.ask(core, Control::Metrics).await?);
+    }
+    let timelines = state.timelines().await?;
+    let text = metrics::text(&cores, &timelines);
+    let content_type = "application/openmetrics-text; version=1.0.0; charset=utf-8";
+    Ok(([("content-type", content_type)], text).into_response())
+}

@@ -1,0 +1,101 @@
+//! The commands' end of the admin API.
+
+use serde::de::DeserializeOwned;
+use serde_json::Value;
+
+use crate::base::{TenantShardId, TimelineId};
+use crate::shard::control::{TimelineInfo, TimelineSource};
+
+/// Why a command failed. The text is for the operator.
+pub type CommandError = Box<dyn std::error::Error + Send + Sync>;
+
+/// Talks to one node's admin API; blocks the calling thread.
+pub struct AdminClient {
+    base: String,
+    client: reqwest::Client,
+    runtime: tokio::runtime::Runtime,
+}
+
+impl AdminClient {
+    /// A client for the node at `base`, such as `http://127.0.0.1:9898`.
+    pub fn new(base: &str) -> Result<Self, CommandError> {
+        let base = base.trim_end_matches('/').to_owned();
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+        let client = reqwest::Client::builder().no_proxy().build()?;
+        Ok(AdminClient { base, client, runtime })
+    }
+
+    fn send(&self, request: reqwest::RequestBuilder) -> Result<Vec<u8>, CommandError> {
+        self.runtime.block_on(async {
+            let unreachable = |error: reqwest::Error| {
+                format!("the node at {} cannot be reached: {error}; is it running?", self.base)
+            };
+            let response = request.send().await.map_err(unreachable)?;
+            let status = response.status();
+            let body = response.bytes().await?.to_vec();
+            if status.is_success() {
+                return Ok(body);
+            }
+            let parsed: Option<Value> = serde_json::from_slice(&body).ok();
+            let message = parsed.as_ref().and_then(|value| value.get("error")?.as_str());
+            Err(message.map_or_else(|| format!("the node answered {status}"), str::to_owned).into())
+        })
+    }
+
+    fn get<T: DeserializeOwned>(&self, path: &str) -> Result<T, CommandError> {
+        let body = self.send(self.client.get(format!("{}{path}", self.base)))?;
+        Ok(serde_json::from_slice(&body)?)
+    }
+
+    /// True when the node answers.
+    pub fn is_up(&self) -> bool {
+        self.get::<Value>("/v1/status").is_ok()
+    }
+
+    /// All timelines of the node.
+    pub fn timelines(&self) -> Result<Vec<TimelineInfo>, CommandError> {
+        #[derive(serde::Deserialize)]
+        struct Tenant {
+            timelines: Vec<TimelineInfo>,
+        }
+        let tenants: Vec<Tenant> = self.get("/v1/tenant")?;
+        Ok(tenants.into_iter().flat_map(|tenant| tenant.timelines).collect())
+    }
+
+    /// One timeline.
+    pub fn timeline(
+        &self,
+        tenant: TenantShardId,
+        timeline: TimelineId,
+    ) -> Result<TimelineInfo, CommandError> {
+        self.get(&format!("/v1/tenant/{tenant}/timeline/{timeline}"))
+    }
+
+    /// Starts to make a timeline.
+    pub fn create_timeline(
+        &self,
+        tenant: TenantShardId,
+        timeline: TimelineId,
+        source: &TimelineSource,
+    ) -> Result<(), CommandError> {
+        let url = format!("{}/v1/tenant/{tenant}/timeline", self.base);
+        let body = serde_json::json!({ "timeline": timeline, "source": source });
+        self.send(self.client.post(url).json(&body)).map(|_| ())
+    }
+
+    /// Writes a timeline's memory to layer files.
+    pub fn checkpoint(
+        &self,
+        tenant: TenantShardId,
+        timeline: TimelineId,
+    ) -> Result<(), CommandError> {
+        let url = format!("{}/v1/tenant/{tenant}/timeline/{timeline}/checkpoint", self.base);
+        self.send(self.client.put(url)).map(|_| ())
+    }
+
+    /// The page of metrics.
+    pub fn metrics(&self) -> Result<String, CommandError> {
+        let body = self.send(self.client.get(format!("{}/metrics", self.base)))?;
+        Ok(String::from_utf8_lossy(&body).into_owned())
+    }
+}

@@ -1,0 +1,230 @@
+//! From memory to files: the journal's flushes and the checkpoint of frozen layers.
+//!
+//! A checkpoint of one frozen layer:
+//! 1. wait until the journal is synced past the layer's end;
+//! 2. the background executor writes the delta file and publishes it (sync, rename, sync dir);
+//! 3. the timeline's index is replaced by one that names the file and moves
+//!    `disk_consistent_lsn`;
+//! 4. in one synchronous step the file takes the frozen layer's place;
+//! 5. journal segments that lie wholly before `disk_consistent_lsn` go.
+//!
+//! A crash before 3 leaves a file that no index names: it is removed at start and made again from
+//! the journal. A crash after 3 finds the new state.
+
+use std::rc::Rc;
+use std::sync::Arc;
+use std::time::Duration;
+
+use super::index::{INDEX_FILE, IndexLayer};
+use super::lsns::Advance;
+use super::stored::StoredLayer;
+use super::timeline::Timeline;
+use crate::base::{Kind, Lsn};
+use crate::io::{Io, TaskClass, durable};
+use crate::layers::{FrozenLayer, LayerOwner, OpenLayer};
+use crate::limits::{CHECKPOINT_RETRY_MS, FROZEN_LAYERS_MAX, LSN_DISTANCE_FACTOR};
+
+/// Why a checkpoint failed. It is tried again: the layer is still in memory and its WAL in the
+/// journal.
+#[derive(Debug, thiserror::Error)]
+#[error("checkpoint of {tenant}/{timeline} up to {lsn}: {cause}")]
+pub struct CheckpointError {
+    tenant: crate::base::TenantShardId,
+    timeline: crate::base::TimelineId,
+    lsn: Lsn,
+    cause: String,
+}
+
+impl<I: Io> Timeline<I> {
+    /// Starts the tasks that write: journal and checkpoint.
+    pub(super) fn start_writers(self: &Rc<Self>) {
+        self.context.io.spawn(TaskClass::Ingest, self.clone().journal_loop());
+        self.context.io.spawn(TaskClass::Background, self.clone().checkpoint_loop());
+    }
+
+    /// Flushes the journal whenever bytes wait.
+    async fn journal_loop(self: Rc<Self>) {
+        loop {
+            self.journal_signal.wait().await;
+            if self.stopping.get() {
+                return;
+            }
+            if let Err(error) = self.flush_journal().await {
+                self.set_broken(error.kind(), format!("the journal cannot be written: {error}"));
+                return;
+            }
+        }
+    }
+
+    /// Writes and syncs what waits in the journal. Only one flush may run at a time.
+    pub(super) async fn flush_journal(&self) -> Result<(), crate::wal::journal::JournalError> {
+        let _turn = self.flush_turn.acquire().await;
+        let before = self.journal.counters();
+        let synced = self.journal.flush().await?;
+        let after = self.journal.counters();
+        self.context.counters.journal_syncs.add(after.syncs - before.syncs);
+        self.context.counters.journal_bytes.add(after.bytes_written - before.bytes_written);
+        if synced > self.lsns().journal {
+            self.mutable.borrow_mut().lsns.advance(Advance::Journal(synced));
+            self.journal_waiters.wake(synced);
+            self.status_signal.set();
+        }
+        Ok(())
+    }
+
+    /// Freezes the open layer when it is large or old enough. Between records only.
+    pub(super) fn freeze_if_due(&self) {
+        let (bytes, age, distance) = {
+            let mutable = self.mutable.borrow();
+            (
+                mutable.open.memory_bytes() as u64,
+                self.context.io.now() - mutable.open_since,
+                mutable.lsns.last_record.bytes_since(mutable.open.start()),
+            )
+        };
+        let config = &self.context.config;
+        let due = bytes >= config.checkpoint_distance_bytes
+            || distance >= config.checkpoint_distance_bytes * LSN_DISTANCE_FACTOR
+            || (age >= Duration::from_secs(config.checkpoint_timeout_s) && distance > 0);
+        if due {
+            self.freeze();
+        }
+    }
+
+    /// Freezes the open layer if there is anything new in it. Between records only.
+    pub(super) fn freeze(&self) {
+        assert!(!self.ingesting.get(), "a layer's end would cut a record in two");
+        let mut mutable = self.mutable.borrow_mut();
+        let end = Lsn(mutable.lsns.last_record.0 + 1);
+        if end <= mutable.open.start() {
+            return;
+        }
+        let full = std::mem::replace(&mut mutable.open, OpenLayer::new(end));
+        mutable.open_since = self.context.io.now();
+        mutable.frozen.push(full.freeze(end));
+        drop(mutable);
+        self.checkpoint_signal.set();
+    }
+
+    /// True when ingest must wait for the checkpoint: memory would grow without bound.
+    pub(super) fn frozen_is_full(&self) -> bool {
+        self.mutable.borrow().frozen.len() >= FROZEN_LAYERS_MAX
+    }
+
+    async fn checkpoint_loop(self: Rc<Self>) {
+        while !self.stopping.get() {
+            self.checkpoint_signal.wait().await;
+            while let Err(error) = self.write_frozen_layers().await {
+                tracing::error!("{error}; trying again");
+                self.context.io.sleep(Duration::from_millis(CHECKPOINT_RETRY_MS)).await;
+                if self.stopping.get() {
+                    return;
+                }
+            }
+        }
+    }
+
+    /// Writes all frozen layers, oldest first.
+    pub(super) async fn write_frozen_layers(&self) -> Result<(), CheckpointError> {
+        let _turn = self.checkpoint_turn.acquire().await;
+        loop {
+            let oldest = self.mutable.borrow().frozen.first().cloned();
+            let Some(frozen) = oldest else { return Ok(()) };
+            self.write_frozen(frozen).await?;
+        }
+    }
+
+    async fn write_frozen(&self, frozen: Arc<FrozenLayer>) -> Result<(), CheckpointError> {
+        let lsn = Lsn(frozen.lsns().end.0 - 1);
+        let fail = |cause: String| CheckpointError {
+            tenant: self.tenant,
+            timeline: self.id,
+            lsn,
+            cause,
+        };
+        while self.lsns().journal < lsn {
+            let synced = self.journal_waiters.register(lsn);
+            self.journal_signal.set();
+            synced.await.map_err(|_| fail("the journal has failed".to_owned()))?;
+        }
+        let owner = LayerOwner { shard: self.tenant, timeline: self.id };
+        let desc = if frozen.value_count() == 0 {
+            None
+        } else {
+            let (dir, frozen) = (self.context.dir.clone(), frozen.clone());
+            let write = move |io: I| async move { frozen.write(&io, &dir, owner).await };
+            let written = self.context.background.run(write).await;
+            let written = written.map_err(|error| fail(error.to_string()))?;
+            Some(written.map_err(|error| fail(error.to_string()))?)
+        };
+        let added: Vec<IndexLayer> = desc
+            .iter()
+            .map(|desc| IndexLayer { name: desc.name.to_string(), len: desc.file_bytes })
+            .collect();
+        let index = self.index_with(&added, lsn);
+        durable::write_file_atomic(
+            &self.context.io,
+            &self.context.dir.join(INDEX_FILE),
+            &index.encode(),
+        )
+        .await
+        .map_err(|error| fail(error.to_string()))?;
+        let mut mutable = self.mutable.borrow_mut();
+        if let Some(desc) = desc {
+            self.context.counters.layer_bytes.add(desc.file_bytes);
+            let (io, dir, cache) =
+                (self.context.io.clone(), &self.context.dir, self.context.cache.clone());
+            let layer = StoredLayer::new(io, dir, desc.name, desc.file_bytes, owner, cache);
+            mutable.layers.insert(layer.span(), layer);
+        }
+        let first = mutable.frozen.remove(0);
+        assert!(Arc::ptr_eq(&first, &frozen), "frozen layers are written in order");
+        mutable.lsns.advance(Advance::DiskConsistent(lsn));
+        drop(mutable);
+        self.context.counters.checkpoints.add(1);
+        self.disk_waiters.wake(lsn);
+        if let Err(error) = self.journal.remove_before(lsn).await {
+            // Old segments cost space only; the next checkpoint tries again.
+            tracing::warn!(tenant = %self.tenant, timeline = %self.id, "{error}");
+        }
+        Ok(())
+    }
+
+    /// Freezes, and waits until all that is ingested by now is in layer files.
+    pub(super) async fn checkpoint_now(&self) -> Result<Lsn, CheckpointError> {
+        while self.ingesting.get() {
+            self.context.io.sleep(Duration::from_millis(1)).await;
+        }
+        self.freeze();
+        let lsn = self.lsns().last_record;
+        self.write_frozen_layers().await?;
+        Ok(lsn)
+    }
+
+    /// Flushes the journal, writes a last checkpoint, closes the files. Ingest has ended before.
+    pub(super) async fn shut_down(&self) {
+        if let Err(error) = self.flush_journal().await {
+            self.set_broken(Kind::Corrupt, format!("the journal cannot be written: {error}"));
+        }
+        if self.broken().is_none()
+            && let Err(error) = self.checkpoint_now().await
+        {
+            tracing::error!("{error}; the journal has what is missing");
+        }
+        self.stopping.set(true);
+        self.checkpoint_signal.set();
+        self.journal_signal.set();
+        self.waiters.fail_all();
+        self.journal_waiters.fail_all();
+        let layers: Vec<_> =
+            self.mutable.borrow().layers.iter().map(|(_, layer)| layer.clone()).collect();
+        for layer in layers {
+            if let Err(error) = layer.close().await {
+                tracing::warn!(tenant = %self.tenant, timeline = %self.id, "{error}");
+            }
+        }
+        if let Err(error) = self.journal.close().await {
+            tracing::warn!(tenant = %self.tenant, timeline = %self.id, "{error}");
+        }
+    }
+}

@@ -1,0 +1,278 @@
+//! Following a WAL source: connect, stream, ingest, acknowledge, reconnect.
+//!
+//! What is reported to the source: written = received, flushed = on disk and synced in the
+//! journal, applied = ingested and readable. A synchronous primary therefore returns from a
+//! commit only when the journal has it.
+
+use std::rc::Rc;
+use std::time::Duration;
+
+use bytes::Bytes;
+use futures_util::future::{Either, select};
+
+use super::index::{ClusterIdentity, WalSourceConfig};
+use super::ingest::IngestError;
+use super::lsns::Advance;
+use super::timeline::Timeline;
+use crate::base::{Kind, Lsn};
+use crate::io::Io;
+use crate::limits::{INGEST_PAUSE_MS, STATUS_INTERVAL_MS};
+use crate::wal;
+use crate::wal::journal::JournalError;
+use crate::wal::receiver::{EndOfStream, StandbyStatus, WalMessage, WalSource};
+use crate::wal::source::SourceError;
+use crate::wal::source::pace::{Backoff, Liveness, SilenceWatch};
+use crate::wal::stream::StreamError;
+
+/// Opens connections to WAL sources.
+#[allow(async_fn_in_trait, reason = "executors are single-threaded: no Send bound is wanted")]
+pub trait Connector: Clone + 'static {
+    /// An open connection.
+    type Source: WalSource;
+    /// Connects, and makes sure that the source is the cluster that the timeline belongs to.
+    async fn connect(
+        &self,
+        source: &WalSourceConfig,
+        cluster: &ClusterIdentity,
+    ) -> Result<Self::Source, SourceError>;
+}
+
+/// Why taking in WAL stopped.
+#[derive(Debug, thiserror::Error)]
+pub enum TakeInError {
+    /// Bytes that do not continue what came before.
+    #[error("the source sent WAL at {got}, expected {expected}")]
+    Gap {
+        /// End of what came before.
+        expected: Lsn,
+        /// Start of what came.
+        got: Lsn,
+    },
+    /// The source sent zeros where a record should begin.
+    #[error("the source sent zeros instead of the WAL record after {at}")]
+    Zeros {
+        /// End of the last record.
+        at: Lsn,
+    },
+    /// The bytes are no WAL.
+    #[error(transparent)]
+    Stream(#[from] StreamError),
+    /// A record could not be ingested.
+    #[error(transparent)]
+    Ingest(#[from] IngestError),
+    /// The journal failed.
+    #[error(transparent)]
+    Journal(#[from] JournalError),
+    /// The timeline is stopping or broken.
+    #[error("the timeline takes in no more WAL")]
+    Stopped,
+}
+
+/// Why a connection ended.
+#[derive(Debug, thiserror::Error)]
+enum FollowError {
+    #[error(transparent)]
+    Source(#[from] SourceError),
+    #[error(transparent)]
+    TakeIn(#[from] TakeInError),
+    #[error("nothing was heard of the primary for too long")]
+    Silent,
+    #[error("the primary was shut down")]
+    PrimaryShutdown,
+    #[error("the primary moved to timeline {next_timeline} at {at}; attach to the new primary")]
+    TimelineSwitch { next_timeline: u32, at: Lsn },
+}
+
+impl<I: Io> Timeline<I> {
+    /// Follows the timeline's source until the timeline stops or breaks.
+    pub(super) async fn follow<C: Connector>(self: Rc<Self>, connector: C) {
+        let Some(config) = self.source.clone() else {
+            self.follow_ended.set(true);
+            return;
+        };
+        let mut backoff = Backoff::default();
+        while !self.stopping.get() && self.broken().is_none() {
+            let before = self.lsns().received;
+            let result = match connector.connect(&config, &self.cluster).await {
+                Ok(mut source) => self.stream(&mut source).await,
+                Err(error) => Err(error.into()),
+            };
+            self.source_connected.set(false);
+            match result {
+                Ok(()) => break,
+                Err(FollowError::TakeIn(error)) if breaks(&error) => {
+                    self.set_broken(Kind::Corrupt, error.to_string());
+                }
+                Err(error) => {
+                    if self.lsns().received > before {
+                        backoff.succeeded();
+                    }
+                    let pause = backoff.failed(self.context.io.random_u64());
+                    tracing::warn!(
+                        tenant = %self.tenant, timeline = %self.id,
+                        "WAL source: {error}; connecting again in {} ms", pause.as_millis()
+                    );
+                    self.pause(pause).await;
+                }
+            }
+        }
+        self.follow_ended.set(true);
+    }
+
+    /// Asks [`Timeline::follow`] to end.
+    pub(super) fn stop_following(&self) {
+        self.stopping.set(true);
+        self.stop_signal.set();
+        self.journal_waiters.fail_all();
+    }
+
+    /// True when no WAL comes in any more.
+    pub(super) fn has_stopped_following(&self) -> bool {
+        self.follow_ended.get()
+    }
+
+    /// Sleeps, but not past a stop.
+    async fn pause(&self, duration: Duration) {
+        let sleep = std::pin::pin!(self.context.io.sleep(duration));
+        let stop = std::pin::pin!(self.stop_signal.wait());
+        select(sleep, stop).await;
+    }
+
+    /// Streams over one connection; `Ok` when the timeline is stopping.
+    async fn stream<S: WalSource>(&self, source: &mut S) -> Result<(), FollowError> {
+        source.start(self.lsns().received).await?;
+        self.source_connected.set(true);
+        let mut watch = SilenceWatch::new(self.context.io.now());
+        let mut reported = None;
+        loop {
+            let positions = self.positions();
+            let liveness = watch.check(self.context.io.now());
+            if liveness == Liveness::Dead {
+                return Err(FollowError::Silent);
+            }
+            if reported != Some(positions) || liveness == Liveness::Ask {
+                let [write, flush, apply] = positions;
+                let unix_time_us = self.context.io.unix_time_us();
+                let reply_requested = liveness == Liveness::Ask;
+                source
+                    .send_status(StandbyStatus {
+                        write,
+                        flush,
+                        apply,
+                        unix_time_us,
+                        reply_requested,
+                    })
+                    .await?;
+                reported = Some(positions);
+            }
+            let event = self.next_event(source).await;
+            if matches!(event, Event::Message(_)) {
+                watch.heard(self.context.io.now());
+            }
+            match event {
+                Event::Stop => return Ok(()),
+                Event::Report => {}
+                Event::Tick => reported = None,
+                Event::Message(message) => match message? {
+                    WalMessage::Data { start, bytes, .. } => self.take_in(start, bytes).await?,
+                    WalMessage::KeepAlive { reply_requested, .. } => {
+                        if reply_requested {
+                            reported = None;
+                        }
+                    }
+                    WalMessage::End(EndOfStream::Shutdown) => {
+                        return Err(FollowError::PrimaryShutdown);
+                    }
+                    WalMessage::End(EndOfStream::TimelineSwitch { next_timeline, at }) => {
+                        return Err(FollowError::TimelineSwitch { next_timeline, at });
+                    }
+                },
+            }
+        }
+    }
+
+    async fn next_event<S: WalSource>(&self, source: &mut S) -> Event {
+        let next = std::pin::pin!(source.next());
+        let report = std::pin::pin!(self.status_signal.wait());
+        let stop = std::pin::pin!(self.stop_signal.wait());
+        let tick =
+            std::pin::pin!(self.context.io.sleep(Duration::from_millis(STATUS_INTERVAL_MS)));
+        if self.stopping.get() {
+            return Event::Stop;
+        }
+        match select(next, select(report, select(stop, tick))).await {
+            Either::Left((message, _)) => Event::Message(message),
+            Either::Right((Either::Left(_), _)) => Event::Report,
+            Either::Right((Either::Right((Either::Left(_), _)), _)) => Event::Stop,
+            Either::Right((Either::Right((Either::Right(_), _)), _)) => Event::Tick,
+        }
+    }
+
+    /// Written, flushed, applied.
+    fn positions(&self) -> [Lsn; 3] {
+        let lsns = self.lsns();
+        [lsns.received, lsns.journal, lsns.last_record]
+    }
+
+    /// Takes in WAL bytes: into the journal's memory, and all records that are whole now into the
+    /// open layer. They are durable when `journal_lsn` has passed them.
+    pub(super) async fn take_in(&self, start: Lsn, bytes: Bytes) -> Result<(), TakeInError> {
+        let expected = self.lsns().received;
+        if start != expected {
+            return Err(TakeInError::Gap { expected, got: start });
+        }
+        while self.journal.is_full() {
+            let wait = self.journal_waiters.register(Lsn(self.lsns().journal.0 + 1));
+            self.journal_signal.set();
+            wait.await.map_err(|_| TakeInError::Stopped)?;
+        }
+        self.journal.append(start, &bytes)?;
+        {
+            let mut mutable = self.mutable.borrow_mut();
+            let end = Lsn(start.0 + bytes.len() as u64);
+            mutable.lsns.advance(Advance::Received(end));
+        }
+        self.context.counters.wal_bytes.add(bytes.len() as u64);
+        self.journal_signal.set();
+        self.ingest_bytes(&bytes).await
+    }
+
+    /// Ingests every record that is whole with `bytes`, which continue what was given before.
+    pub(super) async fn ingest_bytes(&self, mut bytes: &[u8]) -> Result<(), TakeInError> {
+        loop {
+            let event = self.mutable.borrow_mut().wal.next(&mut bytes)?;
+            let record = match event {
+                wal::stream::Event::Record(record) => record,
+                wal::stream::Event::NeedInput => return Ok(()),
+                wal::stream::Event::EndOfWal => {
+                    return Err(TakeInError::Zeros { at: self.lsns().last_record });
+                }
+            };
+            self.ingest(record.start, record.end, &record.bytes).await?;
+            self.freeze_if_due();
+            while self.frozen_is_full() {
+                if self.stopping.get() {
+                    return Err(TakeInError::Stopped);
+                }
+                self.context.io.sleep(Duration::from_millis(INGEST_PAUSE_MS)).await;
+            }
+            self.context.io.yield_if_needed().await;
+        }
+    }
+}
+
+/// True when trying again cannot help.
+fn breaks(error: &TakeInError) -> bool {
+    match error {
+        TakeInError::Gap { .. } => false,
+        TakeInError::Stopped => false,
+        TakeInError::Zeros { .. } | TakeInError::Stream(_) | TakeInError::Ingest(_) | TakeInError::Journal(_) => true,
+    }
+}
+
+enum Event {
+    Message(Result<WalMessage, SourceError>),
+    Report,
+    Tick,
+    Stop,
+}

@@ -1,0 +1,326 @@
+//! Taking in WAL records: decode, learn the sizes they need, carry out their changes, publish.
+//!
+//! For each record:
+//! 1. [`decode()`] turns it into changes (pure);
+//! 2. sizes of the forks that it touches are read from the layers, unless they are known;
+//! 3. [`Apply`] carries the changes out in the open layer, in one synchronous step;
+//! 4. `last_record_lsn` moves, and readers that wait for it wake up.
+//!
+//! Only copying a database file by file takes several steps, all of them below the new
+//! `last_record_lsn`, so that no reader sees a half-made database. While a record is under way
+//! (`ingesting`) the open layer is not frozen: its end must not cut a record in two.
+
+use bytes::Bytes;
+
+use super::apply::{Apply, ApplyError, EXISTS, Sink, touched_forks};
+use super::get_page::zero_page;
+use super::lsns::Advance;
+use super::reader::ReadError;
+use super::timeline::{Mutable, Timeline};
+use crate::base::{Key, Kind, Lsn, RelTag, SlruKind, Value};
+use crate::io::Io;
+use crate::layers::OpenLayer;
+use crate::wal::change::{Change, Parameters};
+use crate::wal::control_file::{self, ControlFileError};
+use crate::wal::decode::{DecodeError, decode};
+
+/// Why a record could not be ingested. Ingest of the timeline stops; nothing is skipped.
+#[derive(Debug, thiserror::Error)]
+pub enum IngestError {
+    /// The record makes no sense.
+    #[error("WAL record at {start}: {cause}")]
+    Decode {
+        /// Start of the record.
+        start: Lsn,
+        /// What is wrong.
+        cause: DecodeError,
+    },
+    /// The record asks for something that cannot be done.
+    #[error(transparent)]
+    Apply(#[from] ApplyError),
+    /// The stored `pg_control` is damaged.
+    #[error("WAL record at {start} changes pg_control: {cause}")]
+    Control {
+        /// Start of the record.
+        start: Lsn,
+        /// What is wrong.
+        cause: ControlFileError,
+    },
+    /// State that the record needs cannot be read.
+    #[error("WAL record at {start} needs what cannot be read: {cause}")]
+    Read {
+        /// Start of the record.
+        start: Lsn,
+        /// What is wrong.
+        cause: ReadError,
+    },
+}
+
+impl IngestError {
+    /// What a caller can do about it.
+    pub fn kind(&self) -> Kind {
+        match self {
+            IngestError::Decode { .. } | IngestError::Apply(_) | IngestError::Control { .. } => {
+                Kind::Corrupt
+            }
+            IngestError::Read { cause, .. } => cause.kind(),
+        }
+    }
+}
+
+/// Counts values on their way into the open layer.
+struct CountingSink<'a> {
+    open: &'a mut OpenLayer,
+    values: u64,
+}
+
+impl Sink for CountingSink<'_> {
+    fn put(&mut self, key: Key, lsn: Lsn, value: Value) {
+        self.open.put(key, lsn, value);
+        self.values += 1;
+    }
+}
+
+impl<I: Io> Mutable<I> {
+    /// Carries out changes at `lsn`; returns values stored and changes skipped.
+    fn apply(
+        &mut self,
+        lsn: Lsn,
+        changes: impl IntoIterator<Item = Change>,
+    ) -> Result<(u64, u64), ApplyError> {
+        let mut sink = CountingSink { open: &mut self.open, values: 0 };
+        let sizes = &mut self.sizes;
+        let mut apply = Apply { sink: &mut sink, sizes, lsn, skipped: 0 };
+        let mut checkpoint_changed = false;
+        for change in changes {
+            match change {
+                Change::Checkpoint(news) => {
+                    let checkpoint = self.checkpoint.as_mut().ok_or(ApplyError::NotLoaded)?;
+                    checkpoint_changed |= checkpoint.apply(&news);
+                }
+                other => apply.change(other)?,
+            }
+        }
+        let skipped = apply.skipped;
+        if let Some(checkpoint) = self.checkpoint.as_ref().filter(|_| checkpoint_changed) {
+            let bytes = Bytes::copy_from_slice(&checkpoint.encode());
+            sink.put(Key::CHECKPOINT, lsn, Value::Image(bytes));
+        }
+        Ok((sink.values, skipped))
+    }
+}
+
+impl<I: Io> Timeline<I> {
+    /// Ingests the record that begins at `start`; `end` is the LSN just after it. Called for one
+    /// record at a time, in WAL order.
+    pub(super) async fn ingest(
+        &self,
+        start: Lsn,
+        end: Lsn,
+        record: &Bytes,
+    ) -> Result<(), IngestError> {
+        let changes =
+            decode(record, start, end).map_err(|cause| IngestError::Decode { start, cause })?;
+        self.ingesting.set(true);
+        let result = self.carry_out(end, changes).await;
+        self.ingesting.set(false);
+        result.map_err(|error| match error {
+            CarryOutError::Apply(error) => IngestError::Apply(error),
+            CarryOutError::Read(cause) => IngestError::Read { start, cause },
+            CarryOutError::Control(cause) => IngestError::Control { start, cause },
+        })?;
+        let mut mutable = self.mutable.borrow_mut();
+        mutable.lsns.advance(Advance::LastRecord(end));
+        mutable.sizes.trim();
+        drop(mutable);
+        self.context.counters.wal_records.add(1);
+        self.waiters.wake(end);
+        Ok(())
+    }
+
+    async fn carry_out(&self, lsn: Lsn, changes: Vec<Change>) -> Result<(), CarryOutError> {
+        let mut ready = Vec::with_capacity(changes.len());
+        for change in changes {
+            match change {
+                Change::DatabaseCopy { source, target } => {
+                    self.apply_now(lsn, std::mem::take(&mut ready))?;
+                    self.drop_database(lsn, target.1, &[target.0]).await?;
+                    self.copy_database(lsn, source, target).await?;
+                }
+                Change::DatabaseDrop { db, spcs } => {
+                    self.apply_now(lsn, std::mem::take(&mut ready))?;
+                    self.drop_database(lsn, db, &spcs).await?;
+                }
+                Change::Parameters(parameters) => self.set_parameters(lsn, parameters).await?,
+                other => {
+                    for rel in touched_forks(&other) {
+                        self.load_fork_size(rel).await?;
+                    }
+                    ready.push(other);
+                }
+            }
+        }
+        self.apply_now(lsn, ready)
+    }
+
+    fn apply_now(&self, lsn: Lsn, changes: Vec<Change>) -> Result<(), CarryOutError> {
+        let (values, skipped) = self.mutable.borrow_mut().apply(lsn, changes)?;
+        self.context.counters.values.add(values);
+        self.context.counters.changes_skipped.add(skipped);
+        Ok(())
+    }
+
+    /// Makes the newest size of a fork known to [`super::sizes::Sizes`].
+    async fn load_fork_size(&self, rel: RelTag) -> Result<(), CarryOutError> {
+        let lsn = {
+            let mutable = self.mutable.borrow();
+            if mutable.sizes.rel(rel).is_some() {
+                return Ok(());
+            }
+            mutable.lsns.last_record
+        };
+        let stored = self.stored_u32(Key::rel_size(rel), lsn).await?;
+        let mut mutable = self.mutable.borrow_mut();
+        match stored {
+            Some((since, blocks)) => mutable.sizes.loaded(rel, Some(blocks), since),
+            None => mutable.sizes.loaded(rel, None, lsn),
+        }
+        Ok(())
+    }
+
+    /// Reads sizes of all SLRU segments; once, before the first record.
+    pub(super) async fn load_slru_sizes(&self) -> Result<(), ReadError> {
+        let lsn = self.lsns().last_record;
+        for kind in SlruKind::ALL {
+            for (key, (_, value)) in self.scan(&Key::slru_dir_range(kind), lsn).await? {
+                let exists = matches!(&value, Value::Image(bytes) if !bytes.is_empty());
+                let Some((kind, segment)) = key.as_slru_dir().filter(|_| exists) else { continue };
+                let size = self.stored_u32(Key::slru_size(kind, segment), lsn).await?;
+                let blocks = size.map(|(_, blocks)| blocks);
+                self.mutable.borrow_mut().sizes.set_slru(kind, segment, blocks);
+            }
+        }
+        Ok(())
+    }
+
+    /// Reads positions of all replication origins; once, before the first record.
+    pub(super) async fn load_origins(&self) -> Result<(), ReadError> {
+        let lsn = self.lsns().last_record;
+        for (key, (_, value)) in self.scan(&Key::replication_origin_all(), lsn).await? {
+            let Value::Image(bytes) = value else { continue };
+            if let Ok(position) = <[u8; 8]>::try_from(&bytes[..]) {
+                let position = Lsn(u64::from_le_bytes(position));
+                let id = key.field6 as u16;
+                self.mutable.borrow_mut().sizes.set_origin(id, Some(position));
+            }
+        }
+        Ok(())
+    }
+
+    /// Settings of the source that `pg_control` records.
+    async fn set_parameters(&self, lsn: Lsn, new: Parameters) -> Result<(), CarryOutError> {
+        let hints = self.cluster.data_checksums || new.wal_log_hints;
+        if hints != self.cluster.hint_bits_logged {
+            tracing::warn!(
+                tenant = %self.tenant, timeline = %self.id,
+                "wal_log_hints changed on the primary at {lsn}: LSNs of heap pages that VACUUM \
+                 touches may differ from the primary's until the timeline is attached anew"
+            );
+        }
+        let read_lsn = self.lsns().last_record;
+        let Some((_, control)) = self.metadata(Key::CONTROL_FILE, read_lsn).await? else {
+            return Ok(());
+        };
+        let changed = control_file::with_parameters(&control, &new)?;
+        let mut mutable = self.mutable.borrow_mut();
+        mutable.open.put(Key::CONTROL_FILE, lsn, Value::Image(changed));
+        Ok(())
+    }
+
+    /// `dbase_redo` of `XLOG_DBASE_DROP`: every fork goes, then the database itself.
+    async fn drop_database(&self, lsn: Lsn, db: u32, spcs: &[u32]) -> Result<(), CarryOutError> {
+        let read_lsn = self.lsns().last_record;
+        for &spc in spcs {
+            let forks = self.database_forks(spc, db, read_lsn).await?;
+            for &rel in &forks {
+                self.load_fork_size(rel).await?;
+            }
+            let known = self.metadata(Key::database(spc, db), read_lsn).await?.is_some();
+            let mut mutable = self.mutable.borrow_mut();
+            let Mutable { open, sizes, .. } = &mut *mutable;
+            let mut sink = CountingSink { open, values: 0 };
+            let mut apply = Apply { sink: &mut sink, sizes, lsn, skipped: 0 };
+            forks.into_iter().for_each(|rel| apply.drop_fork(rel));
+            if known {
+                for key in [Key::database(spc, db), Key::relmap(spc, db)] {
+                    sink.put(key, lsn, Value::Image(Bytes::new()));
+                }
+            }
+            self.context.counters.values.add(sink.values);
+        }
+        Ok(())
+    }
+
+    /// `dbase_redo` of `XLOG_DBASE_CREATE_FILE_COPY`: every fork of the template as it stands
+    /// before the record, page by page. The pages wait in the open layer.
+    async fn copy_database(
+        &self,
+        lsn: Lsn,
+        source: (u32, u32),
+        target: (u32, u32),
+    ) -> Result<(), CarryOutError> {
+        let read_lsn = self.lsns().last_record;
+        let relmap = self.metadata(Key::relmap(source.0, source.1), read_lsn).await?;
+        {
+            let mut mutable = self.mutable.borrow_mut();
+            mutable.open.put(Key::database(target.0, target.1), lsn, Value::Image(EXISTS));
+            if let Some((_, content)) = relmap {
+                mutable.open.put(Key::relmap(target.0, target.1), lsn, Value::Image(content));
+            }
+        }
+        for from in self.database_forks(source.0, source.1, read_lsn).await? {
+            let mut to = from;
+            (to.node.spc, to.node.db) = target;
+            self.load_fork_size(to).await?;
+            let blocks = self.fork_size(from, read_lsn).await?.unwrap_or(0);
+            for block in 0..blocks {
+                let page = self.page(Key::rel_block(from, block), read_lsn).await?;
+                let value =
+                    if page == zero_page() { Value::ZeroPage } else { Value::Image(page) };
+                self.mutable.borrow_mut().open.put(Key::rel_block(to, block), lsn, value);
+            }
+            let mut mutable = self.mutable.borrow_mut();
+            let Mutable { open, sizes, .. } = &mut *mutable;
+            let mut sink = CountingSink { open, values: 0 };
+            let mut apply = Apply { sink: &mut sink, sizes, lsn, skipped: 0 };
+            apply.ensure_fork(to);
+            apply.set_size(to, blocks);
+        }
+        Ok(())
+    }
+}
+
+/// An error without the record's position.
+enum CarryOutError {
+    Apply(ApplyError),
+    Read(ReadError),
+    Control(ControlFileError),
+}
+
+impl From<ControlFileError> for CarryOutError {
+    fn from(error: ControlFileError) -> Self {
+        CarryOutError::Control(error)
+    }
+}
+
+impl From<ApplyError> for CarryOutError {
+    fn from(error: ApplyError) -> Self {
+        CarryOutError::Apply(error)
+    }
+}
+
+impl From<ReadError> for CarryOutError {
+    fn from(error: ReadError) -> Self {
+        CarryOutError::Read(error)
+    }
+}

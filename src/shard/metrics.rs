@@ -1,0 +1,37 @@
+//! Counters of one core. Plain cells: only the core's own executor touches them.
+
+use std::cell::Cell;
+
+/// A number that grows.
+#[derive(Default)]
+pub struct Counter(Cell<u64>);
+
+impl Counter {
+    /// Adds to it.
+    pub fn add(&self, amount: u64) {
+        self.0.set(self.0.get().wrapping_add(amount));
+    }
+
+    /// Its value.
+    pub fn get(&self) -> u64 {
+        self.0.get()
+    }
+}
+
+/// What a core counts.
+#[derive(Default)]
+#[allow(missing_docs, reason = "the names say it; see `control::CoreMetrics`")]
+pub struct Counters {
+    pub get_page_requests: Counter,
+    pub get_page_us: Counter,
+    pub other_requests: Counter,
+    pub request_errors: Counter,
+    pub wal_bytes: Counter,
+    pub wal_records: Counter,
+    pub values: Counter,
+    pub changes_skipped: Counter,
+    pub journal_syncs: Counter,
+    pub journal_bytes: Counter,
+    pub layer_bytes: Counter,
+    pub checkpoints: Counter,
+}

@@ -1,0 +1,95 @@
+//! What ingest must know of the timeline as of the last ingested record: sizes of relation forks
+//! and SLRU segments, positions of replication origins.
+//!
+//! Ingest needs the size of every fork that a record touches: to extend it, to fill gaps, and to
+//! skip changes of blocks that do not exist, as PostgreSQL does. Sizes are read from the layers
+//! once and kept here; the cache also answers reads, because a size that has not changed since
+//! LSN `since` is the size at every later LSN too.
+
+use std::collections::{BTreeMap, HashMap};
+
+use crate::base::{BlockNumber, Lsn, RelTag, SlruKind};
+use crate::limits::REL_SIZE_CACHE_ENTRIES_MAX;
+
+/// The newest size of a fork.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct RelSize {
+    /// Blocks; `None` when the fork does not exist.
+    pub blocks: Option<BlockNumber>,
+    /// The size is valid from this LSN to the last ingested record.
+    pub since: Lsn,
+}
+
+/// See the module's text.
+#[derive(Default)]
+pub struct Sizes {
+    rels: HashMap<RelTag, RelSize>,
+    slru: BTreeMap<(SlruKind, u32), BlockNumber>,
+    origins: BTreeMap<u16, Lsn>,
+}
+
+impl Sizes {
+    /// The fork's newest size, if it is known.
+    pub fn rel(&self, rel: RelTag) -> Option<RelSize> {
+        self.rels.get(&rel).copied()
+    }
+
+    /// Size in blocks of a fork that was loaded before; 0 for one that does not exist.
+    pub fn blocks(&self, rel: RelTag) -> BlockNumber {
+        self.rel(rel).and_then(|size| size.blocks).unwrap_or(0)
+    }
+
+    /// True for an existing fork that was loaded before.
+    pub fn exists(&self, rel: RelTag) -> bool {
+        self.rel(rel).is_some_and(|size| size.blocks.is_some())
+    }
+
+    /// Remembers a fork's newest size.
+    pub fn set_rel(&mut self, rel: RelTag, blocks: Option<BlockNumber>, since: Lsn) {
+        self.rels.insert(rel, RelSize { blocks, since });
+    }
+
+    /// Remembers what was read from the layers, unless ingest knows better by now.
+    pub fn loaded(&mut self, rel: RelTag, blocks: Option<BlockNumber>, since: Lsn) {
+        self.rels.entry(rel).or_insert(RelSize { blocks, since });
+    }
+
+    /// Forgets everything about relations when there is too much of it. Only between records:
+    /// within one record, sizes that were loaded must stay.
+    pub fn trim(&mut self) {
+        if self.rels.len() > REL_SIZE_CACHE_ENTRIES_MAX {
+            self.rels.clear();
+        }
+    }
+
+    /// Size of an SLRU segment in blocks, `None` when it does not exist.
+    pub fn slru(&self, kind: SlruKind, segment: u32) -> Option<BlockNumber> {
+        self.slru.get(&(kind, segment)).copied()
+    }
+
+    /// Existing segments of an SLRU.
+    pub fn slru_segments(&self, kind: SlruKind) -> Vec<u32> {
+        self.slru.range((kind, 0)..=(kind, u32::MAX)).map(|((_, segment), _)| *segment).collect()
+    }
+
+    /// Remembers the size of an SLRU segment; `None` removes it.
+    pub fn set_slru(&mut self, kind: SlruKind, segment: u32, blocks: Option<BlockNumber>) {
+        match blocks {
+            Some(blocks) => self.slru.insert((kind, segment), blocks),
+            None => self.slru.remove(&(kind, segment)),
+        };
+    }
+
+    /// How far a replication origin is known to be replayed.
+    pub fn origin(&self, id: u16) -> Option<Lsn> {
+        self.origins.get(&id).copied()
+    }
+
+    /// Remembers the position of a replication origin; `None` removes it.
+    pub fn set_origin(&mut self, id: u16, remote_lsn: Option<Lsn>) {
+        match remote_lsn {
+            Some(lsn) => self.origins.insert(id, lsn),
+            None => self.origins.remove(&id),
+        };
+    }
+}

@@ -1,0 +1,133 @@
+//! A layer file of a timeline, opened when it is first read.
+
+use std::cell::RefCell;
+use std::path::{Path, PathBuf};
+use std::rc::Rc;
+
+use super::index::IndexLayer;
+use super::layer_map::LayerSpan;
+use crate::base::{Key, KeyRange, Lsn, LsnRange, Value};
+use crate::io::Io;
+use crate::layers::{
+    BlockCache, DeltaLayer, ImageLayer, LayerError, LayerName, LayerOwner, Lookup, Newest,
+};
+
+/// See the module's text.
+pub struct StoredLayer<I: Io> {
+    io: I,
+    dir: PathBuf,
+    name: LayerName,
+    len: u64,
+    owner: LayerOwner,
+    cache: Rc<BlockCache>,
+    reader: RefCell<Option<Rc<Reader<I>>>>,
+}
+
+enum Reader<I: Io> {
+    Delta(DeltaLayer<I>),
+    Image(ImageLayer<I>),
+}
+
+impl<I: Io> StoredLayer<I> {
+    /// A layer file `dir/name` of `len` bytes; it is not touched yet.
+    pub fn new(
+        io: I,
+        dir: &Path,
+        name: LayerName,
+        len: u64,
+        owner: LayerOwner,
+        cache: Rc<BlockCache>,
+    ) -> Rc<Self> {
+        let reader = RefCell::new(None);
+        Rc::new(StoredLayer { io, dir: dir.to_owned(), name, len, owner, cache, reader })
+    }
+
+    /// What it covers.
+    pub fn span(&self) -> LayerSpan {
+        LayerSpan {
+            keys: self.name.keys().clone(),
+            lsns: self.name.lsns(),
+            is_image: self.name.is_image(),
+        }
+    }
+
+    /// Its line in the index.
+    pub fn index_entry(&self) -> IndexLayer {
+        IndexLayer { name: self.name.to_string(), len: self.len }
+    }
+
+    /// Length in bytes.
+    pub fn len(&self) -> u64 {
+        self.len
+    }
+
+    async fn reader(&self) -> Result<Rc<Reader<I>>, LayerError> {
+        if let Some(reader) = self.reader.borrow().as_ref() {
+            return Ok(reader.clone());
+        }
+        let (io, dir, cache) = (&self.io, self.dir.as_path(), self.cache.clone());
+        let opened = if self.name.is_image() {
+            Reader::Image(ImageLayer::open(io, dir, &self.name, self.owner, cache).await?)
+        } else {
+            Reader::Delta(DeltaLayer::open(io, dir, &self.name, self.owner, cache).await?)
+        };
+        let raced = self.reader.borrow().clone();
+        match raced {
+            // Another read opened it meanwhile.
+            Some(reader) => {
+                opened.close().await?;
+                Ok(reader)
+            }
+            None => {
+                let reader = Rc::new(opened);
+                *self.reader.borrow_mut() = Some(reader.clone());
+                Ok(reader)
+            }
+        }
+    }
+
+    /// Appends the values of `key` within `lsns` to `out`, newest first, up to the first base.
+    pub async fn collect(
+        &self,
+        key: Key,
+        lsns: &LsnRange,
+        out: &mut Vec<(Lsn, Value)>,
+    ) -> Result<Lookup, LayerError> {
+        match &*self.reader().await? {
+            Reader::Delta(layer) => layer.collect(key, lsns, out).await,
+            Reader::Image(layer) => layer.collect(key, lsns, out).await,
+        }
+    }
+
+    /// For every key of the range, its newest value with `lsn < below`, unless `out` has a newer.
+    pub async fn scan(
+        &self,
+        keys: &KeyRange,
+        below: Lsn,
+        out: &mut Newest,
+    ) -> Result<(), LayerError> {
+        match &*self.reader().await? {
+            Reader::Delta(layer) => layer.scan(keys, below, out).await,
+            Reader::Image(layer) => layer.scan(keys, below, out).await,
+        }
+    }
+
+    /// Closes the file if no read is under way. Reads that are keep it open until they end; then
+    /// the executor's end closes it.
+    pub async fn close(&self) -> Result<(), LayerError> {
+        let reader = self.reader.borrow_mut().take();
+        match reader.map(Rc::try_unwrap) {
+            Some(Ok(reader)) => reader.close().await,
+            Some(Err(_)) | None => Ok(()),
+        }
+    }
+}
+
+impl<I: Io> Reader<I> {
+    async fn close(self) -> Result<(), LayerError> {
+        match self {
+            Reader::Delta(layer) => layer.close().await,
+            Reader::Image(layer) => layer.close().await,
+        }
+    }
+}

@@ -1,0 +1,281 @@
+//! One timeline: its layers, its milestones, its journal.
+//!
+//! Everything that changes lives in [`Mutable`] behind one `RefCell`, is changed by synchronous
+//! methods only, and is never borrowed across an `.await`.
+
+use std::cell::{Cell, RefCell};
+use std::path::PathBuf;
+use std::rc::Rc;
+use std::sync::Arc;
+
+use super::background::Background;
+use super::control::{ImportProgress, TimelineInfo, TimelineState};
+use super::index::{ClusterIdentity, IndexLayer, TimelineIndex, WalSourceConfig};
+use super::layer_map::LayerMap;
+use super::lsns::{LsnWaiters, Lsns};
+use super::metrics::Counters;
+use super::sizes::Sizes;
+use super::stored::StoredLayer;
+use super::turn::Turn;
+use crate::base::{Kind, Lsn, TenantShardId, TimelineId};
+use crate::io::{Instant, Io};
+use crate::layers::{BlockCache, FrozenLayer, OpenLayer};
+use crate::redo::Redo;
+use crate::wal::checkpoint::Checkpoint;
+use crate::wal::journal::Journal;
+use crate::wal::page::WalLayout;
+use crate::wal::stream::{StreamError, WalStream};
+
+/// Sizes and times of a timeline.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct TimelineConfig {
+    /// The open layer is frozen when it takes this much memory, in bytes.
+    pub checkpoint_distance_bytes: u64,
+    /// The open layer is frozen at this age, in seconds.
+    pub checkpoint_timeout_s: u64,
+    /// A read waits this long for its LSN, in milliseconds.
+    pub wait_lsn_timeout_ms: u64,
+    /// An import cuts image layers at this size, in bytes.
+    pub image_layer_bytes: u64,
+}
+
+/// What a timeline needs from its surroundings.
+pub struct TimelineContext<I: Io> {
+    /// The serve executor.
+    pub io: I,
+    /// The core's background executor.
+    pub background: Background<I>,
+    /// Applies WAL records; serves the timeline's tenant.
+    pub redo: Rc<dyn Redo>,
+    /// Verified blocks of the core's layer files.
+    pub cache: Rc<BlockCache>,
+    /// Counters of the core.
+    pub counters: Rc<Counters>,
+    /// Sizes and times.
+    pub config: TimelineConfig,
+    /// The timeline's directory.
+    pub dir: PathBuf,
+}
+
+/// See the module's text.
+pub struct Timeline<I: Io> {
+    pub(super) context: TimelineContext<I>,
+    /// The tenant shard.
+    pub tenant: TenantShardId,
+    /// The timeline.
+    pub id: TimelineId,
+    pub(super) cluster: ClusterIdentity,
+    pub(super) start_lsn: Lsn,
+    pub(super) source: Option<WalSourceConfig>,
+    pub(super) journal: Journal<I>,
+    pub(super) mutable: RefCell<Mutable<I>>,
+    pub(super) waiters: LsnWaiters,
+    /// Tells the checkpoint task that a layer is frozen or the journal moved.
+    pub(super) checkpoint_signal: Signal,
+    /// Tells the journal task that bytes wait.
+    pub(super) journal_signal: Signal,
+    /// Tells the WAL receiver that there is something to report.
+    pub(super) status_signal: Signal,
+    /// Waiting for `journal_lsn`.
+    pub(super) journal_waiters: LsnWaiters,
+    /// Waiting for `disk_consistent_lsn`.
+    pub(super) disk_waiters: LsnWaiters,
+    pub(super) flush_turn: Turn,
+    pub(super) checkpoint_turn: Turn,
+    /// A record is being ingested: the open layer must not be frozen.
+    pub(super) ingesting: Cell<bool>,
+    pub(super) stopping: Cell<bool>,
+    /// Tells the WAL receiver to stop.
+    pub(super) stop_signal: Signal,
+    /// The WAL receiver has ended.
+    pub(super) follow_ended: Cell<bool>,
+    pub(super) source_connected: Cell<bool>,
+}
+
+/// The parts of a timeline that change.
+pub struct Mutable<I: Io> {
+    pub(super) lsns: Lsns,
+    pub(super) open: OpenLayer,
+    pub(super) open_since: Instant,
+    /// Oldest first.
+    pub(super) frozen: Vec<Arc<FrozenLayer>>,
+    pub(super) layers: LayerMap<Rc<StoredLayer<I>>>,
+    pub(super) sizes: Sizes,
+    /// The tracked `CheckPoint` struct; loaded before the first record.
+    pub(super) checkpoint: Option<Checkpoint>,
+    /// Cuts the incoming bytes into records.
+    pub(super) wal: WalStream,
+    pub(super) broken: Option<String>,
+}
+
+/// A one-place signal: setting it twice before it is seen counts once. One task waits.
+pub(super) struct Signal {
+    sender: async_channel::Sender<()>,
+    receiver: async_channel::Receiver<()>,
+}
+
+impl Signal {
+    pub(super) fn new() -> Self {
+        let (sender, receiver) = async_channel::bounded(1);
+        Signal { sender, receiver }
+    }
+
+    pub(super) fn set(&self) {
+        // Full means that the signal is set already.
+        let _ = self.sender.try_send(());
+    }
+
+    pub(super) async fn wait(&self) {
+        // The sender lives as long as the receiver, so this cannot fail.
+        let _ = self.receiver.recv().await;
+    }
+}
+
+/// What opening a timeline found.
+pub struct Opened<I: Io> {
+    /// The index.
+    pub index: TimelineIndex,
+    /// Its layers.
+    pub layers: LayerMap<Rc<StoredLayer<I>>>,
+    /// The journal, open at its end.
+    pub journal: Journal<I>,
+}
+
+impl<I: Io> Timeline<I> {
+    /// A timeline from its parts, at the index's `disk_consistent_lsn`. What the journal has after
+    /// that is ingested by `load`.
+    pub fn new(
+        context: TimelineContext<I>,
+        opened: Opened<I>,
+    ) -> Result<Rc<Self>, StreamError> {
+        let Opened { index, layers, journal } = opened;
+        let lsn = index.disk_consistent_lsn;
+        let open_since = context.io.now();
+        let wal = WalStream::new(lsn, wal_layout(&index.cluster))?;
+        Ok(Rc::new(Timeline {
+            tenant: index.tenant,
+            id: index.timeline,
+            cluster: index.cluster,
+            start_lsn: index.start_lsn,
+            source: index.source,
+            journal,
+            mutable: RefCell::new(Mutable {
+                lsns: Lsns::at(lsn),
+                open: OpenLayer::new(Lsn(lsn.0 + 1)),
+                open_since,
+                frozen: Vec::new(),
+                layers,
+                sizes: Sizes::default(),
+                checkpoint: None,
+                wal,
+                broken: None,
+            }),
+            waiters: LsnWaiters::default(),
+            checkpoint_signal: Signal::new(),
+            journal_signal: Signal::new(),
+            status_signal: Signal::new(),
+            journal_waiters: LsnWaiters::default(),
+            disk_waiters: LsnWaiters::default(),
+            flush_turn: Turn::default(),
+            checkpoint_turn: Turn::default(),
+            ingesting: Cell::new(false),
+            stopping: Cell::new(false),
+            stop_signal: Signal::new(),
+            follow_ended: Cell::new(false),
+            source_connected: Cell::new(false),
+            context,
+        }))
+    }
+
+    /// The milestones.
+    pub fn lsns(&self) -> Lsns {
+        self.mutable.borrow().lsns
+    }
+
+    /// First readable LSN.
+    pub fn start_lsn(&self) -> Lsn {
+        self.start_lsn
+    }
+
+    /// Why the timeline takes in no more WAL, if so.
+    pub fn broken(&self) -> Option<String> {
+        self.mutable.borrow().broken.clone()
+    }
+
+    /// Stops ingest for good; reads of what is there go on. Only a restart, after an operator has
+    /// looked, tries again.
+    pub(super) fn set_broken(&self, kind: Kind, reason: String) {
+        tracing::error!(tenant = %self.tenant, timeline = %self.id, ?kind, "ingest stops: {reason}");
+        self.mutable.borrow_mut().broken.get_or_insert(reason);
+        self.waiters.fail_all();
+        self.journal_waiters.fail_all();
+        self.disk_waiters.fail_all();
+    }
+
+    /// The index that describes the timeline with `added` layers and this `disk_consistent_lsn`.
+    pub(super) fn index_with(
+        &self,
+        added: &[IndexLayer],
+        disk_consistent_lsn: Lsn,
+    ) -> TimelineIndex {
+        let mutable = self.mutable.borrow();
+        let present = mutable.layers.iter().map(|(_, layer)| layer.index_entry());
+        TimelineIndex {
+            version: super::index::INDEX_VERSION,
+            tenant: self.tenant,
+            timeline: self.id,
+            cluster: self.cluster,
+            source: self.source.clone(),
+            start_lsn: self.start_lsn,
+            disk_consistent_lsn,
+            layers: present.chain(added.iter().cloned()).collect(),
+        }
+    }
+
+    /// The timeline as the admin API shows it.
+    pub fn info(&self, core: usize) -> TimelineInfo {
+        let mutable = self.mutable.borrow();
+        let lsns = mutable.lsns;
+        let state = match mutable.broken {
+            Some(_) => TimelineState::Broken,
+            None if lsns.last_record < self.start_lsn => TimelineState::CatchingUp,
+            None => TimelineState::Active,
+        };
+        let frozen: u64 = mutable.frozen.iter().map(|layer| layer.memory_bytes() as u64).sum();
+        TimelineInfo {
+            tenant: self.tenant,
+            timeline: self.id,
+            core,
+            state,
+            error: mutable.broken.clone(),
+            import: None::<ImportProgress>,
+            start_lsn: self.start_lsn,
+            received_lsn: lsns.received,
+            last_record_lsn: lsns.last_record,
+            journal_lsn: lsns.journal,
+            disk_consistent_lsn: lsns.disk_consistent,
+            wal_source: self.source.as_ref().map(|source| redacted(&source.conninfo)),
+            wal_source_connected: self.source_connected.get(),
+            layer_count: mutable.layers.iter().count() as u64,
+            layer_bytes: mutable.layers.iter().map(|(_, layer)| layer.len()).sum(),
+            open_layer_bytes: mutable.open.memory_bytes() as u64 + frozen,
+            journal_bytes: lsns.received.bytes_since(lsns.disk_consistent),
+        }
+    }
+}
+
+/// What is known of the cluster's WAL before it is read.
+pub(super) fn wal_layout(cluster: &ClusterIdentity) -> WalLayout {
+    WalLayout {
+        segment_bytes: cluster.wal_segment_bytes,
+        system_id: Some(cluster.system_id),
+    }
+}
+
+/// A connection string without its password.
+fn redacted(conninfo: &str) -> String {
+    match conninfo.parse::<crate::wal::source::conninfo::ConnInfo>() {
+        Ok(parsed) => parsed.to_string(),
+        Err(_) => "(unreadable connection string)".to_owned(),
+    }
+}

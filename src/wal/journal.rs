@@ -1,0 +1,335 @@
+//! The journal: raw WAL on disk, synced before it is acknowledged.
+//!
+//! One directory per timeline holds segment files of [`JOURNAL_SEGMENT_BYTES`], named as
+//! PostgreSQL names its own (`TTTTTTTTXXXXXXXXYYYYYYYY`), each byte at the offset where
+//! PostgreSQL has it. A segment is preallocated with zeros, so "no record" and "end of WAL" look
+//! the same here as there, and PostgreSQL's own tools read the directory. The WAL's record
+//! checksums and back links guard the content; nothing is added to it.
+//!
+//! Algorithm:
+//! 1. [`Journal::append`] takes bytes at the end of the journal into memory.
+//! 2. [`Journal::flush`] writes everything that waits, whole blocks with zeros after the end,
+//!    syncs each file it touched, and only then moves [`Journal::synced_lsn`]. All that arrived
+//!    while a flush was under way goes with the next one: group commit.
+//! 3. The block that holds the end is written again by the next flush. Its old bytes are written
+//!    with the same content, so a torn write cannot damage them.
+//!
+//! A crash at any step leaves: every byte below `synced_lsn`, and above it any mixture of new
+//! bytes and zeros, which the record checksums tell apart.
+
+use std::cell::RefCell;
+use std::path::{Path, PathBuf};
+
+use bytes::{Buf, Bytes, BytesMut};
+
+use crate::base::{Kind, Lsn};
+use crate::io::{ALIGNMENT, File, Io, IoCause, IoError, align_down, align_up};
+use crate::limits::{JOURNAL_BUFFER_BYTES_MAX, JOURNAL_SEGMENT_BYTES, JOURNAL_WRITE_BYTES_MAX};
+
+/// Why the journal cannot be used.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum JournalError {
+    /// Bytes that do not begin where the journal ends.
+    #[error("WAL at {got} does not continue the journal, which ends at {expected}")]
+    Gap {
+        /// End of the journal.
+        expected: Lsn,
+        /// Start of the bytes.
+        got: Lsn,
+    },
+    /// An earlier write or sync failed. What is on disk is unknown, so nothing may be
+    /// acknowledged any more; the timeline must be opened anew.
+    #[error("the journal failed earlier and takes no more WAL: {0}")]
+    Failed(IoError),
+    /// The device or file system.
+    #[error(transparent)]
+    Io(#[from] IoError),
+}
+
+impl JournalError {
+    /// What a caller can do about it.
+    pub fn kind(&self) -> Kind {
+        match self {
+            JournalError::Gap { .. } => Kind::Retry,
+            JournalError::Failed(_) => Kind::Corrupt,
+            JournalError::Io(error) => error.kind(),
+        }
+    }
+}
+
+/// Counters of a journal.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct JournalCounters {
+    /// Syncs done.
+    pub syncs: u64,
+    /// Bytes written, padding and rewritten blocks included.
+    pub bytes_written: u64,
+}
+
+/// The journal of one timeline. Contract: `append` from one task; `flush` from one task (they may
+/// be different ones); `read` from anywhere below `synced_lsn`.
+pub struct Journal<I: Io> {
+    io: I,
+    dir: PathBuf,
+    /// PostgreSQL's timeline number, for file names.
+    tli: u32,
+    state: RefCell<State>,
+    current: RefCell<Option<(u64, I::File)>>,
+}
+
+struct State {
+    /// Position of the first byte of `tail`, a multiple of [`ALIGNMENT`].
+    tail_start: Lsn,
+    /// Everything from the last block that is not complete and synced.
+    tail: BytesMut,
+    synced: Lsn,
+    failed: Option<IoError>,
+    counters: JournalCounters,
+}
+
+impl State {
+    fn end(&self) -> Lsn {
+        Lsn(self.tail_start.0 + self.tail.len() as u64)
+    }
+}
+
+impl<I: Io> Journal<I> {
+    /// Opens the journal at `end`, the start of a segment for a new journal. To go on with one
+    /// that has content, read it and then [`Journal::resume`].
+    pub async fn open(io: I, dir: &Path, tli: u32, end: Lsn) -> Result<Self, JournalError> {
+        io.create_dir(dir).await?;
+        Ok(Journal {
+            io,
+            dir: dir.to_owned(),
+            tli,
+            state: RefCell::new(State {
+                tail_start: end,
+                tail: BytesMut::new(),
+                synced: end,
+                failed: None,
+                counters: JournalCounters::default(),
+            }),
+            current: RefCell::new(None),
+        })
+    }
+
+    /// Goes on at `end` after a replay of `from..end`: what lies before `end` is made durable
+    /// (a killed process may have written it without a sync), what lies after is forgotten.
+    pub async fn resume(&self, from: Lsn, end: Lsn) -> Result<(), JournalError> {
+        let numbers = from.segment_number(JOURNAL_SEGMENT_BYTES)
+            ..=end.segment_number(JOURNAL_SEGMENT_BYTES);
+        for number in numbers {
+            match self.io.open(&self.segment_path(number)).await {
+                Ok(file) => {
+                    let synced = file.sync().await;
+                    file.close().await?;
+                    synced?;
+                }
+                // The segment that begins at `end` need not exist yet.
+                Err(error) if error.cause == IoCause::NotFound => {}
+                Err(error) => return Err(error.into()),
+            }
+        }
+        self.io.sync_dir(&self.dir).await?;
+        let start = Lsn(align_down(end.0));
+        let wanted = end.bytes_since(start) as usize;
+        let block = if wanted > 0 { self.read(start, wanted).await? } else { Bytes::new() };
+        let mut state = self.state.borrow_mut();
+        state.tail_start = start;
+        state.tail = BytesMut::from(&block[..]);
+        // A journal that was cut keeps zeros for what is missing; the WAL is streamed again.
+        state.tail.resize(wanted, 0);
+        state.synced = end;
+        Ok(())
+    }
+
+    /// End of the bytes taken in.
+    pub fn end_lsn(&self) -> Lsn {
+        self.state.borrow().end()
+    }
+
+    /// Every byte before this is on disk, synced.
+    pub fn synced_lsn(&self) -> Lsn {
+        self.state.borrow().synced
+    }
+
+    /// Counters since the journal was opened.
+    pub fn counters(&self) -> JournalCounters {
+        self.state.borrow().counters
+    }
+
+    /// True when so much waits for a flush that the source should wait too.
+    pub fn is_full(&self) -> bool {
+        self.state.borrow().tail.len() >= JOURNAL_BUFFER_BYTES_MAX
+    }
+
+    /// Takes bytes that begin at [`Journal::end_lsn`]. They are in memory only.
+    pub fn append(&self, start: Lsn, bytes: &[u8]) -> Result<(), JournalError> {
+        let mut state = self.state.borrow_mut();
+        if let Some(error) = &state.failed {
+            return Err(JournalError::Failed(error.clone()));
+        }
+        if start != state.end() {
+            return Err(JournalError::Gap { expected: state.end(), got: start });
+        }
+        state.tail.extend_from_slice(bytes);
+        Ok(())
+    }
+
+    /// Writes and syncs all that was appended before the call; returns the new `synced_lsn`.
+    /// After an error nothing is acknowledged and every later call fails.
+    pub async fn flush(&self) -> Result<Lsn, JournalError> {
+        let (start, bytes) = {
+            let state = self.state.borrow();
+            if let Some(error) = &state.failed {
+                return Err(JournalError::Failed(error.clone()));
+            }
+            if state.end() == state.synced {
+                return Ok(state.synced);
+            }
+            (state.tail_start, Bytes::copy_from_slice(&state.tail))
+        };
+        let end = Lsn(start.0 + bytes.len() as u64);
+        let written = self.write_range(start, bytes).await;
+        let mut state = self.state.borrow_mut();
+        match written {
+            Ok(bytes_written) => {
+                state.counters.syncs += 1;
+                state.counters.bytes_written += bytes_written;
+                state.synced = end;
+                let keep_from = Lsn(align_down(end.0));
+                let done = keep_from.bytes_since(state.tail_start) as usize;
+                state.tail.advance(done);
+                state.tail_start = keep_from;
+                Ok(end)
+            }
+            Err(error) => {
+                state.failed = Some(error.clone());
+                Err(error.into())
+            }
+        }
+    }
+
+    async fn write_range(&self, start: Lsn, mut bytes: Bytes) -> Result<u64, IoError> {
+        let mut at = start;
+        let mut written = 0;
+        while !bytes.is_empty() {
+            let offset = at.segment_offset(JOURNAL_SEGMENT_BYTES);
+            let in_segment = (JOURNAL_SEGMENT_BYTES - offset) as usize;
+            let part = bytes.split_to(bytes.len().min(in_segment));
+            let file = self.take_segment(at.segment_number(JOURNAL_SEGMENT_BYTES)).await?;
+            let result = write_part(&file, offset, &part).await;
+            *self.current.borrow_mut() =
+                Some((at.segment_number(JOURNAL_SEGMENT_BYTES), file));
+            written += result?;
+            at = Lsn(at.0 + part.len() as u64);
+        }
+        Ok(written)
+    }
+
+    /// The open file of a segment, created if need be. A new file's name and length are durable
+    /// before the first byte is written to it.
+    async fn take_segment(&self, number: u64) -> Result<I::File, IoError> {
+        let open = self.current.borrow_mut().take();
+        if let Some((open_number, file)) = open {
+            if open_number == number {
+                return Ok(file);
+            }
+            file.close().await?;
+        }
+        let path = self.segment_path(number);
+        match self.io.open(&path).await {
+            Ok(file) => Ok(file),
+            Err(error) if error.cause == IoCause::NotFound => {
+                let file = self.io.create(&path).await?;
+                let prepared = async {
+                    file.allocate(JOURNAL_SEGMENT_BYTES).await?;
+                    file.sync().await?;
+                    self.io.sync_dir(&self.dir).await
+                };
+                match prepared.await {
+                    Ok(()) => Ok(file),
+                    Err(error) => {
+                        // The first error is the one that counts.
+                        let _ = file.close().await;
+                        Err(error)
+                    }
+                }
+            }
+            Err(error) => Err(error),
+        }
+    }
+
+    /// Up to `len` bytes from `start` on, within one segment; fewer where the file is shorter,
+    /// none where it is missing. What is above `synced_lsn` may be zeros or rubbish.
+    pub async fn read(&self, start: Lsn, len: usize) -> Result<Bytes, JournalError> {
+        let offset = start.segment_offset(JOURNAL_SEGMENT_BYTES);
+        let len = (len as u64).min(JOURNAL_SEGMENT_BYTES - offset);
+        let path = self.segment_path(start.segment_number(JOURNAL_SEGMENT_BYTES));
+        let file = match self.io.open(&path).await {
+            Ok(file) => file,
+            Err(error) if error.cause == IoCause::NotFound => return Ok(Bytes::new()),
+            Err(error) => return Err(error.into()),
+        };
+        let from = align_down(offset);
+        let result = file.read_at(from, (align_up(offset + len) - from) as usize).await;
+        file.close().await?;
+        let block = result?;
+        let skip = (offset - from) as usize;
+        let end = block.len().min(skip + len as usize);
+        Ok(Bytes::copy_from_slice(block.get(skip..end).unwrap_or_default()))
+    }
+
+    /// Removes segments that lie wholly before `lsn`; returns how many.
+    pub async fn remove_before(&self, lsn: Lsn) -> Result<usize, JournalError> {
+        let keep = self.segment_name(lsn.segment_number(JOURNAL_SEGMENT_BYTES));
+        let mut removed = 0;
+        for entry in self.io.list(&self.dir).await? {
+            if entry.name.len() == keep.len() && entry.name < keep {
+                self.io.remove(&self.dir.join(&entry.name)).await?;
+                removed += 1;
+            }
+        }
+        if removed > 0 {
+            self.io.sync_dir(&self.dir).await?;
+        }
+        Ok(removed)
+    }
+
+    /// Bytes of the segment files.
+    pub async fn disk_bytes(&self) -> Result<u64, JournalError> {
+        Ok(self.io.list(&self.dir).await?.iter().map(|entry| entry.len).sum())
+    }
+
+    /// Closes the open file. Not a flush.
+    pub async fn close(&self) -> Result<(), JournalError> {
+        let open = self.current.borrow_mut().take();
+        if let Some((_, file)) = open {
+            file.close().await?;
+        }
+        Ok(())
+    }
+
+    fn segment_path(&self, number: u64) -> PathBuf {
+        self.dir.join(self.segment_name(number))
+    }
+
+    /// PostgreSQL's `XLogFileName` for segments of 16 MiB.
+    fn segment_name(&self, number: u64) -> String {
+        let per_id = (1u64 << 32) / JOURNAL_SEGMENT_BYTES;
+        format!("{:08X}{:08X}{:08X}", self.tli, number / per_id, number % per_id)
+    }
+}
+
+/// Writes `part` at `offset` and syncs; returns the bytes written.
+async fn write_part<F: File>(file: &F, offset: u64, part: &[u8]) -> Result<u64, IoError> {
+    let mut written = 0;
+    for (index, chunk) in part.chunks(JOURNAL_WRITE_BYTES_MAX).enumerate() {
+        let mut buf = file.alloc(chunk.len().div_ceil(ALIGNMENT) * ALIGNMENT);
+        buf[..chunk.len()].copy_from_slice(chunk);
+        written += buf.len() as u64;
+        file.write_at(offset + (index * JOURNAL_WRITE_BYTES_MAX) as u64, buf).await?;
+    }
+    file.sync().await?;
+    Ok(written)
+}
