@@ -1,3 +1,5 @@
 //! PostgreSQL's write-ahead log: framing, records, what they change, how they come in.
 
 pub mod change;
+pub mod receiver;
+pub mod source;
