@@ -9,8 +9,11 @@
 //!
 //! Only `wal/receiver.rs` opens sockets; everything here is independent of the executor.
 
+pub mod base_backup;
+pub mod connection;
 pub mod conninfo;
 pub mod error;
+mod message;
 pub mod pace;
 
 pub use conninfo::ConnInfo;
