@@ -15,6 +15,8 @@ pub mod conninfo;
 pub mod error;
 mod message;
 pub mod pace;
+pub mod staging;
+pub mod tar_stream;
 
 pub use conninfo::ConnInfo;
 pub use error::{ServerError, SourceError};
