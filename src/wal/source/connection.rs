@@ -241,7 +241,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Connection<S> {
     }
 
     /// Queues a simple query.
-    pub(super) fn queue_query(&mut self, sql: &str) -> Result<(), SourceError> {
+    pub(crate) fn queue_query(&mut self, sql: &str) -> Result<(), SourceError> {
         frontend::query(sql, &mut self.output).map_err(cannot_write)
     }
 
@@ -270,7 +270,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Connection<S> {
     }
 
     /// The next message, notices and parameters apart. Safe against cancellation.
-    pub(super) async fn backend(&mut self, during: &'static str) -> Result<Backend, SourceError> {
+    pub(crate) async fn backend(&mut self, during: &'static str) -> Result<Backend, SourceError> {
         loop {
             match take(&mut self.input, during)? {
                 Some(Backend::Message(Message::NoticeResponse(body))) => {
@@ -322,7 +322,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Connection<S> {
     }
 
     /// Reads result sets up to `ReadyForQuery`.
-    pub(super) async fn result_sets(
+    pub(crate) async fn result_sets(
         &mut self,
         during: &'static str,
     ) -> Result<Vec<ResultSet>, SourceError> {
@@ -338,7 +338,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Connection<S> {
 
     /// Reads one result set; `None` at `ReadyForQuery`. After an error of the server the
     /// connection is ready for the next query, unless the server closed it.
-    pub(super) async fn result_set(
+    pub(crate) async fn result_set(
         &mut self,
         during: &'static str,
     ) -> Result<Option<ResultSet>, SourceError> {
@@ -394,7 +394,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Connection<S> {
     }
 
     /// Waits for the start of a copy from the server, or to and from it.
-    pub(super) async fn copy_begin(&mut self, during: &'static str) -> Result<(), SourceError> {
+    pub(crate) async fn copy_begin(&mut self, during: &'static str) -> Result<(), SourceError> {
         match self.backend(during).await? {
             Backend::CopyBoth | Backend::Message(Message::CopyOutResponse(_)) => Ok(()),
             Backend::Message(Message::ErrorResponse(body)) => {
