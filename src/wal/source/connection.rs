@@ -125,6 +125,8 @@ pub struct Connection<S> {
     scratch: Box<[u8]>,
     output: BytesMut,
     parameters: BTreeMap<String, String>,
+    /// The result set that is being read; kept here so that a cancelled read loses no row.
+    partial: ResultSet,
 }
 
 impl<S: AsyncRead + AsyncWrite + Unpin> Connection<S> {
@@ -137,6 +139,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Connection<S> {
             scratch: vec![0; SOURCE_READ_BYTES].into_boxed_slice(),
             output: BytesMut::new(),
             parameters: BTreeMap::new(),
+            partial: ResultSet::default(),
         };
         let mut parameters = vec![
             ("user", info.user.as_str()),
@@ -342,23 +345,24 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Connection<S> {
         &mut self,
         during: &'static str,
     ) -> Result<Option<ResultSet>, SourceError> {
-        let mut set = ResultSet::default();
         loop {
             match self.message(during).await? {
                 Message::RowDescription(_) | Message::EmptyQueryResponse => {}
                 Message::DataRow(body) => {
-                    if set.rows.len() >= SOURCE_ROWS_MAX {
+                    if self.partial.rows.len() >= SOURCE_ROWS_MAX {
                         return Err(SourceError::protocol(during, "too many rows"));
                     }
-                    set.rows.push(row(&body, during)?);
+                    self.partial.rows.push(row(&body, during)?);
                 }
                 Message::CommandComplete(body) => {
+                    let mut set = std::mem::take(&mut self.partial);
                     set.tag = body.tag().unwrap_or_default().to_owned();
                     return Ok(Some(set));
                 }
                 Message::ReadyForQuery(_) => return Ok(None),
                 Message::ErrorResponse(body) => {
                     let error = Box::new(server_error(body.fields()));
+                    self.partial = ResultSet::default();
                     self.skip_to_ready(during).await;
                     return Err(SourceError::Server { during, error });
                 }
