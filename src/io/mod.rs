@@ -28,6 +28,7 @@ use std::time::Duration;
 use crate::base::Kind;
 
 pub mod durable;
+pub mod foreign;
 pub mod uring;
 
 /// Offsets and lengths of direct I/O are multiples of this many bytes.

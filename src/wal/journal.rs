@@ -315,7 +315,7 @@ impl<I: Io> Journal<I> {
     }
 
     /// PostgreSQL's `XLogFileName` for segments of 16 MiB.
-    fn segment_name(&self, number: u64) -> String {
+    pub fn segment_name(&self, number: u64) -> String {
         let per_id = (1u64 << 32) / JOURNAL_SEGMENT_BYTES;
         format!("{:08X}{:08X}{:08X}", self.tli, number / per_id, number % per_id)
     }

@@ -2,3 +2,5 @@
 
 pub mod change;
 pub mod journal;
+pub mod receiver;
+pub mod source;
