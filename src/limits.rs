@@ -88,3 +88,30 @@ const _: () = assert!(IMPORT_READ_BYTES.is_multiple_of(crate::base::page::PAGE_S
 
 /// Largest `backup_manifest` that is read, in bytes.
 pub const BACKUP_MANIFEST_BYTES_MAX: u64 = 256 * 1024 * 1024;
+// Layer files.
+
+/// Raw bytes that a data block of a delta layer is filled to; only a single larger value exceeds it.
+pub const LAYER_BLOCK_BYTES_TARGET: usize = 16 * 1024;
+/// Largest raw size of a data block: one block around the largest value.
+pub const LAYER_BLOCK_BYTES_MAX: usize = WAL_RECORD_BYTES_MAX + 256;
+/// Size of the writes that a layer file is made with.
+pub const LAYER_WRITE_BYTES: usize = 1024 * 1024;
+/// Largest single read of a layer file; more is read in several.
+pub const LAYER_READ_BYTES_MAX: usize = 1024 * 1024;
+/// What is read at the end of a layer file when it is opened: footer, and mostly index and filter.
+pub const LAYER_OPEN_READ_BYTES: usize = 64 * 1024;
+/// Data blocks of one delta layer.
+pub const LAYER_DELTA_BLOCKS_MAX: usize = 1 << 20;
+/// Distinct keys of one delta layer.
+pub const LAYER_DELTA_KEYS_MAX: usize = 1 << 23;
+/// Values of one image layer.
+pub const LAYER_IMAGE_VALUES_MAX: usize = 1 << 20;
+/// Raw size of the index of a layer file.
+pub const LAYER_INDEX_BYTES_MAX: usize = 64 * 1024 * 1024;
+/// Size of the filter of a layer file.
+pub const LAYER_FILTER_BYTES_MAX: usize = 16 * 1024 * 1024;
+
+const _: () = assert!(LAYER_BLOCK_BYTES_MAX < u32::MAX as usize);
+const _: () = assert!(LAYER_WRITE_BYTES % crate::io::ALIGNMENT == 0);
+const _: () = assert!(LAYER_READ_BYTES_MAX % crate::io::ALIGNMENT == 0);
+const _: () = assert!(LAYER_OPEN_READ_BYTES <= LAYER_READ_BYTES_MAX);
