@@ -5,6 +5,9 @@
 //! images are applied here, whole WAL records by a child process: unmodified PostgreSQL with
 //! `pgxn/neon_walredo` loaded ([`child`]).
 
+pub mod plan;
+pub mod small;
+
 use bytes::Bytes;
 use futures_util::future::LocalBoxFuture;
 

@@ -9,10 +9,9 @@ use bytes::Bytes;
 
 use super::sizes::Sizes;
 use crate::base::key::{FORK_FSM, FORK_MAIN, FORK_VM, SLRU_PAGES_PER_SEGMENT};
-use crate::base::page::PAGE_SIZE;
 use crate::base::{BlockNumber, Key, Lsn, RelNode, RelTag, SlruKind, SmallRecord, Value};
 use crate::limits::REL_GAP_BLOCKS_MAX;
-use crate::redo::small::{heap_block_to_map_block, heap_block_to_map_byte};
+use crate::redo::small::{heap_block_to_map_block, heap_block_to_map_byte, initialised_page};
 use crate::wal::change::{BlockChange, Change};
 use crate::wal::slru;
 
@@ -245,7 +244,7 @@ impl<S: Sink> Apply<'_, S> {
                 let clear = SmallRecord::VmClear { flags, heap_blocks };
                 self.put(Key::rel_block(rel, block), Value::Small(clear));
             } else {
-                let empty = Value::Image(initialised_page());
+                let empty = Value::Image(Bytes::copy_from_slice(&initialised_page()[..]));
                 self.extend(rel, blocks, block + 1, &empty)?;
                 self.set_size(rel, block + 1);
             }
@@ -339,19 +338,6 @@ impl<S: Sink> Apply<'_, S> {
             }
         }
     }
-}
-
-/// A page as `PageInit` leaves it, without special space.
-fn initialised_page() -> Bytes {
-    const HEADER_SIZE: u16 = 24;
-    const LAYOUT_VERSION: u16 = 4;
-    let size = PAGE_SIZE as u16;
-    let mut page = vec![0; PAGE_SIZE];
-    for (offset, value) in [(12, HEADER_SIZE), (14, size), (16, size), (18, size | LAYOUT_VERSION)]
-    {
-        page[offset..offset + 2].copy_from_slice(&value.to_le_bytes());
-    }
-    page.into()
 }
 
 /// Page of the free space map that holds the entry of a heap block, and the entry's place in it
