@@ -7,3 +7,9 @@ pub const WAL_RECORD_BYTES_MAX: usize = 0x3fff_ffff;
 pub const JOURNAL_SEGMENT_BYTES: u64 = 16 * 1024 * 1024;
 
 const _: () = assert!(JOURNAL_SEGMENT_BYTES % crate::io::ALIGNMENT as u64 == 0);
+
+// WAL decoding.
+
+/// Bytes reserved for a WAL record on the word of its length field alone; a longer record takes
+/// memory only as its bytes come in.
+pub const WAL_RECORD_RESERVE_BYTES: usize = 64 * 1024;
