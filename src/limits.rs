@@ -115,3 +115,8 @@ const _: () = assert!(LAYER_BLOCK_BYTES_MAX < u32::MAX as usize);
 const _: () = assert!(LAYER_WRITE_BYTES % crate::io::ALIGNMENT == 0);
 const _: () = assert!(LAYER_READ_BYTES_MAX % crate::io::ALIGNMENT == 0);
 const _: () = assert!(LAYER_OPEN_READ_BYTES <= LAYER_READ_BYTES_MAX);
+// WAL decoding.
+
+/// Bytes reserved for a WAL record on the word of its length field alone; a longer record takes
+/// memory only as its bytes come in.
+pub const WAL_RECORD_RESERVE_BYTES: usize = 64 * 1024;

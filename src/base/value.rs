@@ -12,7 +12,7 @@
 //! | 4 | [`SmallRecord::VmClear`] | u8 flags, u32 heap block, u32 heap block |
 //! | 5 | [`SmallRecord::VmTruncate`] | u32 byte of the map, u8 heap blocks kept in that byte |
 //! | 6 | [`SmallRecord::ClogSet`] | u8 status, i64 timestamp, u32 xid … |
-//! | 7 | [`SmallRecord::MultiXactOffset`] | u32 multixact, u32 offset |
+//! | 7 | [`SmallRecord::MultiXactOffset`] | u32 multixact, u32 offset, and u32 next offset if there is one |
 //! | 8 | [`SmallRecord::MultiXactMembers`] | u32 first offset, (u32 xid, u32 status) … |
 
 use bytes::{BufMut, Bytes, BytesMut};
@@ -65,12 +65,15 @@ pub enum SmallRecord {
         /// The transactions; all on the page it is stored under.
         xids: Vec<u32>,
     },
-    /// Sets one entry of a `pg_multixact/offsets` page.
+    /// Sets one entry of a `pg_multixact/offsets` page, or two neighbours.
     MultiXactOffset {
         /// The multixact.
         multi: u32,
         /// Offset of its first member.
         offset: u32,
+        /// Offset of the first member of `multi + 1`, where its entry is set by the same record
+        /// and stands on the same page.
+        next_offset: Option<u32>,
     },
     /// Sets consecutive entries of a `pg_multixact/members` page.
     MultiXactMembers {
@@ -111,7 +114,9 @@ impl Value {
                 SmallRecord::VmClear { .. } => 9,
                 SmallRecord::VmTruncate { .. } => 5,
                 SmallRecord::ClogSet { xids, .. } => 9 + 4 * xids.len(),
-                SmallRecord::MultiXactOffset { .. } => 8,
+                SmallRecord::MultiXactOffset { next_offset, .. } => {
+                    8 + 4 * usize::from(next_offset.is_some())
+                }
                 SmallRecord::MultiXactMembers { members, .. } => 4 + 8 * members.len(),
             },
         }
@@ -171,10 +176,13 @@ impl SmallRecord {
                 out.put_i64_le(*timestamp);
                 xids.iter().for_each(|xid| out.put_u32_le(*xid));
             }
-            SmallRecord::MultiXactOffset { multi, offset } => {
+            SmallRecord::MultiXactOffset { multi, offset, next_offset } => {
                 out.put_u8(7);
                 out.put_u32_le(*multi);
                 out.put_u32_le(*offset);
+                if let Some(next_offset) = next_offset {
+                    out.put_u32_le(*next_offset);
+                }
             }
             SmallRecord::MultiXactMembers { first_offset, members } => {
                 out.put_u8(8);
@@ -208,7 +216,11 @@ impl SmallRecord {
                 }
                 SmallRecord::ClogSet { status, timestamp, xids }
             }
-            7 => SmallRecord::MultiXactOffset { multi: rest.u32()?, offset: rest.u32()? },
+            7 => SmallRecord::MultiXactOffset {
+                multi: rest.u32()?,
+                offset: rest.u32()?,
+                next_offset: if rest.0.is_empty() { None } else { Some(rest.u32()?) },
+            },
             8 => {
                 let first_offset = rest.u32()?;
                 let mut members = Vec::with_capacity(rest.0.len() / 8);
@@ -254,7 +266,12 @@ mod tests {
             Value::Small(SmallRecord::VmClear { flags: 3, heap_blocks: [Some(7), None] }),
             Value::Small(SmallRecord::VmTruncate { map_byte: 77, blocks_kept: 3 }),
             Value::Small(SmallRecord::ClogSet { status: 1, timestamp: -5, xids: vec![3, 9] }),
-            Value::Small(SmallRecord::MultiXactOffset { multi: 4, offset: 9 }),
+            Value::Small(SmallRecord::MultiXactOffset { multi: 4, offset: 9, next_offset: None }),
+            Value::Small(SmallRecord::MultiXactOffset {
+                multi: 4,
+                offset: 9,
+                next_offset: Some(11),
+            }),
             Value::Small(SmallRecord::MultiXactMembers {
                 first_offset: 12,
                 members: vec![(700, 1), (701, 5)],

@@ -71,7 +71,11 @@ pub enum Change {
         /// The whole file.
         content: Bytes,
     },
-    /// A zero page, or a change, of an SLRU.
+    /// A zero page, or a change, of an SLRU. One record makes at most one such change to a page.
+    ///
+    /// A change of a page that does not exist creates it, zeroed, first: older minor releases
+    /// log the zeroing of the next `pg_multixact/offsets` page only after the record that
+    /// sets its first entry.
     Slru {
         /// Which one.
         kind: SlruKind,
@@ -113,7 +117,13 @@ pub enum Change {
         id: u16,
         /// How far the remote side was replayed.
         remote_lsn: Option<Lsn>,
+        /// The new position holds even if it is lower than the known one; otherwise the higher
+        /// of both holds (`replorigin_advance`).
+        backward: bool,
     },
+    /// Settings of the source that `pg_control` records (`XLOG_PARAMETER_CHANGE`); see
+    /// [`super::control_file::with_parameters`].
+    Parameters(Parameters),
     /// News for the tracked `CheckPoint` struct.
     Checkpoint(CheckpointChange),
 }
@@ -131,6 +141,27 @@ pub struct BlockChange {
     /// image that is applied, or reads it with `RBM_ZERO_ON_ERROR`). Otherwise PostgreSQL skips
     /// the change of a block that does not exist, and so do we.
     pub extends: bool,
+}
+
+/// The settings that `pg_control` records (`xl_parameter_change`).
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Parameters {
+    /// `max_connections`.
+    pub max_connections: i32,
+    /// `max_worker_processes`.
+    pub max_worker_processes: i32,
+    /// `max_wal_senders`.
+    pub max_wal_senders: i32,
+    /// `max_prepared_transactions`.
+    pub max_prepared_xacts: i32,
+    /// `max_locks_per_transaction`.
+    pub max_locks_per_xact: i32,
+    /// `wal_level`: 0 minimal, 1 replica, 2 logical.
+    pub wal_level: i32,
+    /// `wal_log_hints`: redo of visibility records then sets the heap page's LSN.
+    pub wal_log_hints: bool,
+    /// `track_commit_timestamp`.
+    pub track_commit_timestamp: bool,
 }
 
 /// News for the tracked `CheckPoint` struct.

@@ -1,6 +1,25 @@
 //! PostgreSQL's write-ahead log: framing, records, what they change, how they come in.
+//!
+//! ```text
+//! bytes -> stream (page, record) -> decode (rmgr/*, image) -> change -> shard/ingest
+//! ```
+//!
+//! All of this is pure: bytes in, values out. `docs/wal.md` has the overview.
 
+pub mod backup_label;
+mod bytes;
 pub mod change;
 pub mod journal;
 pub mod receiver;
 pub mod source;
+pub mod checkpoint;
+pub mod control_file;
+pub mod decode;
+pub mod image;
+pub mod page;
+mod pglz;
+pub mod record;
+pub mod rmgr;
+pub mod slru;
+pub mod stream;
+pub mod xid;

@@ -1,0 +1,193 @@
+//! From a WAL record to what it changes.
+//!
+//! 1. The transaction of the record moves `nextXid`.
+//! 2. What the record means beyond the blocks that it names is the business of its resource
+//!    manager (`rmgr/*`).
+//! 3. Every block reference, of whatever resource manager, becomes a [`Change::Block`].
+//!
+//! Commit timestamps (`pg_commit_ts`) are not kept, so their records change nothing. Nor do
+//! tablespace records: a tablespace is no more than a part of keys.
+
+use bytes::Bytes;
+
+use super::change::{BlockChange, Change, CheckpointChange};
+use super::image::ImageError;
+use super::record::{BlockRef, Record, RecordError, rmgr_id};
+use super::rmgr;
+use super::xid::FIRST_NORMAL_XID;
+use crate::base::page::{page_is_new, set_page_lsn};
+use crate::base::{BlockNumber, Kind, Lsn, RelTag, Value};
+
+/// Why a record cannot be decoded.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum DecodeError {
+    /// The record itself is bad.
+    #[error("the WAL record at {lsn} is damaged: {error}")]
+    Record {
+        /// Start of the record.
+        lsn: Lsn,
+        /// What is wrong.
+        error: RecordError,
+    },
+    /// What the resource manager wrote is cut or makes no sense.
+    #[error(
+        "the WAL record at {lsn} (resource manager {rmgr}, info {info:02X}) is malformed: {what}"
+    )]
+    Body {
+        /// Start of the record.
+        lsn: Lsn,
+        /// `xl_rmid`.
+        rmgr: u8,
+        /// `xl_info`.
+        info: u8,
+        /// What is wrong.
+        what: &'static str,
+    },
+    /// PostgreSQL 15 has no such operation.
+    #[error(
+        "the WAL record at {lsn} (resource manager {rmgr}, info {info:02X}) is of no kind that PostgreSQL 15 writes"
+    )]
+    Operation {
+        /// Start of the record.
+        lsn: Lsn,
+        /// `xl_rmid`.
+        rmgr: u8,
+        /// `xl_info`.
+        info: u8,
+    },
+    /// A page image cannot be restored.
+    #[error("the WAL record at {lsn} has a bad image of {rel} block {block}: {error}")]
+    Image {
+        /// Start of the record.
+        lsn: Lsn,
+        /// The relation fork.
+        rel: RelTag,
+        /// The block.
+        block: BlockNumber,
+        /// What is wrong.
+        error: ImageError,
+    },
+}
+
+impl DecodeError {
+    /// What a caller can do.
+    pub fn kind(&self) -> Kind {
+        Kind::Corrupt
+    }
+}
+
+/// A record that is being decoded: where it stands, and where its changes go.
+pub(crate) struct Decoding<'a> {
+    /// Start of the record.
+    pub(crate) start: Lsn,
+    /// LSN of its changes.
+    pub(crate) end: Lsn,
+    /// The record.
+    pub(crate) record: &'a Record,
+    changes: &'a mut Vec<Change>,
+}
+
+impl Decoding<'_> {
+    /// Adds a change.
+    pub(crate) fn push(&mut self, change: Change) {
+        self.changes.push(change);
+    }
+
+    /// `nextXid` lies after this transaction, if it is one.
+    pub(crate) fn xid_seen(&mut self, xid: u32) {
+        if xid >= FIRST_NORMAL_XID {
+            self.push(Change::Checkpoint(CheckpointChange::Xid(xid)));
+        }
+    }
+
+    /// "The body is malformed".
+    pub(crate) fn malformed(&self, what: &'static str) -> DecodeError {
+        let header = &self.record.header;
+        DecodeError::Body { lsn: self.start, rmgr: header.rmgr, info: header.info, what }
+    }
+
+    /// "There is no such operation".
+    pub(crate) fn unknown(&self) -> DecodeError {
+        let header = &self.record.header;
+        DecodeError::Operation { lsn: self.start, rmgr: header.rmgr, info: header.info }
+    }
+
+    /// The changes of all blocks. `extends(id)` says whether redo creates a block although the
+    /// record does not replace the page.
+    pub(crate) fn blocks(&mut self, extends: impl Fn(u8) -> bool) {
+        for block in &self.record.blocks {
+            let will_init = block.replaces_page();
+            let value = Value::WalRecord { will_init, record: self.record.bytes.clone() };
+            self.push_block(block, value, will_init || extends(block.id));
+        }
+    }
+
+    /// A change of a block that is the image in the record, with the LSN of the record as redo
+    /// sets it.
+    pub(crate) fn image_block(&mut self, block: &BlockRef) -> Result<(), DecodeError> {
+        let Some(image) = block.applied_image() else {
+            return Err(self.malformed("a block of a full-page image record has no image"));
+        };
+        let mut page = image.restore().map_err(|error| DecodeError::Image {
+            lsn: self.start,
+            rel: block.rel,
+            block: block.block,
+            error,
+        })?;
+        // A new page has no header yet; an LSN in it would make it look like a damaged one.
+        if !page_is_new(&page[..]) {
+            set_page_lsn(&mut page[..], self.end);
+        }
+        let page: Box<[u8]> = page;
+        self.push_block(block, Value::Image(Bytes::from(page)), true);
+        Ok(())
+    }
+
+    fn push_block(&mut self, block: &BlockRef, value: Value, extends: bool) {
+        let (rel, block) = (block.rel, block.block);
+        self.push(Change::Block(BlockChange { rel, block, value, extends }));
+    }
+}
+
+/// Decodes the record that stands at `start..end` and appends its changes to `changes`, in the
+/// order in which they are to be carried out, all at the LSN `end`.
+///
+/// The checksum is not looked at again. After an error `changes` holds a part of the changes.
+pub fn decode_into(
+    bytes: &Bytes,
+    start: Lsn,
+    end: Lsn,
+    changes: &mut Vec<Change>,
+) -> Result<(), DecodeError> {
+    let record = Record::parse(bytes).map_err(|error| DecodeError::Record { lsn: start, error })?;
+    let mut decoding = Decoding { start, end, record: &record, changes };
+    decoding.xid_seen(record.header.xid);
+    match record.header.rmgr {
+        rmgr_id::XLOG => rmgr::xlog::decode(&mut decoding),
+        rmgr_id::XACT => rmgr::xact::decode(&mut decoding),
+        rmgr_id::SMGR => rmgr::smgr::decode(&mut decoding),
+        rmgr_id::CLOG => rmgr::clog::decode(&mut decoding),
+        rmgr_id::DBASE => rmgr::dbase::decode(&mut decoding),
+        rmgr_id::MULTIXACT => rmgr::multixact::decode(&mut decoding),
+        rmgr_id::RELMAP => rmgr::relmap::decode(&mut decoding),
+        rmgr_id::STANDBY => rmgr::standby::decode(&mut decoding),
+        rmgr_id::HEAP2 => rmgr::heap::decode_heap2(&mut decoding),
+        rmgr_id::HEAP => rmgr::heap::decode_heap(&mut decoding),
+        rmgr_id::REPLORIGIN => rmgr::replorigin::decode(&mut decoding),
+        // Everything these do is in their block references.
+        _ => {
+            decoding.blocks(|_| false);
+            Ok(())
+        }
+    }
+}
+
+/// As [`decode_into`], with a list of its own.
+pub fn decode(bytes: &Bytes, start: Lsn, end: Lsn) -> Result<Vec<Change>, DecodeError> {
+    let mut changes = Vec::new();
+    decode_into(bytes, start, end, &mut changes)?;
+    Ok(changes)
+}
+
+#[cfg(test)]
+mod tests;
