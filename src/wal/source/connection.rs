@@ -225,15 +225,20 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Connection<S> {
                 _ => return Err(out_of_order(DURING)),
             }
         }
+        self.await_ready(DURING).await
+    }
+
+    /// What follows a good log-in.
+    async fn await_ready(&mut self, during: &'static str) -> Result<(), SourceError> {
         loop {
-            match self.message(DURING).await? {
+            match self.message(during).await? {
                 Message::ReadyForQuery(_) => return Ok(()),
                 Message::BackendKeyData(_) => {}
                 Message::ErrorResponse(body) => {
                     let error = Box::new(server_error(body.fields()));
-                    return Err(SourceError::Server { during: DURING, error });
+                    return Err(SourceError::Server { during, error });
                 }
-                _ => return Err(out_of_order(DURING)),
+                _ => return Err(out_of_order(during)),
             }
         }
     }

@@ -29,7 +29,7 @@ pub fn take(input: &mut BytesMut, during: &'static str) -> Result<Option<Backend
     let Some(header) = Header::parse(input).map_err(malformed)? else { return Ok(None) };
     // The length counts itself but not the tag.
     let total = usize::try_from(header.len()).unwrap_or(0).saturating_add(1);
-    if total > SOURCE_MESSAGE_BYTES_MAX || total < HEADER_BYTES {
+    if !(HEADER_BYTES..=SOURCE_MESSAGE_BYTES_MAX).contains(&total) {
         let tag = char::from(header.tag()).escape_default();
         let detail = format!("a message '{tag}' of {total} bytes");
         return Err(SourceError::protocol(during, detail));

@@ -22,3 +22,6 @@ pub mod tar_stream;
 pub use conninfo::ConnInfo;
 pub use data_dir::DataDir;
 pub use error::{ServerError, SourceError};
+
+#[cfg(test)]
+mod postgres_tests;

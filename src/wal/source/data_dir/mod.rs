@@ -380,3 +380,78 @@ impl Entries {
         Ok(())
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::base::RelNode;
+
+    const FULL: u64 = 1 << 30;
+
+    fn scan(files: &[(&str, u64)]) -> Scan {
+        let mut scan = Scan::default();
+        for (path, len) in files {
+            let file = FileRef { path: Path::new(path).into(), offset: 0, len: *len };
+            scan.add(path, file).unwrap();
+        }
+        scan.entries.prune();
+        scan
+    }
+
+    fn sizes(files: &[(&str, u64)]) -> Vec<(String, u32)> {
+        let entries = scan(files).entries;
+        entries.check().unwrap();
+        entries.relations.iter().map(|(tag, files)| (tag.to_string(), blocks(files))).collect()
+    }
+
+    #[test]
+    fn segments_count_as_in_mdnblocks() {
+        let one = |blocks| vec![("1663/1/9".to_owned(), blocks)];
+        assert_eq!(sizes(&[("base/1/9", 8192 * 3 + 100)]), one(3));
+        assert_eq!(sizes(&[("base/1/9", FULL), ("base/1/9.1", 8192)]), one(131_073));
+        assert_eq!(sizes(&[("base/1/9", FULL), ("base/1/9.1", 0)]), one(131_072));
+        // What lies behind a segment that is not full, or behind a gap, is not part of the fork.
+        assert_eq!(sizes(&[("base/1/9", FULL - 1), ("base/1/9.1", 8192)]), one(131_071));
+        assert_eq!(sizes(&[("base/1/9", FULL), ("base/1/9.2", 8192)]), one(131_072));
+        assert_eq!(sizes(&[("base/1/9.1", 8192)]), []);
+    }
+
+    #[test]
+    fn unlogged_relations_keep_their_template_only() {
+        let files =
+            [("base/1/9", 1), ("base/1/9_fsm", 1), ("base/1/9_init", 8192), ("base/1/8", 0)];
+        let expected = [("1663/1/8".to_owned(), 0), ("1663/1/9_init".to_owned(), 1)];
+        assert_eq!(sizes(&files), expected);
+    }
+
+    #[test]
+    fn impossible_files_are_refused() {
+        assert!(scan(&[("base/1/9", FULL + 8192)]).entries.check().is_err());
+        assert!(scan(&[("pg_xact/0000", 33 * 8192)]).entries.check().is_err());
+        let mut twice = scan(&[("base/1/9", 8192)]);
+        let file = FileRef { path: Path::new("x").into(), offset: 0, len: 1 };
+        assert!(twice.add("base/1/9", file).is_err());
+        let tag = RelNode { spc: 1663, db: 1, rel: 9 }.fork(0);
+        assert!(twice.entries.relations.contains_key(&tag));
+    }
+
+    #[test]
+    fn directories_that_are_no_clusters_are_refused_with_a_reason() {
+        let root = std::env::temp_dir().join(format!("pgstrata-scan-{}", std::process::id()));
+        let refused = |file: &str, content: &[u8], part: &str| {
+            foreign::remove_dir_all(&root).unwrap();
+            foreign::create_dir_all(&root).unwrap();
+            ForeignFile::create(&root.join(file)).unwrap().append(content).unwrap();
+            let error = DataDir::scan(&root).unwrap_err();
+            assert!(error.to_string().contains(part), "{file}: {error}");
+        };
+        refused("base.tar.gz", b"", "gunzip");
+        refused("other", b"", "neither PG_VERSION nor base.tar");
+        refused("PG_VERSION", b"16\n", "only 15");
+        refused("PG_VERSION", b"15\n", "lacks global/pg_control");
+        refused("base.tar", b"", "ends early");
+        refused("base.tar", &[1; 1024], "checksum is wrong");
+        foreign::remove_dir_all(&root).unwrap();
+        assert!(matches!(DataDir::scan(&root), Err(DataDirError::Io(_))));
+    }
+}
