@@ -15,5 +15,6 @@ pub mod base;
 pub mod io;
 pub mod limits;
 pub mod redo;
+pub mod server;
 pub mod shard;
 pub mod wal;
