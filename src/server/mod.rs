@@ -9,3 +9,5 @@
 //! 2. [`router`] (pure) says which core owns a tenant shard.
 
 pub mod page_protocol;
+pub mod pq;
+pub mod router;
