@@ -16,5 +16,6 @@ pub mod io;
 pub mod layers;
 pub mod limits;
 pub mod redo;
+pub mod server;
 pub mod shard;
 pub mod wal;

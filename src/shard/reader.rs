@@ -1,5 +1,7 @@
 //! What the page service reads from a shard, and how a read can fail.
 
+use std::rc::Rc;
+
 use bytes::Bytes;
 
 use crate::base::{BlockNumber, Kind, Lsn, RelTag, SlruKind, TenantShardId, TimelineId};
@@ -117,4 +119,21 @@ pub trait TimelineReader: 'static {
         segment: u32,
         lsn: RequestLsn,
     ) -> Result<Bytes, ReadError>;
+}
+
+/// One core's timelines, as the page service finds them.
+#[allow(async_fn_in_trait, reason = "executors are single-threaded: no Send bound is wanted")]
+pub trait PageBackend: 'static {
+    /// What reads of one timeline go to.
+    type Timeline: TimelineReader;
+
+    /// The timeline, ready or not.
+    ///
+    /// # Errors
+    /// [`ReadError::TenantNotFound`], [`ReadError::TimelineNotFound`], [`ReadError::Shutdown`].
+    async fn timeline(
+        &self,
+        tenant: TenantShardId,
+        timeline: TimelineId,
+    ) -> Result<Rc<Self::Timeline>, ReadError>;
 }

@@ -1,0 +1,13 @@
+//! The node's data side: connections, the page service, cores and how they talk.
+//!
+//! ```text
+//! listener -> (command names the tenant) -> router -> mesh -> page_service on the owning core
+//! ```
+//!
+//! 1. [`pq`] (pure) frames PostgreSQL's client/server protocol, [`page_protocol`] (pure) the
+//!    page requests that travel inside it.
+//! 2. [`router`] (pure) says which core owns a tenant shard.
+
+pub mod page_protocol;
+pub mod pq;
+pub mod router;
