@@ -17,9 +17,6 @@ const _: () = assert!(JOURNAL_WRITE_BYTES_MAX % crate::io::ALIGNMENT == 0);
 /// Ingest reads the journal back in pieces of this many bytes at start.
 pub const JOURNAL_REPLAY_BYTES: usize = 1024 * 1024;
 
-/// Jobs that may wait for a background executor.
-pub const BACKGROUND_JOBS_MAX: usize = 1024;
-
 /// Relation sizes that one timeline keeps in memory.
 pub const REL_SIZE_CACHE_ENTRIES_MAX: usize = 64 * 1024;
 /// A single WAL record may leave at most this many blocks of a fork empty before the one that it

@@ -30,10 +30,7 @@ const IMPORTS: &[(&str, &[&str])] = &[
             "config", "sim",
         ],
     ),
-    (
-        "sim",
-        &["sim", "shard", "layers", "redo", "remote", "wal", "io", "base", "limits", "config"],
-    ),
+    ("sim", &["sim", "shard", "layers", "redo", "remote", "wal", "io", "base", "limits", "config"]),
 ];
 
 /// Where `glommio::` may appear.

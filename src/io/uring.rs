@@ -121,11 +121,7 @@ fn os_error(operation: &'static str, path: &Path, error: &io::Error) -> IoError 
     IoError { operation, path: path.to_owned(), cause: os_cause(error) }
 }
 
-fn ring_error(
-    operation: &'static str,
-    path: &Path,
-    error: glommio::GlommioError<()>,
-) -> IoError {
+fn ring_error(operation: &'static str, path: &Path, error: glommio::GlommioError<()>) -> IoError {
     os_error(operation, path, &io::Error::from(error))
 }
 

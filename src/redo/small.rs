@@ -43,8 +43,7 @@ pub fn initialised_page() -> Box<Page> {
 fn initialise(page: &mut Page) {
     const LAYOUT_VERSION: u16 = 4;
     let size = PAGE_SIZE as u16;
-    let fields =
-        [(12, HEADER_BYTES as u16), (14, size), (16, size), (18, size | LAYOUT_VERSION)];
+    let fields = [(12, HEADER_BYTES as u16), (14, size), (16, size), (18, size | LAYOUT_VERSION)];
     for (offset, value) in fields {
         page[offset..offset + 2].copy_from_slice(&value.to_le_bytes());
     }
@@ -76,9 +75,11 @@ pub fn apply(page: &mut Page, record: &SmallRecord) {
                 page[byte] = page[byte] & !(3 << shift) | (status & 3) << shift;
             }
         }
-        SmallRecord::MultiXactOffset { multi, offset } => {
-            let at = (multi % OFFSETS_PER_PAGE * 4) as usize;
-            page[at..at + 4].copy_from_slice(&offset.to_le_bytes());
+        SmallRecord::MultiXactOffset { multi, offset, next_offset } => {
+            set_offset(page, *multi, *offset);
+            if let Some(next_offset) = next_offset {
+                set_offset(page, multi.wrapping_add(1), *next_offset);
+            }
         }
         SmallRecord::MultiXactMembers { first_offset, members } => {
             for (index, (xid, status)) in members.iter().enumerate() {
@@ -94,6 +95,11 @@ fn initialise_if_new(page: &mut Page) {
     if page_is_new(&page[..]) {
         initialise(page);
     }
+}
+
+fn set_offset(page: &mut Page, multi: u32, offset: u32) {
+    let at = (multi % OFFSETS_PER_PAGE * 4) as usize;
+    page[at..at + 4].copy_from_slice(&offset.to_le_bytes());
 }
 
 /// `RecordNewMultiXact`: groups of four status bytes and four transactions.
@@ -148,8 +154,9 @@ mod tests {
         assert_eq!(page[1], 0b0001_1000);
 
         let mut page = [0; PAGE_SIZE];
-        apply(&mut page, &SmallRecord::MultiXactOffset { multi: 2048 + 3, offset: 0x0102_0304 });
-        assert_eq!(page[12..16], [4, 3, 2, 1]);
+        let (multi, offset, next_offset) = (2048 + 3, 0x0102_0304, Some(0x0102_0306));
+        apply(&mut page, &SmallRecord::MultiXactOffset { multi, offset, next_offset });
+        assert_eq!(page[12..20], [4, 3, 2, 1, 6, 3, 2, 1]);
 
         let mut page = [0; PAGE_SIZE];
         let members = vec![(700, 1), (0x0A0B_0C0D, 5)];

@@ -80,9 +80,7 @@ impl<S: Sink> Apply<'_, S> {
     pub fn change(&mut self, change: Change) -> Result<(), ApplyError> {
         match change {
             Change::Block(block) => self.block(block),
-            Change::VmClear { node, flags, heap_blocks } => {
-                self.vm_clear(node, flags, heap_blocks)
-            }
+            Change::VmClear { node, flags, heap_blocks } => self.vm_clear(node, flags, heap_blocks),
             Change::RelCreate(rel) => {
                 self.ensure_fork(rel);
                 Ok(())
@@ -198,8 +196,7 @@ impl<S: Sink> Apply<'_, S> {
             return;
         }
         self.sizes.set_origin(id, remote_lsn);
-        let value =
-            remote_lsn.map_or(REMOVED, |lsn| Bytes::copy_from_slice(&lsn.0.to_le_bytes()));
+        let value = remote_lsn.map_or(REMOVED, |lsn| Bytes::copy_from_slice(&lsn.0.to_le_bytes()));
         self.put(Key::replication_origin(id), Value::Image(value));
     }
 

@@ -136,12 +136,8 @@ impl<I: Io> Timeline<I> {
 
     async fn write_frozen(&self, frozen: Arc<FrozenLayer>) -> Result<(), CheckpointError> {
         let lsn = Lsn(frozen.lsns().end.0 - 1);
-        let fail = |cause: String| CheckpointError {
-            tenant: self.tenant,
-            timeline: self.id,
-            lsn,
-            cause,
-        };
+        let fail =
+            |cause: String| CheckpointError { tenant: self.tenant, timeline: self.id, lsn, cause };
         while self.lsns().journal < lsn {
             let synced = self.journal_waiters.register(lsn);
             self.journal_signal.set();

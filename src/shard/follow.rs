@@ -195,8 +195,7 @@ impl<I: Io> Timeline<I> {
         let next = std::pin::pin!(source.next());
         let report = std::pin::pin!(self.status_signal.wait());
         let stop = std::pin::pin!(self.stop_signal.wait());
-        let tick =
-            std::pin::pin!(self.context.io.sleep(Duration::from_millis(STATUS_INTERVAL_MS)));
+        let tick = std::pin::pin!(self.context.io.sleep(Duration::from_millis(STATUS_INTERVAL_MS)));
         if self.stopping.get() {
             return Event::Stop;
         }
@@ -266,7 +265,10 @@ fn breaks(error: &TakeInError) -> bool {
     match error {
         TakeInError::Gap { .. } => false,
         TakeInError::Stopped => false,
-        TakeInError::Zeros { .. } | TakeInError::Stream(_) | TakeInError::Ingest(_) | TakeInError::Journal(_) => true,
+        TakeInError::Zeros { .. }
+        | TakeInError::Stream(_)
+        | TakeInError::Ingest(_)
+        | TakeInError::Journal(_) => true,
     }
 }
 

@@ -25,17 +25,15 @@ use super::load::JOURNAL_DIR;
 use crate::base::{Key, Lsn};
 use crate::io::{Io, IoError, durable, foreign};
 use crate::layers::{ImageWriter, LayerError, LayerOwner};
-use crate::limits::{
-    BACKUP_MANIFEST_BYTES_MAX, IMPORT_READ_BYTES, JOURNAL_SEGMENT_BYTES,
-};
+use crate::limits::{BACKUP_MANIFEST_BYTES_MAX, IMPORT_READ_BYTES, JOURNAL_SEGMENT_BYTES};
 use crate::wal::journal::{Journal, JournalError};
 use crate::wal::receiver;
+use crate::wal::source::SourceError;
 use crate::wal::source::base_backup::{BackupEvent, BaseBackup};
 use crate::wal::source::connection::SlotName;
 use crate::wal::source::conninfo::ConnInfo;
 use crate::wal::source::data_dir::{DataDir, DataDirError, FileRef};
 use crate::wal::source::staging::Staging;
-use crate::wal::source::SourceError;
 
 /// Name of the staging directory within the timeline's.
 const STAGING_DIR: &str = "import";

@@ -21,7 +21,7 @@ use crate::base::{Key, Kind, Lsn, RelTag, SlruKind, Value};
 use crate::io::Io;
 use crate::layers::OpenLayer;
 use crate::wal::change::{Change, Parameters};
-use crate::wal::control_file::{self, ControlFileError};
+use crate::wal::control_file;
 use crate::wal::decode::{DecodeError, decode};
 
 /// Why a record could not be ingested. Ingest of the timeline stops; nothing is skipped.
@@ -38,14 +38,6 @@ pub enum IngestError {
     /// The record asks for something that cannot be done.
     #[error(transparent)]
     Apply(#[from] ApplyError),
-    /// The stored `pg_control` is damaged.
-    #[error("WAL record at {start} changes pg_control: {cause}")]
-    Control {
-        /// Start of the record.
-        start: Lsn,
-        /// What is wrong.
-        cause: ControlFileError,
-    },
     /// State that the record needs cannot be read.
     #[error("WAL record at {start} needs what cannot be read: {cause}")]
     Read {
@@ -60,9 +52,7 @@ impl IngestError {
     /// What a caller can do about it.
     pub fn kind(&self) -> Kind {
         match self {
-            IngestError::Decode { .. } | IngestError::Apply(_) | IngestError::Control { .. } => {
-                Kind::Corrupt
-            }
+            IngestError::Decode { .. } | IngestError::Apply(_) => Kind::Corrupt,
             IngestError::Read { cause, .. } => cause.kind(),
         }
     }
@@ -127,7 +117,6 @@ impl<I: Io> Timeline<I> {
         result.map_err(|error| match error {
             CarryOutError::Apply(error) => IngestError::Apply(error),
             CarryOutError::Read(cause) => IngestError::Read { start, cause },
-            CarryOutError::Control(cause) => IngestError::Control { start, cause },
         })?;
         let mut mutable = self.mutable.borrow_mut();
         mutable.lsns.advance(Advance::LastRecord(end));
@@ -231,7 +220,7 @@ impl<I: Io> Timeline<I> {
         let Some((_, control)) = self.metadata(Key::CONTROL_FILE, read_lsn).await? else {
             return Ok(());
         };
-        let changed = control_file::with_parameters(&control, &new)?;
+        let changed = control_file::with_parameters(&control, &new);
         let mut mutable = self.mutable.borrow_mut();
         mutable.open.put(Key::CONTROL_FILE, lsn, Value::Image(changed));
         Ok(())
@@ -285,8 +274,7 @@ impl<I: Io> Timeline<I> {
             let blocks = self.fork_size(from, read_lsn).await?.unwrap_or(0);
             for block in 0..blocks {
                 let page = self.page(Key::rel_block(from, block), read_lsn).await?;
-                let value =
-                    if page == zero_page() { Value::ZeroPage } else { Value::Image(page) };
+                let value = if page == zero_page() { Value::ZeroPage } else { Value::Image(page) };
                 self.mutable.borrow_mut().open.put(Key::rel_block(to, block), lsn, value);
             }
             let mut mutable = self.mutable.borrow_mut();
@@ -304,13 +292,6 @@ impl<I: Io> Timeline<I> {
 enum CarryOutError {
     Apply(ApplyError),
     Read(ReadError),
-    Control(ControlFileError),
-}
-
-impl From<ControlFileError> for CarryOutError {
-    fn from(error: ControlFileError) -> Self {
-        CarryOutError::Control(error)
-    }
 }
 
 impl From<ApplyError> for CarryOutError {

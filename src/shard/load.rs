@@ -20,10 +20,10 @@ use super::stored::StoredLayer;
 use super::timeline::{Opened, Timeline, TimelineContext, wal_layout};
 use crate::base::{Key, Lsn};
 use crate::io::{Io, IoError, durable};
-use crate::redo::RedoSettings;
 use crate::layers::{LayerName, LayerNameError, LayerOwner};
 use crate::limits::JOURNAL_REPLAY_BYTES;
-use crate::wal::checkpoint::{Checkpoint, CheckpointError};
+use crate::redo::RedoSettings;
+use crate::wal::checkpoint::Checkpoint;
 use crate::wal::journal::{Journal, JournalError};
 use crate::wal::stream::{Event, StreamError, WalStream};
 
@@ -50,8 +50,8 @@ pub enum LoadError {
     Read(#[from] ReadError),
     #[error("no checkpoint is stored at {0}")]
     NoCheckpoint(Lsn),
-    #[error("the stored checkpoint: {0}")]
-    Checkpoint(#[from] CheckpointError),
+    #[error("the checkpoint stored at {0} is cut off")]
+    Checkpoint(Lsn),
     #[error("journal: {0}")]
     Journal(#[from] JournalError),
     #[error("journal: {0}")]
@@ -139,7 +139,7 @@ async fn load_state<I: Io>(timeline: &Timeline<I>) -> Result<(), LoadError> {
     let lsn = timeline.lsns().disk_consistent;
     let stored = timeline.metadata(Key::CHECKPOINT, lsn).await?;
     let (_, bytes) = stored.ok_or(LoadError::NoCheckpoint(lsn))?;
-    let checkpoint = Checkpoint::parse(&bytes)?;
+    let checkpoint = Checkpoint::parse(&bytes).ok_or(LoadError::Checkpoint(lsn))?;
     timeline.mutable.borrow_mut().checkpoint = Some(checkpoint);
     timeline.load_slru_sizes().await?;
     timeline.load_origins().await?;

@@ -345,8 +345,7 @@ impl<I: Io, C: Connector> CoreControl for Rc<Shard<I, C>> {
         timeline: TimelineId,
     ) -> Result<(), ControlError> {
         let control = |kind: Kind, message: String| ControlError { kind, message };
-        let found =
-            self.ready(tenant, timeline).map_err(|e| control(e.kind(), e.to_string()))?;
+        let found = self.ready(tenant, timeline).map_err(|e| control(e.kind(), e.to_string()))?;
         let done = found.checkpoint_now().await;
         done.map(|_| ()).map_err(|e| control(Kind::Retry, e.to_string()))
     }
@@ -356,8 +355,7 @@ impl<I: Io, C: Connector> CoreControl for Rc<Shard<I, C>> {
         let timelines = self.all_ready();
         timelines.iter().for_each(|timeline| timeline.stop_following());
         let mut waited_ms = 0;
-        while waited_ms < STOP_WAIT_MS && timelines.iter().any(|one| !one.has_stopped_following())
-        {
+        while waited_ms < STOP_WAIT_MS && timelines.iter().any(|one| !one.has_stopped_following()) {
             self.context.io.sleep(Duration::from_millis(STOP_POLL_MS)).await;
             waited_ms += STOP_POLL_MS;
         }

@@ -144,10 +144,7 @@ pub struct Opened<I: Io> {
 impl<I: Io> Timeline<I> {
     /// A timeline from its parts, at the index's `disk_consistent_lsn`. What the journal has after
     /// that is ingested by `load`.
-    pub fn new(
-        context: TimelineContext<I>,
-        opened: Opened<I>,
-    ) -> Result<Rc<Self>, StreamError> {
+    pub fn new(context: TimelineContext<I>, opened: Opened<I>) -> Result<Rc<Self>, StreamError> {
         let Opened { index, layers, journal } = opened;
         let lsn = index.disk_consistent_lsn;
         let open_since = context.io.now();
@@ -266,10 +263,7 @@ impl<I: Io> Timeline<I> {
 
 /// What is known of the cluster's WAL before it is read.
 pub(super) fn wal_layout(cluster: &ClusterIdentity) -> WalLayout {
-    WalLayout {
-        segment_bytes: cluster.wal_segment_bytes,
-        system_id: Some(cluster.system_id),
-    }
+    WalLayout { segment_bytes: cluster.wal_segment_bytes, system_id: Some(cluster.system_id) }
 }
 
 /// A connection string without its password.

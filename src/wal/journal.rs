@@ -116,8 +116,8 @@ impl<I: Io> Journal<I> {
     /// Goes on at `end` after a replay of `from..end`: what lies before `end` is made durable
     /// (a killed process may have written it without a sync), what lies after is forgotten.
     pub async fn resume(&self, from: Lsn, end: Lsn) -> Result<(), JournalError> {
-        let numbers = from.segment_number(JOURNAL_SEGMENT_BYTES)
-            ..=end.segment_number(JOURNAL_SEGMENT_BYTES);
+        let numbers =
+            from.segment_number(JOURNAL_SEGMENT_BYTES)..=end.segment_number(JOURNAL_SEGMENT_BYTES);
         for number in numbers {
             match self.io.open(&self.segment_path(number)).await {
                 Ok(file) => {
@@ -219,8 +219,7 @@ impl<I: Io> Journal<I> {
             let part = bytes.split_to(bytes.len().min(in_segment));
             let file = self.take_segment(at.segment_number(JOURNAL_SEGMENT_BYTES)).await?;
             let result = write_part(&file, offset, &part).await;
-            *self.current.borrow_mut() =
-                Some((at.segment_number(JOURNAL_SEGMENT_BYTES), file));
+            *self.current.borrow_mut() = Some((at.segment_number(JOURNAL_SEGMENT_BYTES), file));
             written += result?;
             at = Lsn(at.0 + part.len() as u64);
         }
