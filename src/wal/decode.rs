@@ -188,6 +188,3 @@ pub fn decode(bytes: &Bytes, start: Lsn, end: Lsn) -> Result<Vec<Change>, Decode
     decode_into(bytes, start, end, &mut changes)?;
     Ok(changes)
 }
-
-#[cfg(test)]
-mod tests;

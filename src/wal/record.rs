@@ -402,6 +402,3 @@ fn parse_image(rest: &mut Reader) -> Option<ImageHeader> {
     };
     Some(header)
 }
-
-#[cfg(test)]
-mod tests;

@@ -498,6 +498,3 @@ impl WalStream {
         Some(self.emit())
     }
 }
-
-#[cfg(test)]
-mod tests;
