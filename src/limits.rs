@@ -177,3 +177,6 @@ pub const CONTROL_REPLY_MS_MAX: u64 = 30_000;
 pub const ADMIN_BODY_BYTES_MAX: usize = 64 * 1024;
 
 const _: () = assert!(STARTUP_PACKET_BYTES_MAX <= CLIENT_MESSAGE_BYTES_MAX);
+
+/// Largest password file that is read, in bytes.
+pub const PASSFILE_BYTES_MAX: u64 = 1024 * 1024;

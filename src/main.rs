@@ -1,1 +1,5 @@
-fn main() {}
+//! The `pgstrata` program.
+
+fn main() -> std::process::ExitCode {
+    pgstrata::cli::main()
+}

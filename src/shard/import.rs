@@ -22,12 +22,12 @@ use super::index::{
     ClusterIdentity, INDEX_FILE, INDEX_VERSION, IndexLayer, TimelineIndex, WalSourceConfig,
 };
 use super::load::JOURNAL_DIR;
+use super::primary;
 use crate::base::{Key, Lsn};
 use crate::io::{Io, IoError, durable, foreign};
 use crate::layers::{ImageWriter, LayerError, LayerOwner};
 use crate::limits::{BACKUP_MANIFEST_BYTES_MAX, IMPORT_READ_BYTES, JOURNAL_SEGMENT_BYTES};
 use crate::wal::journal::{Journal, JournalError};
-use crate::wal::receiver;
 use crate::wal::source::SourceError;
 use crate::wal::source::base_backup::{BackupEvent, BaseBackup};
 use crate::wal::source::connection::SlotName;
@@ -192,8 +192,7 @@ async fn from_primary<I: Io>(
     staging: &Path,
     progress: &Progress,
 ) -> Result<Scanned, ImportError> {
-    let info: ConnInfo = source.conninfo.parse()?;
-    let mut connection = receiver::connect(&info).await?;
+    let mut connection = primary::open(&source.conninfo).await?;
     if let Some(name) = &source.slot {
         // The slot keeps WAL from here on, so it comes before the backup.
         connection.ensure_slot(&name.parse()?).await?;

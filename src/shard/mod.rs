@@ -13,6 +13,7 @@ pub mod layer_map;
 pub mod load;
 pub mod lsns;
 pub mod metrics;
+pub mod primary;
 pub mod reader;
 pub mod sizes;
 pub mod stored;

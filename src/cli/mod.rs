@@ -1,0 +1,58 @@
+//! The commands of the `pgstrata` program.
+//!
+//! Only `serve` is the node; the others talk to a running node, or bring everything they need
+//! (`demo`).
+
+#![allow(
+    clippy::disallowed_methods,
+    clippy::disallowed_types,
+    reason = "commands run on ordinary threads, beside or before the executors"
+)]
+
+use std::process::ExitCode;
+
+use clap::{Parser, Subcommand};
+
+pub mod admin_client;
+pub mod attach;
+pub mod serve;
+mod service;
+
+use admin_client::CommandError;
+
+/// A pageserver for PostgreSQL 15.
+#[derive(Parser, Debug)]
+#[command(version, about)]
+struct Args {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Subcommand, Debug)]
+enum Command {
+    /// Run the node.
+    Serve(serve::ServeArgs),
+    /// Make a timeline from a running primary, and follow it.
+    Attach(attach::AttachArgs),
+    /// Make a timeline from a base backup or a data directory.
+    Import(attach::ImportArgs),
+    /// Show the timelines of a running node.
+    Status(attach::StatusArgs),
+}
+
+/// Runs the command that the arguments name.
+pub fn main() -> ExitCode {
+    let result: Result<(), CommandError> = match Args::parse().command {
+        Command::Serve(args) => serve::serve(args),
+        Command::Attach(args) => attach::attach(args),
+        Command::Import(args) => attach::import(args),
+        Command::Status(args) => attach::status(args),
+    };
+    match result {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("pgstrata: {error}");
+            ExitCode::FAILURE
+        }
+    }
+}
