@@ -164,6 +164,9 @@ pub const BACKGROUND_JOBS_MAX: usize = 256;
 /// a wake-up.
 pub const HEARTBEAT_INTERVAL_MS: u64 = 5;
 
+/// Wake-ups that an executor gets without answering one. glommio panics at 32,767.
+pub const HEARTBEATS_UNANSWERED_MAX: u64 = 16_000;
+
 /// Executors check so often whether a task has run for its slice.
 pub const PREEMPT_INTERVAL_US: u64 = 250;
 

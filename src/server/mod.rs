@@ -8,6 +8,8 @@
 //!    page requests that travel inside it.
 //! 2. [`router`] (pure) says which core owns a tenant shard.
 
+pub mod mesh;
 pub mod page_protocol;
+pub mod page_service;
 pub mod pq;
 pub mod router;

@@ -1,0 +1,601 @@
+//! One connection, from its first byte to its end.
+//!
+//! 1. Start-up: requests for encryption are declined, everybody is welcome.
+//! 2. Commands, by simple or extended query. A command that names a tenant of another core ends
+//!    the work here: [`End::Move`] carries everything that the other core must know.
+//! 3. Page stream: all requests that one arrival of bytes brought are worked on at once (up to
+//!    [`PAGE_REQUESTS_CONCURRENT_MAX`]); replies go out in order, as many in one write as are
+//!    ready, and none waits for a later one.
+//!
+//! Errors: a request that fails is answered with an error reply, and the stream goes on. A
+//! message that has no place in the stream ends the stream, not the connection. Bytes that are no
+//! messages end the connection, with an error response.
+//!
+//! Time-outs are the stream's business: an idle or stuck peer shows as [`ErrorKind::TimedOut`].
+
+use std::cell::Cell;
+use std::collections::BTreeMap;
+use std::io::{Error, ErrorKind};
+use std::pin::pin;
+use std::rc::Rc;
+use std::time::Duration;
+
+use async_channel::Receiver;
+use bytes::{Bytes, BytesMut};
+use futures_util::future::{Either, select};
+use futures_util::stream::FuturesOrdered;
+use futures_util::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt, StreamExt};
+
+use crate::base::{Kind, TenantShardId, TimelineId};
+use crate::limits::{
+    CONNECTION_HOPS_MAX, CONNECTION_READ_BYTES, CONNECTION_REPLY_BYTES_MAX,
+    CONNECTION_STATEMENTS_MAX, PAGE_REQUESTS_CONCURRENT_MAX,
+};
+use crate::server::page_protocol::{
+    Answer, Query, Request, Version, decode_request, encode_error, encode_response,
+};
+use crate::server::pq::{self, Command, Message, Severity, SqlState, Startup, Target};
+use crate::server::router;
+use crate::shard::reader::{PageBackend, ReadError, TimelineReader};
+
+/// A connection between two waits: what a core must know to go on with it.
+#[derive(Default)]
+pub struct Session {
+    /// Bytes that were read and not used yet.
+    unread: BytesMut,
+    /// Replies that were not written yet; empty when the session moves.
+    unwritten: BytesMut,
+    /// The start-up packet was answered.
+    started: bool,
+    /// After an error in an extended query: everything up to `Sync` is passed over.
+    skip_to_sync: bool,
+    statements: BTreeMap<String, String>,
+    portals: BTreeMap<String, String>,
+    /// The page stream to open next, and whether a simple query asked for it.
+    pending: Option<Stream>,
+    /// Moves since the last command that was served.
+    hops: u32,
+}
+
+/// A page stream that a command asked for.
+#[derive(Clone, Copy)]
+struct Stream {
+    version: Version,
+    tenant: TenantShardId,
+    timeline: TimelineId,
+    simple: bool,
+}
+
+/// How the work on a connection ended.
+pub enum End {
+    /// It is over.
+    Closed,
+    /// Core `target` must go on with it. Nothing waits to be written.
+    Move {
+        /// The owner of the tenant that the client named.
+        target: usize,
+        /// All that is known about the connection.
+        session: Session,
+    },
+}
+
+/// Counters of one core's page service.
+#[derive(Default)]
+pub struct Counters {
+    /// Connections accepted by this core.
+    pub accepted: Cell<u64>,
+    /// Connections handed to another core.
+    pub moved: Cell<u64>,
+    /// Connections being served; a gauge.
+    pub open: Cell<u64>,
+    /// GetPage requests.
+    pub get_page_requests: Cell<u64>,
+    /// Time spent in them.
+    pub get_page_time: Cell<Duration>,
+    /// Other requests.
+    pub other_requests: Cell<u64>,
+    /// Requests answered with an error.
+    pub request_errors: Cell<u64>,
+}
+
+/// Adds one to a counter.
+pub(crate) fn count(counter: &Cell<u64>) {
+    counter.set(counter.get().wrapping_add(1));
+}
+
+/// What all connections of a core share.
+pub struct Service<B> {
+    /// The core's timelines.
+    pub backend: Rc<B>,
+    /// This core.
+    pub core: usize,
+    /// Number of cores.
+    pub cores: usize,
+    /// The core's counters.
+    pub counters: Counters,
+    /// Closed when the node shuts down.
+    pub stop: Receiver<()>,
+    /// The monotonic clock.
+    pub now: fn() -> Duration,
+}
+
+/// Why a connection ends early.
+enum Fault {
+    /// The socket is gone: nothing can be said.
+    Io(Error),
+    /// Said to the client before the end.
+    Fatal(SqlState, String),
+}
+
+impl From<Error> for Fault {
+    fn from(error: Error) -> Self {
+        match error.kind() {
+            ErrorKind::TimedOut => {
+                Fault::Fatal(SqlState::IDLE_TIMEOUT, "terminating idle connection".to_owned())
+            }
+            _ => Fault::Io(error),
+        }
+    }
+}
+
+impl From<pq::PqError> for Fault {
+    fn from(error: pq::PqError) -> Self {
+        Fault::Fatal(SqlState::PROTOCOL_VIOLATION, error.to_string())
+    }
+}
+
+fn shutdown() -> Fault {
+    let text = "terminating connection: the server is shutting down".to_owned();
+    Fault::Fatal(SqlState::ADMIN_SHUTDOWN, text)
+}
+
+/// Serves a connection until it ends or has to move.
+pub async fn serve<S, B>(stream: &mut S, session: Session, service: &Service<B>) -> End
+where
+    S: AsyncRead + AsyncWrite + Unpin,
+    B: PageBackend,
+{
+    let mut connection = Conn { stream, session, service, chunk: vec![0; CONNECTION_READ_BYTES] };
+    match connection.run().await {
+        Ok(None) => End::Closed,
+        Ok(Some(target)) => End::Move { target, session: connection.session },
+        Err(Fault::Io(error)) => {
+            tracing::debug!("connection ended: {error}");
+            End::Closed
+        }
+        Err(Fault::Fatal(state, text)) => {
+            tracing::debug!("connection closed: {text}");
+            let out = &mut connection.session.unwritten;
+            pq::put_error(out, Severity::Fatal, state, &text);
+            // The client may be gone; there is nobody else to tell.
+            let _ = connection.flush().await;
+            End::Closed
+        }
+    }
+}
+
+struct Conn<'a, S, B> {
+    stream: &'a mut S,
+    session: Session,
+    service: &'a Service<B>,
+    chunk: Vec<u8>,
+}
+
+/// What a message at the command level leads to.
+enum Next {
+    Go,
+    Open(Stream),
+    Terminate,
+}
+
+impl<S, B> Conn<'_, S, B>
+where
+    S: AsyncRead + AsyncWrite + Unpin,
+    B: PageBackend,
+{
+    /// Returns the core to move to, or `None` at an orderly end.
+    async fn run(&mut self) -> Result<Option<usize>, Fault> {
+        if !self.session.started && !self.start_up().await? {
+            return Ok(None);
+        }
+        loop {
+            if let Some(wanted) = self.session.pending.take() {
+                let owner = router::owner(&wanted.tenant, self.service.cores);
+                if owner != self.service.core {
+                    return self.leave_for(owner, wanted).await.map(Some);
+                }
+                self.session.hops = 0;
+                if !self.open_stream(wanted).await? {
+                    return Ok(None);
+                }
+                continue;
+            }
+            let Some(message) = self.next_message().await? else { return Ok(None) };
+            match self.command_level(message) {
+                Next::Go => {}
+                Next::Open(wanted) => self.session.pending = Some(wanted),
+                Next::Terminate => return Ok(None),
+            }
+            if self.session.unwritten.len() > CONNECTION_REPLY_BYTES_MAX {
+                self.flush().await?;
+            }
+        }
+    }
+
+    async fn leave_for(&mut self, owner: usize, wanted: Stream) -> Result<usize, Fault> {
+        self.session.hops += 1;
+        if self.session.hops > CONNECTION_HOPS_MAX {
+            let text = format!("no core takes tenant {}", wanted.tenant);
+            return Err(Fault::Fatal(SqlState::INTERNAL, text));
+        }
+        self.session.pending = Some(wanted);
+        self.flush().await?;
+        Ok(owner)
+    }
+
+    /// False when the connection is over.
+    async fn start_up(&mut self) -> Result<bool, Fault> {
+        loop {
+            match pq::decode_startup(&mut self.session.unread)? {
+                None => {
+                    self.flush().await?;
+                    if !self.read().await? {
+                        return Ok(false);
+                    }
+                }
+                Some(Startup::Ssl | Startup::GssEncryption) => {
+                    pq::put_no_encryption(&mut self.session.unwritten);
+                }
+                Some(Startup::Cancel) => return Ok(false),
+                Some(Startup::Session { parameters, negotiate }) => {
+                    let out = &mut self.session.unwritten;
+                    if negotiate {
+                        pq::put_negotiate_version(out, &parameters);
+                    }
+                    pq::put_welcome(out);
+                    self.session.started = true;
+                    return Ok(true);
+                }
+            }
+        }
+    }
+
+    /// The next message, after everything that is ready was written; `None` at the end of input.
+    async fn next_message(&mut self) -> Result<Option<Message>, Fault> {
+        loop {
+            if let Some(message) = pq::decode_message(&mut self.session.unread)? {
+                return Ok(Some(message));
+            }
+            self.flush().await?;
+            if !self.read().await? {
+                return Ok(None);
+            }
+        }
+    }
+
+    /// Waits for bytes; false at the end of input. The end of a connection in the middle of a
+    /// message is an end like any other.
+    async fn read(&mut self) -> Result<bool, Fault> {
+        let read = pin!(self.stream.read(&mut self.chunk));
+        let stop = pin!(self.service.stop.recv());
+        match select(read, stop).await {
+            Either::Left((Ok(length), _)) => {
+                let bytes = self.chunk.get(..length).unwrap_or_default();
+                self.session.unread.extend_from_slice(bytes);
+                Ok(length > 0)
+            }
+            Either::Left((Err(error), _)) => Err(error.into()),
+            Either::Right(_) => Err(shutdown()),
+        }
+    }
+
+    async fn flush(&mut self) -> Result<(), Fault> {
+        if !self.session.unwritten.is_empty() {
+            let written = self.stream.write_all(&self.session.unwritten).await;
+            self.session.unwritten.clear();
+            // After a write that failed the position in the stream is unknown: nothing more can
+            // be said, a time-out included.
+            written.map_err(Fault::Io)?;
+        }
+        Ok(())
+    }
+
+    fn error(&mut self, state: SqlState, text: &str) {
+        pq::put_error(&mut self.session.unwritten, Severity::Error, state, text);
+    }
+
+    fn command_level(&mut self, message: Message) -> Next {
+        if self.session.skip_to_sync && !matches!(message, Message::Sync | Message::Terminate) {
+            return Next::Go;
+        }
+        match message {
+            Message::Query(text) => return self.command(&text, true),
+            Message::Execute { portal } => {
+                let Some(text) = self.session.portals.get(&portal).cloned() else {
+                    let text = format!("portal \"{portal}\" does not exist");
+                    self.extended_error(SqlState::UNDEFINED_PORTAL, &text);
+                    return Next::Go;
+                };
+                return self.command(&text, false);
+            }
+            Message::Sync => {
+                self.session.skip_to_sync = false;
+                pq::put_ready(&mut self.session.unwritten);
+            }
+            Message::Terminate => return Next::Terminate,
+            // Left over from a stream that ended with an error, and ignored as PostgreSQL does.
+            Message::CopyData(_) | Message::CopyDone | Message::CopyFail(_) | Message::Flush => {}
+            Message::Parse { .. }
+            | Message::Bind { .. }
+            | Message::Describe(_)
+            | Message::Close(_) => {
+                self.prepare(message);
+            }
+        }
+        Next::Go
+    }
+
+    fn extended_error(&mut self, state: SqlState, text: &str) {
+        self.error(state, text);
+        self.session.skip_to_sync = true;
+    }
+
+    fn prepare(&mut self, message: Message) {
+        let Session { statements, portals, unwritten: out, .. } = &mut self.session;
+        let missing = |name: &str| format!("prepared statement \"{name}\" does not exist");
+        let full = |map: &BTreeMap<String, String>, name: &str| {
+            map.len() >= CONNECTION_STATEMENTS_MAX && !map.contains_key(name)
+        };
+        let too_many = || "too many prepared statements or portals".to_owned();
+        let failure = match message {
+            Message::Parse { statement, query: _ } if full(statements, &statement) => {
+                Some((SqlState::LIMIT_EXCEEDED, too_many()))
+            }
+            Message::Parse { statement, query } => {
+                statements.insert(statement, query);
+                pq::put_empty(out, b'1');
+                None
+            }
+            Message::Bind { portal, statement } => match statements.get(&statement) {
+                None => Some((SqlState::UNDEFINED_STATEMENT, missing(&statement))),
+                Some(_) if full(portals, &portal) => Some((SqlState::LIMIT_EXCEEDED, too_many())),
+                Some(text) => {
+                    portals.insert(portal, text.clone());
+                    pq::put_empty(out, b'2');
+                    None
+                }
+            },
+            Message::Describe(Target::Statement(name)) if !statements.contains_key(&name) => {
+                Some((SqlState::UNDEFINED_STATEMENT, missing(&name)))
+            }
+            Message::Describe(Target::Portal(name)) if !portals.contains_key(&name) => {
+                Some((SqlState::UNDEFINED_PORTAL, format!("portal \"{name}\" does not exist")))
+            }
+            Message::Describe(target) => {
+                if matches!(target, Target::Statement(_)) {
+                    pq::put_no_parameters(out);
+                }
+                pq::put_empty(out, b'n');
+                None
+            }
+            Message::Close(target) => {
+                match target {
+                    Target::Statement(name) => statements.remove(&name),
+                    Target::Portal(name) => portals.remove(&name),
+                };
+                pq::put_empty(out, b'3');
+                None
+            }
+            _ => None,
+        };
+        if let Some((state, text)) = failure {
+            self.extended_error(state, &text);
+        }
+    }
+
+    fn command(&mut self, text: &str, simple: bool) -> Next {
+        match pq::parse_command(text) {
+            Ok(Command::PageStream { version, tenant, timeline }) => {
+                return Next::Open(Stream { version, tenant, timeline, simple });
+            }
+            // "SELECT 1" is what other page services answer, and what drivers are used to.
+            Ok(Command::Set) => pq::put_command_complete(&mut self.session.unwritten, "SELECT 1"),
+            Ok(Command::Empty) => pq::put_empty(&mut self.session.unwritten, b'I'),
+            Err(error) => self.error_of_command(simple, error.sql_state(), &error.to_string()),
+        }
+        if simple {
+            self.ready_after_command();
+        }
+        Next::Go
+    }
+
+    fn error_of_command(&mut self, simple: bool, state: SqlState, text: &str) {
+        self.error(state, text);
+        self.session.skip_to_sync = !simple;
+    }
+
+    fn ready_after_command(&mut self) {
+        pq::put_ready(&mut self.session.unwritten);
+    }
+
+    /// Serves a page stream; false when the connection is over, true when the stream alone is.
+    async fn open_stream(&mut self, wanted: Stream) -> Result<bool, Fault> {
+        let found = self.service.backend.timeline(wanted.tenant, wanted.timeline).await;
+        let timeline = match found {
+            Ok(timeline) => timeline,
+            Err(error) if error.kind() == Kind::Shutdown => return Err(shutdown()),
+            Err(error) => {
+                let state = match error {
+                    ReadError::TenantNotFound(_) | ReadError::TimelineNotFound(..) => {
+                        SqlState::UNDEFINED_OBJECT
+                    }
+                    ReadError::NotReady { .. } => SqlState::NOT_READY,
+                    _ => SqlState::INTERNAL,
+                };
+                self.end_stream(&wanted, state, &error.to_string());
+                return Ok(true);
+            }
+        };
+        pq::put_copy_both(&mut self.session.unwritten);
+        loop {
+            let (batch, stopper) = self.take_requests()?;
+            self.answer(&wanted, &timeline, batch).await?;
+            match stopper {
+                None => {
+                    self.flush().await?;
+                    if !self.read().await? {
+                        return Ok(false);
+                    }
+                }
+                // The batch is full; there may be more.
+                Some(Message::Flush | Message::Sync) => {}
+                Some(Message::Terminate) => return Ok(false),
+                Some(other) => {
+                    let text = format!("unexpected message {} during COPY", other.name());
+                    self.end_stream(&wanted, SqlState::PROTOCOL_VIOLATION, &text);
+                    return Ok(true);
+                }
+            }
+        }
+    }
+
+    fn end_stream(&mut self, wanted: &Stream, state: SqlState, text: &str) {
+        self.error_of_command(wanted.simple, state, text);
+        if wanted.simple {
+            self.ready_after_command();
+        }
+    }
+
+    /// The requests that are there, up to a full batch or the first other message. `Flush` and
+    /// `Sync` mean nothing within COPY (drivers send them with the command that opened it), so
+    /// `Flush` also stands for "the batch is full".
+    fn take_requests(&mut self) -> Result<(Vec<Bytes>, Option<Message>), Fault> {
+        let mut batch = Vec::new();
+        while batch.len() < PAGE_REQUESTS_CONCURRENT_MAX {
+            match pq::decode_message(&mut self.session.unread) {
+                Ok(Some(Message::CopyData(bytes))) => batch.push(bytes),
+                Ok(other) => return Ok((batch, other)),
+                // What came before the broken message is still answered.
+                Err(_) if !batch.is_empty() => break,
+                Err(error) => return Err(error.into()),
+            }
+        }
+        Ok((batch, Some(Message::Flush)))
+    }
+
+    async fn answer(
+        &mut self,
+        wanted: &Stream,
+        timeline: &Rc<B::Timeline>,
+        batch: Vec<Bytes>,
+    ) -> Result<(), Fault> {
+        let service = self.service;
+        let version = wanted.version;
+        let mut answers: FuturesOrdered<_> =
+            batch.iter().map(|message| handle(service, &**timeline, version, message)).collect();
+        let mut stop = pin!(service.stop.recv());
+        loop {
+            let ready = futures_util::poll!(answers.next());
+            let answer = match ready {
+                std::task::Poll::Ready(answer) => answer,
+                std::task::Poll::Pending => {
+                    self.flush().await?;
+                    match select(answers.next(), stop.as_mut()).await {
+                        Either::Left((answer, _)) => answer,
+                        Either::Right(_) => return Err(shutdown()),
+                    }
+                }
+            };
+            match answer {
+                None => return Ok(()),
+                Some(reply) => self.put_reply(version, reply)?,
+            }
+            if self.session.unwritten.len() > CONNECTION_REPLY_BYTES_MAX {
+                self.flush().await?;
+            }
+        }
+    }
+
+    fn put_reply(&mut self, version: Version, reply: Reply) -> Result<(), Fault> {
+        let out = &mut self.session.unwritten;
+        match reply {
+            Reply::Answer(request, answer) => {
+                pq::put_message(out, b'd', |out| encode_response(version, &request, &answer, out));
+            }
+            Reply::Malformed(error) => {
+                count(&self.service.counters.request_errors);
+                let text = error.to_string();
+                // Without a header a version-3 client could not tell what this answers.
+                let header = match (version, error.header) {
+                    (_, Some(header)) => header,
+                    (Version::V2, None) => ANY_HEADER,
+                    (Version::V3, None) => {
+                        return Err(Fault::Fatal(SqlState::PROTOCOL_VIOLATION, text));
+                    }
+                };
+                pq::put_message(out, b'd', |out| encode_error(version, &header, &text, out));
+            }
+            Reply::Shutdown => return Err(shutdown()),
+        }
+        Ok(())
+    }
+}
+
+/// Stands where version 2 does not send a header.
+const ANY_HEADER: crate::server::page_protocol::Header = crate::server::page_protocol::Header {
+    id: 0,
+    lsn: crate::shard::reader::RequestLsn {
+        request: crate::base::Lsn::INVALID,
+        not_modified_since: crate::base::Lsn::INVALID,
+    },
+};
+
+enum Reply {
+    Answer(Request, Answer),
+    Malformed(crate::server::page_protocol::RequestError),
+    Shutdown,
+}
+
+async fn handle<B: PageBackend>(
+    service: &Service<B>,
+    timeline: &B::Timeline,
+    version: Version,
+    message: &[u8],
+) -> Reply {
+    let request = match decode_request(version, message) {
+        Ok(request) => request,
+        Err(error) => return Reply::Malformed(error),
+    };
+    let lsn = request.header.lsn;
+    let counters = &service.counters;
+    let result = match request.query {
+        Query::GetPage { rel, block } => {
+            count(&counters.get_page_requests);
+            let start = (service.now)();
+            let page = timeline.get_page(rel, block, lsn).await;
+            let spent = (service.now)().saturating_sub(start);
+            counters.get_page_time.set(counters.get_page_time.get() + spent);
+            page.map(Answer::GetPage)
+        }
+        Query::Exists { rel } => timeline.rel_exists(rel, lsn).await.map(Answer::Exists),
+        Query::Nblocks { rel } => timeline.rel_size(rel, lsn).await.map(Answer::Nblocks),
+        Query::DbSize { db } => timeline.db_size(db, lsn).await.map(Answer::DbSize),
+        Query::GetSlruSegment { kind, segment } => {
+            timeline.slru_segment(kind, segment, lsn).await.map(Answer::GetSlruSegment)
+        }
+    };
+    if !matches!(request.query, Query::GetPage { .. }) {
+        count(&counters.other_requests);
+    }
+    match result {
+        Ok(answer) => Reply::Answer(request, answer),
+        Err(error) if error.kind() == Kind::Shutdown => Reply::Shutdown,
+        Err(error) => {
+            count(&counters.request_errors);
+            if error.kind() == Kind::Corrupt {
+                tracing::error!("page request failed: {error}");
+            }
+            Reply::Answer(request, Answer::Error(error.to_string()))
+        }
+    }
+}
