@@ -18,4 +18,5 @@ pub mod limits;
 pub mod redo;
 pub mod server;
 pub mod shard;
+pub mod sim;
 pub mod wal;

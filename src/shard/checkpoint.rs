@@ -65,7 +65,7 @@ impl<I: Io> Timeline<I> {
         self.context.counters.journal_syncs.add(after.syncs - before.syncs);
         self.context.counters.journal_bytes.add(after.bytes_written - before.bytes_written);
         if synced > self.lsns().journal {
-            self.mutable.borrow_mut().lsns.advance(Advance::Journal(synced));
+            self.mutable.borrow_mut().journal_synced(synced);
             self.journal_waiters.wake(synced);
             self.status_signal.set();
         }

@@ -150,7 +150,9 @@ impl<I: Io> Timeline<I> {
             if liveness == Liveness::Dead {
                 return Err(FollowError::Silent);
             }
-            if reported != Some(positions) || liveness == Liveness::Ask {
+            // The source acts on the flushed position; the others ride along.
+            if reported.is_none_or(|[_, flush, _]: [Lsn; 3]| flush != positions[1])
+                || liveness == Liveness::Ask {
                 let [write, flush, apply] = positions;
                 let unix_time_us = self.context.io.unix_time_us();
                 let reply_requested = liveness == Liveness::Ask;
@@ -209,8 +211,8 @@ impl<I: Io> Timeline<I> {
 
     /// Written, flushed, applied.
     fn positions(&self) -> [Lsn; 3] {
-        let lsns = self.lsns();
-        [lsns.received, lsns.journal, lsns.last_record]
+        let mutable = self.mutable.borrow();
+        [mutable.lsns.received, mutable.flushed_record, mutable.lsns.last_record]
     }
 
     /// Takes in WAL bytes: into the journal's memory, and all records that are whole now into the
@@ -233,7 +235,16 @@ impl<I: Io> Timeline<I> {
         }
         self.context.counters.wal_bytes.add(bytes.len() as u64);
         self.journal_signal.set();
-        self.ingest_bytes(&bytes).await
+        let result = self.ingest_bytes(&bytes).await;
+        let mut mutable = self.mutable.borrow_mut();
+        let (end, boundary) = (mutable.lsns.received, mutable.lsns.last_record);
+        if mutable.lsns.journal >= end {
+            mutable.flushed_record = boundary;
+            self.status_signal.set();
+        } else {
+            mutable.unsynced.push_back((end, boundary));
+        }
+        result
     }
 
     /// Ingests every record that is whole with `bytes`, which continue what was given before.

@@ -20,6 +20,14 @@ use crate::redo::plan;
 /// Tablespace `pg_default`.
 const DEFAULT_TABLESPACE: u32 = 1663;
 
+#[cfg(test)]
+thread_local! {
+    /// Plants a bug that the simulator must find: reads leave out the version at the LSN itself,
+    /// as if the range were closed at the wrong end.
+    pub(crate) static CANARY_WRONG_END: std::cell::Cell<bool> =
+        const { std::cell::Cell::new(false) };
+}
+
 impl<I: Io> Timeline<I> {
     /// The LSN at which a request is answered, after waiting for it if need be. Rules: the page
     /// service's facts on `request_lsn` and `not_modified_since`.
@@ -72,6 +80,8 @@ impl<I: Io> Timeline<I> {
     /// Versions of `key` with LSNs at or below `lsn`, newest first, up to a base.
     async fn collect(&self, key: Key, lsn: Lsn) -> Result<Vec<(Lsn, Value)>, LayerError> {
         let below = Lsn(lsn.0 + 1);
+        #[cfg(test)]
+        let below = if CANARY_WRONG_END.get() { lsn } else { below };
         let range = Lsn(0)..below;
         let mut found = Vec::new();
         let layers = {

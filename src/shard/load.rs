@@ -155,6 +155,7 @@ async fn replay<I: Io>(timeline: &Rc<Timeline<I>>) -> Result<(), LoadError> {
         let mut mutable = timeline.mutable.borrow_mut();
         mutable.lsns.advance(Advance::Received(end));
         mutable.lsns.advance(Advance::Journal(end));
+        mutable.flushed_record = end;
     }
     let mut at = from;
     while at < end {

@@ -4,6 +4,7 @@
 //! methods only, and is never borrowed across an `.await`.
 
 use std::cell::{Cell, RefCell};
+use std::collections::VecDeque;
 use std::path::PathBuf;
 use std::rc::Rc;
 use std::sync::Arc;
@@ -12,7 +13,7 @@ use super::background::Background;
 use super::control::{ImportProgress, TimelineInfo, TimelineState};
 use super::index::{ClusterIdentity, IndexLayer, TimelineIndex, WalSourceConfig};
 use super::layer_map::LayerMap;
-use super::lsns::{LsnWaiters, Lsns};
+use super::lsns::{Advance, LsnWaiters, Lsns};
 use super::metrics::Counters;
 use super::sizes::Sizes;
 use super::stored::StoredLayer;
@@ -106,6 +107,26 @@ pub struct Mutable<I: Io> {
     /// Cuts the incoming bytes into records.
     pub(super) wal: WalStream,
     pub(super) broken: Option<String>,
+    /// For each piece of WAL that is not synced yet: its end, and the end of the last record that
+    /// was whole with it.
+    pub(super) unsynced: VecDeque<(Lsn, Lsn)>,
+    /// End of the last record of which every byte is synced: what the source is told. It may
+    /// drop WAL before it, so it must never lie within a record that a restart has to read.
+    pub(super) flushed_record: Lsn,
+}
+
+impl<I: Io> Mutable<I> {
+    /// The journal is synced up to `lsn`.
+    pub(super) fn journal_synced(&mut self, lsn: Lsn) {
+        self.lsns.advance(Advance::Journal(lsn));
+        while let Some((end, boundary)) = self.unsynced.front().copied() {
+            if end > lsn {
+                break;
+            }
+            self.unsynced.pop_front();
+            self.flushed_record = self.flushed_record.max(boundary);
+        }
+    }
 }
 
 /// A one-place signal: setting it twice before it is seen counts once. One task waits.
@@ -166,6 +187,8 @@ impl<I: Io> Timeline<I> {
                 checkpoint: None,
                 wal,
                 broken: None,
+                unsynced: VecDeque::new(),
+                flushed_record: lsn,
             }),
             waiters: LsnWaiters::default(),
             checkpoint_signal: Signal::new(),
