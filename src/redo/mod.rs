@@ -10,6 +10,12 @@ use futures_util::future::LocalBoxFuture;
 
 use crate::base::{BlockNumber, Kind, Lsn, RelTag};
 
+pub mod child;
+pub mod plan;
+pub mod protocol;
+pub mod record;
+pub mod small;
+
 /// A page to rebuild from WAL records.
 #[derive(Clone, Debug)]
 pub struct RedoRequest {
