@@ -5,13 +5,16 @@
 //! images are applied here, whole WAL records by a child process: unmodified PostgreSQL with
 //! `pgxn/neon_walredo` loaded ([`child`]).
 
-pub mod plan;
-pub mod small;
-
 use bytes::Bytes;
 use futures_util::future::LocalBoxFuture;
 
 use crate::base::{BlockNumber, Kind, Lsn, RelTag};
+
+pub mod child;
+pub mod plan;
+pub mod protocol;
+pub mod record;
+pub mod small;
 
 /// A page to rebuild from WAL records.
 #[derive(Clone, Debug)]

@@ -54,7 +54,8 @@ fn initialise(page: &mut Page) {
 pub fn apply(page: &mut Page, record: &SmallRecord) {
     match record {
         SmallRecord::VmClear { flags, heap_blocks } => {
-            initialise_if_new(page);
+            // A page of zeros stays one: PostgreSQL initialises it in memory only, because
+            // clearing no bit does not make it dirty.
             for heap_block in heap_blocks.iter().flatten() {
                 let (byte, place) = heap_block_to_map_byte(*heap_block);
                 page[HEADER_BYTES + byte as usize] &= !((flags & 3) << (2 * place));

@@ -1,0 +1,187 @@
+//! The messages of the wal-redo process (`pgxn/neon_walredo`), over its stdin and stdout.
+//!
+//! Request: u8 tag, u32 big-endian length of the body, body. Numbers are big-endian.
+//!
+//! | tag | body | meaning |
+//! |---|---|---|
+//! | `B` | u8 fork, u32 tablespace, u32 database, u32 relation, u32 block (17 bytes) | begin |
+//! | `P` | page, 8,192 bytes | the page before the first record |
+//! | `A` | u64 LSN after the record, the record | apply |
+//! | `G` | none | end, reply with the page |
+//! | `H` | none | ping |
+//!
+//! Reply: u32 big-endian length of the payload, u8 status, payload. Replies come in the order of
+//! the requests (`G` and `H` have one). After an error the process ends.
+//!
+//! | status | payload |
+//! |---|---|
+//! | 0 | page, 8,192 bytes |
+//! | 1 | error text |
+//! | 2 | pong: `walredo 1 postgres 150000 hint-bits on` |
+
+use bytes::{Buf, BufMut, Bytes, BytesMut};
+
+use super::{RedoError, RedoRequest};
+use crate::base::page::PAGE_SIZE;
+use crate::limits::{REDO_RECORD_BYTES_MAX, REDO_TEXT_BYTES_MAX};
+
+/// First words of the answer to a ping: the version of this protocol.
+pub const PONG_PREFIX: &str = "walredo 1 postgres 15";
+
+const REPLY_HEADER: usize = 5;
+
+/// What the process answered.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub enum Reply {
+    /// The page.
+    Page(Bytes),
+    /// Redo failed, with PostgreSQL's message; the process has ended.
+    Error(String),
+    /// Answer to a ping.
+    Pong(String),
+}
+
+/// Why bytes are no reply.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("the wal-redo process sent a reply of status {status} with {len} bytes")]
+pub struct ReplyError {
+    /// The status byte.
+    pub status: u8,
+    /// Length of the payload in bytes.
+    pub len: usize,
+}
+
+fn put_message(out: &mut Vec<u8>, tag: u8, body: &[&[u8]]) {
+    let len: usize = body.iter().map(|part| part.len()).sum();
+    out.put_u8(tag);
+    out.put_u32(u32::try_from(len).unwrap_or(u32::MAX));
+    body.iter().for_each(|part| out.put_slice(part));
+}
+
+/// Appends a ping.
+pub fn encode_ping(out: &mut Vec<u8>) {
+    put_message(out, b'H', &[]);
+}
+
+/// Appends the messages of one request. The records must have passed [`super::record::check`];
+/// only sizes are looked at here.
+pub fn encode_request(request: &RedoRequest, out: &mut Vec<u8>) -> Result<(), RedoError> {
+    let RedoRequest { rel, block, base, records } = request;
+    let mut begin = Vec::with_capacity(17);
+    begin.put_u8(rel.fork);
+    begin.put_u32(rel.node.spc);
+    begin.put_u32(rel.node.db);
+    begin.put_u32(rel.node.rel);
+    begin.put_u32(*block);
+    put_message(out, b'B', &[&begin]);
+    if let Some(page) = base {
+        if page.len() != PAGE_SIZE {
+            return Err(RedoError::Refused {
+                rel: *rel,
+                block: *block,
+                message: format!("the base page has {} bytes", page.len()),
+            });
+        }
+        put_message(out, b'P', &[page]);
+    }
+    for (lsn, record) in records {
+        if record.len() > REDO_RECORD_BYTES_MAX {
+            return Err(RedoError::BadRecord {
+                lsn: *lsn,
+                rel: *rel,
+                block: *block,
+                problem: format!("it has {} bytes", record.len()),
+            });
+        }
+        put_message(out, b'A', &[&lsn.0.to_be_bytes(), record]);
+    }
+    put_message(out, b'G', &[]);
+    Ok(())
+}
+
+/// Takes one reply off the front of `input`; `None` when it is not complete yet.
+pub fn decode_reply(input: &mut BytesMut) -> Result<Option<Reply>, ReplyError> {
+    let Some(&[a, b, c, d, status]) = input.first_chunk::<REPLY_HEADER>() else {
+        return Ok(None);
+    };
+    let len = u32::from_be_bytes([a, b, c, d]) as usize;
+    let fits = match status {
+        0 => len == PAGE_SIZE,
+        1 | 2 => len <= REDO_TEXT_BYTES_MAX,
+        _ => false,
+    };
+    if !fits {
+        return Err(ReplyError { status, len });
+    }
+    let Some(payload) = input.get(REPLY_HEADER..REPLY_HEADER + len) else {
+        return Ok(None);
+    };
+    let text = || String::from_utf8_lossy(payload).into_owned();
+    let reply = match status {
+        0 => Reply::Page(Bytes::copy_from_slice(payload)),
+        1 => Reply::Error(text()),
+        _ => Reply::Pong(text()),
+    };
+    input.advance(REPLY_HEADER + len);
+    Ok(Some(reply))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::base::{Lsn, RelNode};
+
+    fn request() -> RedoRequest {
+        RedoRequest {
+            rel: RelNode { spc: 1663, db: 5, rel: 16384 }.fork(2),
+            block: 7,
+            base: None,
+            records: vec![(Lsn(0x1_0000_0020), Bytes::from_static(b"rec"))],
+        }
+    }
+
+    #[test]
+    fn golden_request() {
+        let mut out = Vec::new();
+        encode_request(&request(), &mut out).unwrap();
+        let expected = [
+            &b"B\0\0\0\x11\x02\0\0\x06\x7f\0\0\0\x05\0\0\x40\0\0\0\0\x07"[..],
+            b"A\0\0\0\x0b\0\0\0\x01\0\0\0\x20rec",
+            b"G\0\0\0\0",
+        ]
+        .concat();
+        assert_eq!(out, expected);
+    }
+
+    #[test]
+    fn wrong_sizes_are_not_sent() {
+        let mut short = request();
+        short.base = Some(Bytes::from_static(b"short"));
+        assert!(encode_request(&short, &mut Vec::new()).is_err());
+        let mut long = request();
+        long.records[0].1 = vec![0; REDO_RECORD_BYTES_MAX + 1].into();
+        assert!(encode_request(&long, &mut Vec::new()).is_err());
+    }
+
+    #[test]
+    fn replies_cut_anywhere_and_changed_anywhere() {
+        let mut golden = b"\0\0\0\x02\x01no\0\0\0\x02\x02up".to_vec();
+        let mut input = BytesMut::from(&golden[..]);
+        assert_eq!(decode_reply(&mut input), Ok(Some(Reply::Error("no".into()))));
+        assert_eq!(decode_reply(&mut input), Ok(Some(Reply::Pong("up".into()))));
+        assert_eq!(decode_reply(&mut input), Ok(None));
+        for cut in 0..7 {
+            assert_eq!(decode_reply(&mut BytesMut::from(&golden[..cut])), Ok(None));
+        }
+        golden = [&b"\0\0\x20\0\0"[..], &[7; PAGE_SIZE]].concat();
+        let whole = decode_reply(&mut BytesMut::from(&golden[..]));
+        assert_eq!(whole, Ok(Some(Reply::Page(Bytes::from(vec![7; PAGE_SIZE])))));
+        for at in 0..REPLY_HEADER {
+            for bit in 0..8 {
+                let mut bad = golden.clone();
+                bad[at] ^= 1 << bit;
+                assert!(decode_reply(&mut BytesMut::from(&bad[..])).is_err(), "{at} {bit}");
+            }
+        }
+    }
+}
