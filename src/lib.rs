@@ -16,4 +16,5 @@ pub mod io;
 pub mod limits;
 pub mod redo;
 pub mod shard;
+pub mod sim;
 pub mod wal;
