@@ -141,15 +141,13 @@ fn parse(name: &str, text: &str) -> Result<toml::Table, ConfigError> {
 
 fn check_keys(place: &str, table: &toml::Table) -> Result<(), ConfigError> {
     let known = toml::Table::try_from(Config::default()).unwrap_or_default();
-    for key in table.keys().filter(|key| !known.contains_key(*key)) {
-        let nearest = known.keys().min_by_key(|candidate| distance(key, candidate));
-        return Err(ConfigError::UnknownKey {
-            place: place.to_owned(),
-            key: key.clone(),
-            nearest: nearest.cloned().unwrap_or_default(),
-        });
-    }
-    Ok(())
+    let Some(key) = table.keys().find(|key| !known.contains_key(*key)) else { return Ok(()) };
+    let nearest = known.keys().min_by_key(|candidate| distance(key, candidate));
+    Err(ConfigError::UnknownKey {
+        place: place.to_owned(),
+        key: key.clone(),
+        nearest: nearest.cloned().unwrap_or_default(),
+    })
 }
 
 /// Levenshtein distance.
