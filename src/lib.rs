@@ -12,6 +12,7 @@
 #![deny(unsafe_code)]
 
 pub mod base;
+pub mod config;
 pub mod io;
 pub mod layers;
 pub mod limits;

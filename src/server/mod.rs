@@ -8,7 +8,9 @@
 //!    page requests that travel inside it.
 //! 2. [`router`] (pure) says which core owns a tenant shard.
 
+pub mod listener;
 pub mod mesh;
+pub mod node;
 pub mod page_protocol;
 pub mod page_service;
 pub mod pq;

@@ -41,7 +41,6 @@ pub mod primary;
 pub mod random;
 pub mod redo;
 pub mod wal;
-pub mod random;
 
 pub use io::{SimFile, SimIo};
 pub use options::SimOptions;

@@ -1,0 +1,101 @@
+//! Connections of one core: accepted here or handed over by another core.
+
+use std::net::SocketAddr;
+use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, IntoRawFd, OwnedFd};
+use std::rc::Rc;
+use std::time::Duration;
+
+use glommio::net::{TcpListener, TcpStream};
+
+use crate::limits::{CONNECTION_IDLE_MS_MAX, CONNECTION_WRITE_MS_MAX, CONNECTIONS_PER_CORE_MAX};
+use crate::server::mesh::{Connection, Mesh, Message};
+use crate::server::page_service::{End, Service, Session, count, serve};
+use crate::shard::reader::PageBackend;
+
+/// Opens the core's listening socket. All cores may listen at one address (`SO_REUSEPORT`); the
+/// kernel deals connections out among them.
+///
+/// # Errors
+/// The operating system's words.
+pub fn listen(address: SocketAddr) -> Result<(TcpListener, SocketAddr), String> {
+    let listener = TcpListener::bind(address)
+        .map_err(|error| format!("cannot listen at {address}: {error}"))?;
+    let bound = listener.local_addr().map_err(|error| error.to_string())?;
+    Ok((listener, bound))
+}
+
+/// Accepts until the service's `stop` closes.
+pub async fn accept<B: PageBackend>(listener: TcpListener, service: Rc<Service<B>>, mesh: Mesh) {
+    loop {
+        let accepted = std::pin::pin!(listener.accept());
+        let stop = std::pin::pin!(service.stop.recv());
+        match futures_util::future::select(accepted, stop).await {
+            futures_util::future::Either::Left((Ok(stream), _)) => {
+                count(&service.counters.accepted);
+                run(stream, Session::default(), service.clone(), mesh.clone());
+            }
+            futures_util::future::Either::Left((Err(error), _)) => {
+                // Out of file descriptors, or the client is gone already.
+                tracing::warn!("cannot accept a connection: {error}");
+                glommio::timer::sleep(Duration::from_millis(20)).await;
+            }
+            futures_util::future::Either::Right(_) => return,
+        }
+    }
+}
+
+/// Goes on with a connection that another core handed over.
+pub fn adopt<B: PageBackend>(connection: Connection, service: Rc<Service<B>>, mesh: Mesh) {
+    run(take_fd(connection.fd), connection.session, service, mesh);
+}
+
+fn run<B: PageBackend>(
+    mut stream: TcpStream,
+    session: Session,
+    service: Rc<Service<B>>,
+    mesh: Mesh,
+) {
+    let open = &service.counters.open;
+    if open.get() >= CONNECTIONS_PER_CORE_MAX as u64 {
+        tracing::warn!("connection refused: this core has {CONNECTIONS_PER_CORE_MAX}");
+        return;
+    }
+    open.set(open.get() + 1);
+    // Failing to set these costs speed or patience, not correctness.
+    let _ = stream.set_nodelay(true);
+    let _ = stream.set_read_timeout(Some(Duration::from_millis(CONNECTION_IDLE_MS_MAX)));
+    let _ = stream.set_write_timeout(Some(Duration::from_millis(CONNECTION_WRITE_MS_MAX)));
+    glommio::spawn_local(async move {
+        if let End::Move { target, session } = serve(&mut stream, session, &service).await {
+            match give_fd(stream) {
+                Ok(fd) => {
+                    count(&service.counters.moved);
+                    let message = Message::Adopt(Connection { fd, session });
+                    if let Err(error) = mesh.send(target, message) {
+                        tracing::warn!("connection dropped: {error}");
+                    }
+                }
+                Err(error) => tracing::warn!("connection cannot be moved: {error}"),
+            }
+        }
+        let open = &service.counters.open;
+        open.set(open.get() - 1);
+    })
+    .detach();
+}
+
+/// The socket without the executor that it was registered with. Reads in glommio wait for
+/// readiness and then call `recv`, so none that is under way can hold bytes.
+#[allow(unsafe_code, reason = "glommio's sockets give out their descriptor only as a number")]
+fn give_fd(stream: TcpStream) -> std::io::Result<OwnedFd> {
+    // SAFETY: the descriptor is open as long as `stream` lives, which is to the end of this
+    // function, and the borrow ends before that.
+    let borrowed = unsafe { BorrowedFd::borrow_raw(stream.as_raw_fd()) };
+    borrowed.try_clone_to_owned()
+}
+
+#[allow(unsafe_code, reason = "glommio's sockets are made from a number")]
+fn take_fd(fd: OwnedFd) -> TcpStream {
+    // SAFETY: `into_raw_fd` gives up ownership of an open descriptor, and the stream takes it.
+    unsafe { TcpStream::from_raw_fd(fd.into_raw_fd()) }
+}

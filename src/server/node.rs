@@ -1,0 +1,475 @@
+//! All cores of a node: start and stop.
+//!
+//! Each core has two executors on one CPU: *serve*, which owns the core's shards and connections,
+//! and *background*, at low priority, which runs jobs that own no state.
+//!
+//! Start: executors, then every core's service, then, when all of them are loaded, the sockets.
+//! Stop: sockets and connections, services, serve executors, background executors.
+
+use std::cell::Cell;
+use std::future::Future;
+use std::net::SocketAddr;
+use std::rc::Rc;
+use std::sync::Arc;
+use std::time::Duration;
+
+use async_channel::{Receiver, Sender};
+use futures_channel::oneshot;
+use futures_util::future::LocalBoxFuture;
+use glommio::{ExecutorJoinHandle, Latency, LocalExecutorBuilder, Placement, Shares};
+
+use crate::base::Kind;
+use crate::config::Config;
+use crate::limits::{
+    BACKGROUND_JOBS_MAX, CONNECTION_DRAIN_MS_MAX, HEARTBEAT_INTERVAL_MS, PREEMPT_INTERVAL_US,
+};
+use crate::server::listener;
+use crate::server::mesh::{Control, Mesh, Message, Progress, Pulse, beat};
+use crate::server::page_service::{Counters, Service};
+use crate::shard::control::{CoreControl, CoreMetrics};
+use crate::shard::reader::PageBackend;
+
+/// A job for a background executor. It is sent there and makes its future there.
+pub type Job = Box<dyn FnOnce() -> LocalBoxFuture<'static, ()> + Send>;
+
+/// Sends jobs to the background executor of a core.
+#[derive(Clone)]
+pub struct BackgroundSpawner {
+    jobs: Sender<Job>,
+}
+
+/// The background executor has ended, or the job panicked.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+#[error("the background executor has stopped")]
+pub struct BackgroundStopped;
+
+impl BackgroundStopped {
+    /// What a caller can do about it.
+    pub fn kind(&self) -> Kind {
+        Kind::Shutdown
+    }
+}
+
+impl BackgroundSpawner {
+    /// Runs a job on the background executor and returns its result. Waits while the queue of
+    /// jobs is full. The job goes on when the returned future is dropped.
+    ///
+    /// # Errors
+    /// The executor has ended.
+    pub async fn run<T, F>(
+        &self,
+        job: impl FnOnce() -> F + Send + 'static,
+    ) -> Result<T, BackgroundStopped>
+    where
+        T: Send + 'static,
+        F: Future<Output = T> + 'static,
+    {
+        let (reply, result) = oneshot::channel();
+        let job: Job = Box::new(move || {
+            Box::pin(async move {
+                // Nobody may be waiting any more.
+                let _ = reply.send(job().await);
+            })
+        });
+        self.jobs.send(job).await.map_err(|_| BackgroundStopped)?;
+        result.await.map_err(|_| BackgroundStopped)
+    }
+}
+
+/// What a core's service is started with.
+pub struct CoreContext {
+    /// This core.
+    pub core: usize,
+    /// Number of cores.
+    pub cores: usize,
+    /// CPU of this core.
+    pub cpu: usize,
+    /// The node's settings.
+    pub config: Arc<Config>,
+    /// The core's background executor.
+    pub background: BackgroundSpawner,
+}
+
+/// One core's shards.
+#[allow(async_fn_in_trait, reason = "executors are single-threaded: no Send bound is wanted")]
+pub trait CoreService: PageBackend + CoreControl + Sized {
+    /// Loads what the core owns; runs on the core's serve executor.
+    ///
+    /// # Errors
+    /// A message for the operator; the node does not start.
+    async fn start(context: CoreContext) -> Result<Self, String>;
+}
+
+/// Why a node does not start, or how it ended.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum NodeError {
+    /// An executor could not be made.
+    #[error("core {core}: cannot start an executor on CPU {cpu}: {problem}")]
+    Executor {
+        /// The core.
+        core: usize,
+        /// Its CPU.
+        cpu: usize,
+        /// glommio's words.
+        problem: String,
+    },
+    /// A core's service did not start.
+    #[error("core {core} does not start: {problem}")]
+    Start {
+        /// The core.
+        core: usize,
+        /// Why.
+        problem: String,
+    },
+    /// The page service cannot listen.
+    #[error("{0}")]
+    Listen(String),
+    /// An executor panicked; the panic's message is in the log.
+    #[error("the executor of core {core} ended unasked (panic)")]
+    Died {
+        /// The core.
+        core: usize,
+    },
+}
+
+impl NodeError {
+    /// What a caller can do about it.
+    pub fn kind(&self) -> Kind {
+        Kind::Invalid
+    }
+}
+
+/// A running node. To be used on the control thread's tokio runtime.
+pub struct Node {
+    mesh: Mesh,
+    address: SocketAddr,
+    serve: Vec<ExecutorJoinHandle<()>>,
+    background: Vec<ExecutorJoinHandle<()>>,
+    jobs: Vec<Sender<Job>>,
+    died: Receiver<usize>,
+    heartbeat: tokio::task::JoinHandle<()>,
+}
+
+/// Says when the main future of an executor ends, by a panic of any of its tasks too.
+struct Guard {
+    core: usize,
+    died: Sender<usize>,
+    asked: bool,
+}
+
+impl Drop for Guard {
+    fn drop(&mut self) {
+        if !self.asked {
+            // The channel has room for every executor.
+            let _ = self.died.try_send(self.core);
+        }
+    }
+}
+
+fn builder(name: &str, core: usize, cpu: usize, io_memory: usize) -> LocalExecutorBuilder {
+    LocalExecutorBuilder::new(Placement::Fixed(cpu))
+        .name(&format!("{name}-{core}"))
+        .io_memory(io_memory)
+        .preempt_timer(Duration::from_micros(PREEMPT_INTERVAL_US))
+}
+
+fn start_beat(progress: Progress) {
+    let latency = Latency::Matters(Duration::from_millis(1));
+    let queue = glommio::executor().create_task_queue(Shares::default(), latency, "heartbeat");
+    if let Ok(task) = glommio::spawn_local_into(beat(progress), queue) {
+        task.detach();
+    }
+}
+
+#[allow(unsafe_code, reason = "setpriority has no safe wrapper")]
+fn lower_priority() {
+    // SAFETY: the call takes three numbers and touches no memory; `0` names the calling thread.
+    let result = unsafe { nix::libc::setpriority(nix::libc::PRIO_PROCESS, 0, 10) };
+    if result != 0 {
+        tracing::warn!("the background executor keeps normal priority");
+    }
+}
+
+/// CPU numbers of the cores: as configured, or all that this process may use.
+fn cpus(config: &Config) -> Vec<usize> {
+    if !config.cores.is_empty() {
+        return config.cores.clone();
+    }
+    let own = nix::unistd::Pid::from_raw(0);
+    let allowed = nix::sched::sched_getaffinity(own).unwrap_or_default();
+    let is_set = |cpu: &usize| allowed.is_set(*cpu).unwrap_or(false);
+    let all: Vec<usize> = (0..nix::sched::CpuSet::count()).filter(is_set).collect();
+    if all.is_empty() { vec![0] } else { all }
+}
+
+impl Node {
+    /// Starts all cores; returns when they take connections.
+    ///
+    /// # Errors
+    /// See [`NodeError`]; nothing is left running.
+    pub async fn start<S: CoreService>(config: Arc<Config>) -> Result<Node, NodeError> {
+        let cpus = cpus(&config);
+        let (mesh, inboxes) = Mesh::new(cpus.len());
+        let (died_sender, died) = async_channel::bounded(2 * cpus.len());
+        let mut pulses = Vec::new();
+        let mut node = Node {
+            mesh: mesh.clone(),
+            address: config.listen_pg_addr,
+            serve: Vec::new(),
+            background: Vec::new(),
+            jobs: Vec::new(),
+            died,
+            heartbeat: tokio::spawn(async {}),
+        };
+        let mut ready = Vec::new();
+        let mut failure = None;
+        for (core, (cpu, inbox)) in cpus.iter().copied().zip(inboxes).enumerate() {
+            let (jobs, queue) = async_channel::bounded(BACKGROUND_JOBS_MAX);
+            node.jobs.push(jobs.clone());
+            let background = BackgroundSpawner { jobs };
+            let config = config.clone();
+            let context = CoreContext { core, cores: cpus.len(), cpu, config, background };
+            let (started, is_started) = oneshot::channel();
+            let guard = || Guard { core, died: died_sender.clone(), asked: false };
+            let (serve_pulse, background_pulse) = (Pulse::default(), Pulse::default());
+            let (progress, guarded, mesh) = (serve_pulse.progress(), guard(), mesh.clone());
+            let serve = builder("serve", core, cpu, 512 << 10)
+                .spawn(move || run_core::<S>(context, inbox, mesh, progress, started, guarded));
+            let (progress, guarded) = (background_pulse.progress(), guard());
+            let background = builder("background", core, cpu, 128 << 10)
+                .spawn(move || run_background(queue, progress, guarded));
+            pulses.extend([serve_pulse, background_pulse]);
+            ready.push(is_started);
+            for (handle, list) in [(serve, &mut node.serve), (background, &mut node.background)] {
+                match handle {
+                    Ok(handle) => list.push(handle),
+                    Err(error) => {
+                        let problem = error.to_string();
+                        failure = Some(NodeError::Executor { core, cpu, problem });
+                    }
+                }
+            }
+        }
+        node.heartbeat = tokio::spawn(async move {
+            let period = Duration::from_millis(HEARTBEAT_INTERVAL_MS);
+            let mut ticks = tokio::time::interval(period);
+            ticks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+            loop {
+                ticks.tick().await;
+                pulses.iter_mut().for_each(Pulse::tick);
+            }
+        });
+        for (core, ready) in ready.into_iter().enumerate() {
+            let problem = match ready.await {
+                Ok(Ok(())) => continue,
+                Ok(Err(problem)) => problem,
+                Err(_) => "its executor ended".to_owned(),
+            };
+            failure.get_or_insert(NodeError::Start { core, problem });
+        }
+        if failure.is_none() {
+            failure = node.listen().await.err();
+        }
+        match failure {
+            None => Ok(node),
+            Some(error) => {
+                let _ = node.stop().await;
+                Err(error)
+            }
+        }
+    }
+
+    /// All cores listen at the address that the first one got.
+    async fn listen(&mut self) -> Result<(), NodeError> {
+        for core in 0..self.mesh.cores() {
+            let (reply, bound) = oneshot::channel();
+            let sent = self.mesh.send(core, Message::Listen(self.address, reply));
+            sent.map_err(|error| NodeError::Listen(error.to_string()))?;
+            let bound = bound.await.map_err(|_| NodeError::Died { core })?;
+            self.address = bound.map_err(NodeError::Listen)?;
+        }
+        Ok(())
+    }
+
+    /// The way to the cores.
+    pub fn mesh(&self) -> Mesh {
+        self.mesh.clone()
+    }
+
+    /// The address of the page service, with its real port.
+    pub fn address(&self) -> SocketAddr {
+        self.address
+    }
+
+    /// Waits until an executor ends unasked.
+    pub async fn died(&self) -> NodeError {
+        let core = self.died.recv().await.unwrap_or_default();
+        NodeError::Died { core }
+    }
+
+    /// Stops everything, with all data synced.
+    ///
+    /// # Errors
+    /// An executor panicked.
+    pub async fn stop(self) -> Result<(), NodeError> {
+        let mut replies = Vec::new();
+        for core in 0..self.mesh.cores() {
+            let (reply, stopped) = oneshot::channel();
+            // A core that has ended already has nothing to stop.
+            if self.mesh.send(core, Message::Shutdown(reply)).is_ok() {
+                replies.push(stopped);
+            }
+        }
+        for stopped in replies {
+            let _ = stopped.await;
+        }
+        let mut died = join_all(self.serve).await;
+        for jobs in &self.jobs {
+            jobs.close();
+        }
+        died = died.or(join_all(self.background).await);
+        self.heartbeat.abort();
+        died.map_or(Ok(()), |core| Err(NodeError::Died { core }))
+    }
+}
+
+/// Joins executors on another thread, so that heartbeats go on; returns one that panicked.
+async fn join_all(handles: Vec<ExecutorJoinHandle<()>>) -> Option<usize> {
+    let mut died = None;
+    for (core, handle) in handles.into_iter().enumerate() {
+        let joined = tokio::task::spawn_blocking(move || handle.join().is_ok()).await;
+        if !matches!(joined, Ok(true)) {
+            died = Some(core);
+        }
+    }
+    died
+}
+
+async fn run_background(queue: Receiver<Job>, progress: Progress, mut guard: Guard) {
+    lower_priority();
+    start_beat(progress.clone());
+    let running = Rc::new(Cell::new(0_usize));
+    while let Ok(job) = queue.recv().await {
+        running.set(running.get() + 1);
+        let (running, progress) = (running.clone(), progress.clone());
+        glommio::spawn_local(async move {
+            job().await;
+            progress.step();
+            running.set(running.get() - 1);
+        })
+        .detach();
+    }
+    while running.get() > 0 {
+        glommio::timer::sleep(Duration::from_millis(2)).await;
+    }
+    guard.asked = true;
+}
+
+async fn run_core<S: CoreService>(
+    context: CoreContext,
+    inbox: Receiver<Message>,
+    mesh: Mesh,
+    progress: Progress,
+    started: oneshot::Sender<Result<(), String>>,
+    mut guard: Guard,
+) {
+    start_beat(progress.clone());
+    let (core, cores) = (context.core, context.cores);
+    let backend = match S::start(context).await {
+        Ok(backend) => Rc::new(backend),
+        Err(problem) => {
+            let _ = started.send(Err(problem));
+            guard.asked = true;
+            return;
+        }
+    };
+    let (stopper, stop) = async_channel::bounded::<()>(1);
+    let counters = Counters::default();
+    let service = Rc::new(Service { backend, core, cores, counters, stop, now: monotonic });
+    let _ = started.send(Ok(()));
+    while let Ok(message) = inbox.recv().await {
+        progress.step();
+        match message {
+            Message::Adopt(connection) => {
+                listener::adopt(connection, service.clone(), mesh.clone());
+            }
+            Message::Control(command) => control(&service, command),
+            Message::Listen(address, reply) => {
+                let bound = listener::listen(address).map(|(listener, bound)| {
+                    let accept = listener::accept(listener, service.clone(), mesh.clone());
+                    glommio::spawn_local(accept).detach();
+                    bound
+                });
+                let _ = reply.send(bound);
+            }
+            Message::Shutdown(reply) => {
+                stopper.close();
+                drain(&service).await;
+                service.backend.shutdown().await;
+                guard.asked = true;
+                let _ = reply.send(());
+                return;
+            }
+        }
+    }
+    guard.asked = true;
+}
+
+/// Waits for connections to end, but not for long.
+async fn drain<S: CoreService>(service: &Service<S>) {
+    let deadline = monotonic() + Duration::from_millis(CONNECTION_DRAIN_MS_MAX);
+    while service.counters.open.get() > 0 && monotonic() < deadline {
+        glommio::timer::sleep(Duration::from_millis(2)).await;
+    }
+}
+
+/// Time since the first call in this process; for measuring only, so it may bypass `Io`.
+#[allow(clippy::disallowed_methods, reason = "the page service's latency figures need a clock")]
+fn monotonic() -> Duration {
+    static START: std::sync::OnceLock<std::time::Instant> = std::sync::OnceLock::new();
+    START.get_or_init(std::time::Instant::now).elapsed()
+}
+
+/// Handles a command of the admin API; long ones in a task of their own.
+fn control<S: CoreService>(service: &Rc<Service<S>>, command: Control) {
+    let backend = service.backend.clone();
+    // The asker may have given up, so replies may fail.
+    match command {
+        Control::Timelines(reply) => {
+            let _ = reply.send(backend.timelines());
+        }
+        Control::Metrics(reply) => {
+            let _ = reply.send(metrics(service));
+        }
+        Control::CreateTimeline(request, reply) => {
+            let work = async move {
+                let _ = reply.send(backend.create_timeline(request).await);
+            };
+            glommio::spawn_local(work).detach();
+        }
+        Control::Checkpoint(tenant, timeline, reply) => {
+            let work = async move {
+                let _ = reply.send(backend.checkpoint(tenant, timeline).await);
+            };
+            glommio::spawn_local(work).detach();
+        }
+    }
+}
+
+fn metrics<S: CoreService>(service: &Service<S>) -> CoreMetrics {
+    let counters = &service.counters;
+    CoreMetrics {
+        core: service.core,
+        connections_accepted: counters.accepted.get(),
+        connections_moved: counters.moved.get(),
+        connections_open: counters.open.get(),
+        get_page_requests: counters.get_page_requests.get(),
+        get_page_seconds: counters.get_page_time.get().as_secs_f64(),
+        other_requests: counters.other_requests.get(),
+        request_errors: counters.request_errors.get(),
+        ..service.backend.metrics()
+    }
+}
+
+#[cfg(test)]
+mod tests;

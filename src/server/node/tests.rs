@@ -1,0 +1,256 @@
+use std::io::{Read, Write};
+use std::net::TcpStream;
+
+use bytes::{Bytes, BytesMut};
+use postgres_protocol::message::frontend;
+
+use super::*;
+use crate::base::{BlockNumber, Lsn, RelNode, RelTag, SlruKind, TenantId};
+use crate::base::{TenantShardId, TimelineId};
+use crate::server::page_protocol::*;
+use crate::server::router;
+use crate::shard::control::{ControlError, CreateTimeline, TimelineInfo};
+use crate::shard::reader::{ReadError, RequestLsn, TimelineReader};
+
+/// Every tenant whose first byte is not 0xff exists; a page's bytes name the core and the block.
+struct Fake(usize);
+
+impl TimelineReader for Fake {
+    async fn get_page(
+        &self,
+        _rel: RelTag,
+        block: BlockNumber,
+        _lsn: RequestLsn,
+    ) -> Result<Bytes, ReadError> {
+        if block == 13 {
+            return Err(ReadError::BadRequest("thirteen".to_owned()));
+        }
+        let mut page = vec![self.0 as u8; PAGE_BYTES];
+        page[..4].copy_from_slice(&block.to_be_bytes());
+        Ok(page.into())
+    }
+    async fn rel_exists(&self, _rel: RelTag, _lsn: RequestLsn) -> Result<bool, ReadError> {
+        Ok(true)
+    }
+    async fn rel_size(&self, _rel: RelTag, _lsn: RequestLsn) -> Result<u32, ReadError> {
+        Ok(99)
+    }
+    async fn db_size(&self, db: u32, _lsn: RequestLsn) -> Result<i64, ReadError> {
+        Ok(i64::from(db))
+    }
+    async fn slru_segment(&self, _: SlruKind, _: u32, _: RequestLsn) -> Result<Bytes, ReadError> {
+        Ok(vec![3; PAGE_BYTES].into())
+    }
+}
+
+impl PageBackend for Fake {
+    type Timeline = Fake;
+    async fn timeline(&self, tenant: TenantShardId, _: TimelineId) -> Result<Rc<Fake>, ReadError> {
+        assert_eq!(router::owner(&tenant, 2), self.0, "a tenant of another core");
+        match tenant.tenant.0[0] {
+            0xff => Err(ReadError::TenantNotFound(tenant)),
+            _ => Ok(Rc::new(Fake(self.0))),
+        }
+    }
+}
+
+impl CoreControl for Fake {
+    fn timelines(&self) -> Vec<TimelineInfo> {
+        Vec::new()
+    }
+    fn metrics(&self) -> CoreMetrics {
+        CoreMetrics::default()
+    }
+    async fn create_timeline(&self, _: CreateTimeline) -> Result<(), ControlError> {
+        Ok(())
+    }
+    async fn checkpoint(&self, _: TenantShardId, _: TimelineId) -> Result<(), ControlError> {
+        Ok(())
+    }
+    async fn shutdown(&self) {}
+}
+
+impl CoreService for Fake {
+    async fn start(context: CoreContext) -> Result<Self, String> {
+        let six = context.background.run(|| async { 6 }).await;
+        assert_eq!(six, Ok(6));
+        Ok(Fake(context.core))
+    }
+}
+
+fn tenant_of(core: usize) -> TenantShardId {
+    let shards = (0..).map(|n| TenantShardId::unsharded(TenantId([n; 16])));
+    shards.into_iter().find(|shard| router::owner(shard, 2) == core).unwrap()
+}
+
+struct Client(TcpStream);
+
+impl Client {
+    fn connect(address: SocketAddr) -> Client {
+        let stream = TcpStream::connect(address).unwrap();
+        stream.set_read_timeout(Some(Duration::from_secs(20))).unwrap();
+        let mut client = Client(stream);
+        client.send(|out| frontend::startup_message([("user", "u")], out).unwrap());
+        assert_eq!(client.until(b'Z').last().unwrap().0, b'Z');
+        client
+    }
+    fn send(&mut self, put: impl FnOnce(&mut BytesMut)) {
+        let mut out = BytesMut::new();
+        put(&mut out);
+        self.0.write_all(&out).unwrap();
+    }
+    fn message(&mut self) -> (u8, Vec<u8>) {
+        let mut head = [0; 5];
+        self.0.read_exact(&mut head).unwrap();
+        let length = u32::from_be_bytes(head[1..].try_into().unwrap()) as usize - 4;
+        let mut body = vec![0; length];
+        self.0.read_exact(&mut body).unwrap();
+        (head[0], body)
+    }
+    fn until(&mut self, tag: u8) -> Vec<(u8, Vec<u8>)> {
+        let mut all = Vec::new();
+        while all.last().is_none_or(|(last, _): &(u8, _)| *last != tag) {
+            all.push(self.message());
+        }
+        all
+    }
+    fn open(&mut self, version: u8, tenant: TenantShardId) {
+        let text = format!("pagestream_v{version} {tenant} {}", "ab".repeat(16));
+        self.send(|out| frontend::query(&text, out).unwrap());
+        assert_eq!(self.message().0, b'W');
+    }
+}
+
+fn get_page(id: u64, block: u32) -> Request {
+    let lsn = RequestLsn { request: Lsn::MAX, not_modified_since: Lsn(8) };
+    let rel = RelNode { spc: 1663, db: 5, rel: 16384 }.fork(0);
+    Request { header: Header { id, lsn }, query: Query::GetPage { rel, block } }
+}
+
+/// Sends all at once and checks all answers.
+fn pipeline(client: &mut Client, version: Version, core: usize) {
+    let requests: Vec<Request> = (0..100).map(|n| get_page(u64::from(n), n)).collect();
+    client.send(|out| {
+        for request in &requests {
+            crate::server::pq::put_message(out, b'd', |out| encode_request(version, request, out));
+        }
+    });
+    for request in &requests {
+        let (tag, body) = client.message();
+        assert_eq!(tag, b'd');
+        let answer = decode_response(version, &body.into()).unwrap().answer_to(request).unwrap();
+        match (answer, request.query) {
+            (Answer::Error(text), Query::GetPage { block: 13, .. }) => {
+                assert!(text.contains("thirteen"));
+            }
+            (Answer::GetPage(page), Query::GetPage { block, .. }) => {
+                assert_eq!(page[..4], block.to_be_bytes());
+                assert_eq!(page[100], core as u8, "served by another core");
+            }
+            other => panic!("{other:?}"),
+        }
+    }
+}
+
+fn talk(address: SocketAddr) {
+    for core in [0, 1] {
+        let mut client = Client::connect(address);
+        client.open(3, tenant_of(core));
+        pipeline(&mut client, Version::V3, core);
+        // The stream ends with an error, and another tenant can be asked for.
+        client.send(frontend::copy_done);
+        assert_eq!(client.until(b'Z')[0].0, b'E');
+        client.open(2, tenant_of(1 - core));
+        pipeline(&mut client, Version::V2, 1 - core);
+        // A bad tag is answered, and the stream goes on.
+        client.send(|out| crate::server::pq::put_message(out, b'd', |o| o.extend([9; 17])));
+        assert_eq!(client.message().1[0], 103);
+        pipeline(&mut client, Version::V2, 1 - core);
+        let mut lost = Client::connect(address);
+        let query = format!("pagestream_v3 {} {}", "ff".repeat(16), "ab".repeat(16));
+        lost.send(|out| frontend::query(&query, out).unwrap());
+        let replies = lost.until(b'Z');
+        assert!(String::from_utf8_lossy(&replies[0].1).contains("is not on this node"));
+    }
+    hostile(address);
+    let mut client = Client::connect(address);
+    client.open(3, tenant_of(0));
+    pipeline(&mut client, Version::V3, 0);
+}
+
+/// 2,000 connections that send garbage at each stage, or half a message, and go away.
+fn hostile(address: SocketAddr) {
+    fastrand::seed(7);
+    for round in 0..2000_usize {
+        let mut stream = TcpStream::connect(address).unwrap();
+        let mut out = BytesMut::new();
+        if round % 4 > 0 {
+            frontend::startup_message([("user", "u")], &mut out).unwrap();
+        }
+        if round % 4 > 1 {
+            let text = format!("pagestream_v3 {} {}", tenant_of(round / 4 % 2), "ab".repeat(16));
+            frontend::query(&text, &mut out).unwrap();
+        }
+        if round % 4 > 2 {
+            let request = get_page(1, 1);
+            let put = |o: &mut BytesMut| encode_request(Version::V3, &request, o);
+            crate::server::pq::put_message(&mut out, b'd', put);
+        }
+        if round % 3 == 0 {
+            out.truncate(fastrand::usize(0..=out.len()));
+        } else {
+            out.extend((0..fastrand::usize(0..200)).map(|_| fastrand::u8(..)));
+        }
+        // The node may have closed the connection in the meantime.
+        let _ = stream.write_all(&out);
+    }
+}
+
+fn open_fds() -> usize {
+    std::fs::read_dir("/proc/self/fd").unwrap().count()
+}
+
+#[test]
+fn two_cores_serve_move_and_survive_garbage() {
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+    runtime.block_on(async {
+        let config = Config {
+            listen_pg_addr: "127.0.0.1:0".parse().unwrap(),
+            cores: vec![0, 1],
+            ..Config::default()
+        };
+        let node = Node::start::<Fake>(Arc::new(config)).await.unwrap();
+        let address = node.address();
+        let before = open_fds();
+        tokio::task::spawn_blocking(move || talk(address)).await.unwrap();
+        let (mut accepted, mut moved, mut open) = (0, 0, 1);
+        for _ in 0..200 {
+            (accepted, moved, open) = (0, 0, 0);
+            for core in 0..2 {
+                let (reply, metrics) = oneshot::channel();
+                node.mesh().send(core, Message::Control(Control::Metrics(reply))).unwrap();
+                let metrics = metrics.await.unwrap();
+                accepted += metrics.connections_accepted;
+                moved += metrics.connections_moved;
+                open += metrics.connections_open;
+            }
+            if open == 0 {
+                break;
+            }
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+        assert_eq!(open, 0, "connections are left over");
+        assert!(accepted >= 2005 && moved >= 2, "{accepted} accepted, {moved} moved");
+        // Other tests of this process open files of their own.
+        assert!(open_fds() < before + 50, "{before} descriptors before, {} after", open_fds());
+        let stopped = tokio::task::spawn_blocking(move || {
+            let mut client = Client::connect(address);
+            client.open(3, tenant_of(1));
+            client
+        });
+        let mut client = stopped.await.unwrap();
+        node.stop().await.unwrap();
+        let (tag, body) = client.message();
+        assert!(tag == b'E' && String::from_utf8_lossy(&body).contains("57P01"));
+    });
+}
