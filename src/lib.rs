@@ -11,7 +11,9 @@
 #![deny(missing_docs)]
 #![deny(unsafe_code)]
 
+pub mod admin;
 pub mod base;
+pub mod cli;
 pub mod config;
 pub mod io;
 pub mod layers;
