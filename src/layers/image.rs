@@ -1,85 +1,301 @@
-//! Image layers (being filled in; the signatures stand).
+//! Image layers: every key of a key range at one LSN.
+//!
+//! Writing: values come in key order; each is packed on its own and appended, a page that lz4
+//! does not shrink by a quarter as two whole device blocks. Reading a key: the index, all in
+//! memory, gives the place; one read brings the value.
+//!
+//! The index is held whole: a layer of 128 MiB has at least 16,384 pages, 24 bytes each in memory.
+//! A page of zeros is stored as [`Value::ZeroPage`] however it was given.
+//!
+//! Form and reasons: [`crate::layers::format`] and [`crate::layers::index`].
 
 use std::path::Path;
 use std::rc::Rc;
 
+use crate::base::page::PAGE_SIZE;
 use crate::base::{Key, KeyRange, Lsn, LsnRange, Value};
-use crate::io::Io;
-use crate::layers::{BlockCache, LayerDesc, LayerError, LayerName, LayerOwner, Lookup, Newest};
+use crate::io::{ALIGNMENT, Io};
+use crate::layers::file::{LayerFile, Regions};
+use crate::layers::format::{Codec, HEADER_BYTES, Packer, is_zero};
+use crate::layers::index::{BlobRef, Form, ImageIndex};
+use crate::layers::writer::{LayerFileWriter, Parts};
+use crate::layers::{
+    BlockCache, LayerDesc, LayerError, LayerName, LayerOwner, Lookup, Newest, keep_newest,
+};
+use crate::limits::{LAYER_BLOCK_BYTES_MAX, LAYER_IMAGE_VALUES_MAX};
 
-/// Writes an image layer.
+/// Percentage that lz4 must save of a value to be worth it.
+const VALUE_SAVING_PERCENT: usize = 25;
+
+/// Writes an image layer. Memory in use: the write buffer and the index.
 pub struct ImageWriter<I: Io> {
-    _io: I,
+    out: LayerFileWriter<I>,
+    lsn: Lsn,
+    packer: Packer,
+    index: ImageIndex,
+    first: Option<Key>,
+    last: Option<Key>,
 }
 
 impl<I: Io> ImageWriter<I> {
-    /// Starts a temporary file in `dir`.
+    /// Starts a temporary file in `dir` for the state at `lsn`. It ends with
+    /// [`ImageWriter::finish`] or [`ImageWriter::abort`], after an error of `add` too.
+    ///
+    /// # Errors
+    /// [`LayerError::Io`].
     pub async fn create(
-        _io: &I,
-        _dir: &Path,
-        _owner: LayerOwner,
-        _lsn: Lsn,
+        io: &I,
+        dir: &Path,
+        owner: LayerOwner,
+        lsn: Lsn,
     ) -> Result<Self, LayerError> {
-        unimplemented!()
+        Ok(ImageWriter {
+            out: LayerFileWriter::create(io, dir, owner).await?,
+            lsn,
+            packer: Packer::default(),
+            index: ImageIndex::default(),
+            first: None,
+            last: None,
+        })
     }
-    /// Adds a value; keys ascend, values are bases. After an error: `abort`.
-    pub async fn add(&mut self, _key: Key, _value: &Value) -> Result<(), LayerError> {
-        unimplemented!()
+
+    /// Adds the content of a key: [`Value::Image`] or [`Value::ZeroPage`]. Keys ascend.
+    ///
+    /// # Errors
+    /// [`LayerError::Disorder`], [`LayerError::Misplaced`], [`LayerError::TooLarge`],
+    /// [`LayerError::Io`].
+    pub async fn add(&mut self, key: Key, value: &Value) -> Result<(), LayerError> {
+        let lsn = self.lsn;
+        let file = || self.out.path().to_owned();
+        if let Some(previous_key) = self.last
+            && key <= previous_key
+        {
+            let file = file();
+            return Err(LayerError::Disorder { file, key, lsn, previous_key, previous_lsn: lsn });
+        }
+        let too_large =
+            |what, limit: usize| LayerError::TooLarge { file: file(), what, limit: limit as u64 };
+        if self.index.len() >= LAYER_IMAGE_VALUES_MAX {
+            return Err(too_large("values", LAYER_IMAGE_VALUES_MAX));
+        }
+        let (form, packed) = match value {
+            Value::ZeroPage => (Form::Zero, BlobRef::ZERO),
+            Value::Image(bytes) if bytes.len() == PAGE_SIZE && is_zero(bytes) => {
+                (Form::Zero, BlobRef::ZERO)
+            }
+            Value::Image(bytes) if bytes.len() > LAYER_BLOCK_BYTES_MAX => {
+                return Err(too_large("bytes in one value", LAYER_BLOCK_BYTES_MAX));
+            }
+            Value::Image(bytes) => {
+                let (packed, stored) = self.packer.pack(bytes, VALUE_SAVING_PERCENT);
+                let form = form_of(packed.codec, stored.len());
+                if form == Form::Aligned {
+                    self.out.pad().await?;
+                }
+                self.out.append(stored).await?;
+                (form, packed)
+            }
+            Value::WalRecord { .. } | Value::Small(_) => {
+                let what = "only whole contents belong into an image layer";
+                return Err(LayerError::Misplaced { file: file(), key, lsn, what });
+            }
+        };
+        let offset = self.out.position() - u64::from(packed.stored_bytes);
+        self.index.push(key, BlobRef { offset, form, packed });
+        self.first.get_or_insert(key);
+        self.last = Some(key);
+        Ok(())
     }
-    /// Bytes that the file has so far, for the caller to decide when to cut.
+
+    /// Bytes that the file has so far without the index; tells the caller when to cut.
     pub fn file_bytes(&self) -> u64 {
-        unimplemented!()
+        self.out.position()
     }
-    /// Publishes the file under its name; on an error nothing is left behind.
-    pub async fn finish(self, _keys: KeyRange) -> Result<LayerDesc, LayerError> {
-        unimplemented!()
+
+    /// Number of values so far; bounded by [`LAYER_IMAGE_VALUES_MAX`].
+    pub fn value_count(&self) -> usize {
+        self.index.len()
     }
-    /// Removes the temporary file.
+
+    /// Ends the file and publishes it: when this returns, it is durable under its name. `keys` is
+    /// the range of which the layer has every key; it contains all that were added. A layer
+    /// without values says that no key of the range exists.
+    ///
+    /// # Errors
+    /// [`LayerError::Misplaced`], [`LayerError::Io`]. The temporary file is removed. If only the
+    /// last step failed, the sync of the directory, the file may be there.
+    pub async fn finish(self, keys: KeyRange) -> Result<LayerDesc, LayerError> {
+        let outside = [self.first, self.last].into_iter().flatten().find(|k| !keys.contains(k));
+        if let Some(key) = outside {
+            let (file, lsn) = (self.out.path().to_owned(), self.lsn);
+            self.out.abort().await;
+            let what = "the key is outside the range of the layer";
+            return Err(LayerError::Misplaced { file, key, lsn, what });
+        }
+        let value_count = self.index.len() as u64;
+        let parts = Parts {
+            name: LayerName::Image { keys, lsn: self.lsn },
+            index: self.index.encode(),
+            filter: Vec::new(),
+            value_count,
+            key_count: value_count,
+        };
+        self.out.finish(parts).await
+    }
+
+    /// Closes and removes the temporary file.
     pub async fn abort(self) {
-        unimplemented!()
+        self.out.abort().await;
     }
 }
 
-/// An open delta layer.
+/// A raw page takes whole device blocks; smaller things are packed.
+fn form_of(codec: Codec, stored_bytes: usize) -> Form {
+    match codec {
+        Codec::Lz4 => Form::Lz4,
+        Codec::Raw if stored_bytes > 0 && stored_bytes % ALIGNMENT == 0 => Form::Aligned,
+        Codec::Raw => Form::Raw,
+    }
+}
+
+/// An open image layer.
 pub struct ImageLayer<I: Io> {
-    _io: I,
+    file: LayerFile<I>,
+    index: ImageIndex,
 }
 
 impl<I: Io> ImageLayer<I> {
-    /// Opens `dir/name`.
+    /// Opens `dir/name`, checks that it is the layer of this owner, loads the index.
+    ///
+    /// # Errors
+    /// [`LayerError::Damaged`], [`LayerError::Version`], [`LayerError::Mismatch`],
+    /// [`LayerError::Io`].
     pub async fn open(
-        _io: &I,
-        _dir: &Path,
-        _name: &LayerName,
-        _owner: LayerOwner,
-        _cache: Rc<BlockCache>,
+        io: &I,
+        dir: &Path,
+        name: &LayerName,
+        owner: LayerOwner,
+        cache: Rc<BlockCache>,
     ) -> Result<Self, LayerError> {
-        unimplemented!()
+        let (file, regions) = LayerFile::open(io, dir, name, Some(owner), cache).await?;
+        ImageLayer::from_parts(file, regions).await
     }
-    /// Appends the values of `key` within `lsns` to `out`, newest first, up to the first base.
-    pub async fn collect(
-        &self,
-        _key: Key,
-        _lsns: &LsnRange,
-        _out: &mut Vec<(Lsn, Value)>,
-    ) -> Result<Lookup, LayerError> {
-        unimplemented!()
+
+    pub(super) async fn from_parts(
+        file: LayerFile<I>,
+        regions: Regions,
+    ) -> Result<Self, LayerError> {
+        let footer = file.footer();
+        let index = if !file.name().is_image() {
+            Err("not an image layer")
+        } else if !regions.filter.is_empty() || footer.key_count != footer.value_count {
+            Err("the footer is not that of an image layer")
+        } else {
+            ImageIndex::decode(&regions.index, &file.expected())
+        };
+        match index {
+            Ok(index) => Ok(ImageLayer { file, index }),
+            Err(what) => {
+                let error = file.damaged(footer.data_end, what);
+                let _ = file.close().await;
+                Err(error)
+            }
+        }
     }
-    /// For every key of the range, its newest value with `lsn < below`, unless `out` has a newer.
-    pub async fn scan(
-        &self,
-        _keys: &KeyRange,
-        _below: Lsn,
-        _out: &mut Newest,
-    ) -> Result<(), LayerError> {
-        unimplemented!()
+
+    pub(super) fn file(&self) -> &LayerFile<I> {
+        &self.file
     }
+
     /// Name of the layer.
     pub fn name(&self) -> &LayerName {
-        unimplemented!()
+        self.file.name()
     }
-    /// Closes the file.
+
+    /// Name, length, counts, checksum.
+    pub fn desc(&self) -> LayerDesc {
+        self.file.desc()
+    }
+
+    async fn value(&self, number: u32, blob: &BlobRef) -> Result<Value, LayerError> {
+        if blob.form == Form::Zero {
+            return Ok(Value::ZeroPage);
+        }
+        Ok(Value::Image(self.file.block(number, blob.offset, &blob.packed).await?))
+    }
+
+    /// If the layer's LSN is within `lsns`: appends the value of `key` to `out` and says
+    /// [`Lookup::Complete`], or says [`Lookup::Absent`] if the key did not exist. Outside its key
+    /// range and outside `lsns` it says [`Lookup::Continue`].
+    ///
+    /// # Errors
+    /// [`LayerError::Damaged`], [`LayerError::Io`].
+    pub async fn collect(
+        &self,
+        key: Key,
+        lsns: &LsnRange,
+        out: &mut Vec<(Lsn, Value)>,
+    ) -> Result<Lookup, LayerError> {
+        let lsn = self.name().lsns().start;
+        if !self.name().keys().contains(&key) || !lsns.contains(&lsn) {
+            return Ok(Lookup::Continue);
+        }
+        let Some((number, blob)) = self.index.find(key) else {
+            return Ok(Lookup::Absent);
+        };
+        out.push((lsn, self.value(number, &blob).await?));
+        Ok(Lookup::Complete)
+    }
+
+    /// For every key of the range, its value if the layer's LSN is below `below`, unless `out` has
+    /// a newer.
+    ///
+    /// # Errors
+    /// [`LayerError::Damaged`], [`LayerError::Io`].
+    pub async fn scan(
+        &self,
+        keys: &KeyRange,
+        below: Lsn,
+        out: &mut Newest,
+    ) -> Result<(), LayerError> {
+        let lsn = self.name().lsns().start;
+        if lsn >= below {
+            return Ok(());
+        }
+        for (key, number, blob) in self.index.range(keys) {
+            if out.get(&key).is_none_or(|(other, _)| *other < lsn) {
+                keep_newest(out, key, lsn, &self.value(number, &blob).await?);
+            }
+        }
+        Ok(())
+    }
+
+    /// Reads everything and checks what opening did not.
+    pub(super) async fn check(&self, io: &I) -> Result<(), LayerError> {
+        let mut end = HEADER_BYTES as u64;
+        for blob in self.index.blobs() {
+            if blob.form == Form::Zero {
+                continue;
+            }
+            self.file.check_zeros(end, blob.offset).await?;
+            let content = self.file.read(blob.offset, &blob.packed).await?;
+            let form = form_of(blob.packed.codec, blob.packed.stored_bytes as usize);
+            let hidden_zeros = content.len() == PAGE_SIZE && is_zero(&content);
+            if form != blob.form || hidden_zeros {
+                let what = "a value has another form than the format gives it";
+                return Err(self.file.damaged(blob.offset, what));
+            }
+            end = blob.end();
+            io.yield_if_needed().await;
+        }
+        Ok(())
+    }
+
+    /// Closes the file and drops its values from the cache.
+    ///
+    /// # Errors
+    /// [`LayerError::Io`].
     pub async fn close(self) -> Result<(), LayerError> {
-        unimplemented!()
+        self.file.close().await
     }
 }
