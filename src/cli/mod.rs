@@ -17,6 +17,7 @@ pub mod admin_client;
 pub mod attach;
 pub mod serve;
 mod service;
+pub mod simulate;
 
 use admin_client::CommandError;
 
@@ -36,6 +37,8 @@ enum Command {
     Attach(attach::AttachArgs),
     /// Make a timeline from a base backup or a data directory.
     Import(attach::ImportArgs),
+    /// Run the engine in the simulator.
+    Simulate(simulate::SimulateArgs),
     /// Show the timelines of a running node.
     Status(attach::StatusArgs),
 }
@@ -46,6 +49,7 @@ pub fn main() -> ExitCode {
         Command::Serve(args) => serve::serve(args),
         Command::Attach(args) => attach::attach(args),
         Command::Import(args) => attach::import(args),
+        Command::Simulate(args) => simulate::simulate(args),
         Command::Status(args) => attach::status(args),
     };
     match result {

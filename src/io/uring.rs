@@ -3,7 +3,7 @@
 //! Data goes through the ring. Operations on directories (list, create, remove a tree) are plain
 //! system calls: they are rare, short, and io_uring has no call for some of them.
 
-use std::cell::RefCell;
+use std::cell::{Cell, RefCell};
 use std::future::Future;
 use std::io;
 use std::ops::{Deref, DerefMut};
@@ -27,6 +27,8 @@ struct Queues {
     serve: TaskQueueHandle,
     ingest: TaskQueueHandle,
     background: TaskQueueHandle,
+    /// glommio knows whether the device can be polled for completions.
+    probed: Cell<bool>,
     started: std::time::Instant,
     random: RefCell<fastrand::Rng>,
 }
@@ -46,6 +48,7 @@ impl UringIo {
                 serve: queue(1000, matters, "serve"),
                 ingest: queue(500, matters, "ingest"),
                 background: queue(100, Latency::NotImportant, "background"),
+                probed: Cell::new(false),
                 #[allow(clippy::disallowed_methods, reason = "this is the door to the clock")]
                 started: std::time::Instant::now(),
                 #[allow(clippy::disallowed_methods, reason = "this is the door to randomness")]
@@ -55,8 +58,29 @@ impl UringIo {
     }
 }
 
-/// The task queue of a class, for code that deals with glommio itself.
 impl UringIo {
+    /// Lets glommio find out whether the device of `path` can be polled for completions.
+    ///
+    /// glommio 0.9 finds out by reading from the first file that it opens on a device. If that
+    /// file is empty the read succeeds without touching the device, glommio takes that for a
+    /// yes, and every later read fails with `EOPNOTSUPP` where the answer is no. So the first
+    /// file is one with content, made for the purpose.
+    #[allow(clippy::disallowed_methods, reason = "this is the door to the file system")]
+    async fn probe_device(&self, path: &Path) -> Result<(), IoError> {
+        if self.queues.probed.replace(true) {
+            return Ok(());
+        }
+        let name = format!("probe-{:016x}.tmp", self.random_u64());
+        let probe = path.parent().unwrap_or(Path::new(".")).join(name);
+        let fail = |error: io::Error| os_error("probe", &probe, &error);
+        std::fs::write(&probe, [0; ALIGNMENT]).map_err(fail)?;
+        let opened = DmaFile::open(&probe).await;
+        let removed = std::fs::remove_file(&probe).map_err(fail);
+        let file = opened.map_err(|error| ring_error("probe", &probe, error))?;
+        file.close().await.map_err(|error| ring_error("probe", &probe, error))?;
+        removed
+    }
+
     fn queue(&self, class: TaskClass) -> TaskQueueHandle {
         match class {
             TaskClass::Serve => self.queues.serve,
@@ -130,6 +154,7 @@ impl Io for UringIo {
     type File = UringFile;
 
     async fn create(&self, path: &Path) -> Result<UringFile, IoError> {
+        self.probe_device(path).await?;
         let file = OpenOptions::new()
             .read(true)
             .write(true)
@@ -142,6 +167,7 @@ impl Io for UringIo {
     }
 
     async fn open(&self, path: &Path) -> Result<UringFile, IoError> {
+        self.probe_device(path).await?;
         let file = OpenOptions::new()
             .read(true)
             .write(true)

@@ -98,6 +98,8 @@ impl<I: Io> Journal<I> {
     /// that has content, read it and then [`Journal::resume`].
     pub async fn open(io: I, dir: &Path, tli: u32, end: Lsn) -> Result<Self, JournalError> {
         io.create_dir(dir).await?;
+        // Syncing files in a directory says nothing about the directory's own name.
+        io.sync_dir(dir.parent().unwrap_or(Path::new("."))).await?;
         Ok(Journal {
             io,
             dir: dir.to_owned(),
