@@ -17,4 +17,5 @@ pub mod layers;
 pub mod limits;
 pub mod redo;
 pub mod shard;
+pub mod sim;
 pub mod wal;
