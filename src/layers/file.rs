@@ -132,7 +132,9 @@ impl<I: Io> LayerFile<I> {
     /// Reads and unpacks a piece, past the cache.
     pub(super) async fn read(&self, offset: u64, packed: &Packed) -> Result<Bytes, LayerError> {
         let len = packed.stored_bytes as usize;
-        let unpacked = if len <= LAYER_READ_BYTES_MAX - 2 * ALIGNMENT {
+        let unpacked = if len == 0 {
+            unpack(packed, &[])
+        } else if len <= LAYER_READ_BYTES_MAX - 2 * ALIGNMENT {
             let piece = read_piece(&self.file, offset, len).await?;
             piece.bytes().ok_or("the file ends within a block").and_then(|b| unpack(packed, b))
         } else {
@@ -175,6 +177,9 @@ impl<I: Io> LayerFile<I> {
     /// Checks that `start..end` of the file holds zeros; for the gaps of less than two blocks
     /// that alignment makes.
     pub(super) async fn check_zeros(&self, start: u64, end: u64) -> Result<(), LayerError> {
+        if start >= end {
+            return Ok(());
+        }
         let piece = read_piece(&self.file, start, end.saturating_sub(start) as usize).await?;
         match piece.bytes() {
             Some(bytes) if is_zero(bytes) => Ok(()),
