@@ -218,7 +218,7 @@ async fn load<F: File>(
 ) -> Result<(Footer, u32, Regions), LayerError> {
     let file_bytes = file.len().await?;
     let wrong = |offset, what| damaged(path, Damage { offset, what });
-    if file_bytes < FILE_BYTES_MIN || file_bytes % ALIGNMENT as u64 != 0 {
+    if file_bytes < FILE_BYTES_MIN || !file_bytes.is_multiple_of(ALIGNMENT as u64) {
         return Err(wrong(file_bytes, "the file has a length that no layer file has"));
     }
     let tail_start = file_bytes - file_bytes.min(LAYER_OPEN_READ_BYTES as u64);
