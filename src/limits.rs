@@ -109,8 +109,8 @@ pub const LAYER_INDEX_BYTES_MAX: usize = 64 * 1024 * 1024;
 pub const LAYER_FILTER_BYTES_MAX: usize = 16 * 1024 * 1024;
 
 const _: () = assert!(LAYER_BLOCK_BYTES_MAX < u32::MAX as usize);
-const _: () = assert!(LAYER_WRITE_BYTES % crate::io::ALIGNMENT == 0);
-const _: () = assert!(LAYER_READ_BYTES_MAX % crate::io::ALIGNMENT == 0);
+const _: () = assert!(LAYER_WRITE_BYTES.is_multiple_of(crate::io::ALIGNMENT));
+const _: () = assert!(LAYER_READ_BYTES_MAX.is_multiple_of(crate::io::ALIGNMENT));
 const _: () = assert!(LAYER_OPEN_READ_BYTES <= LAYER_READ_BYTES_MAX);
 // WAL decoding.
 

@@ -381,7 +381,7 @@ fn collect_in_block(
 ) -> Result<Lookup, &'static str> {
     let mut entries = BlockEntries::new(block);
     let mut found = Vec::new();
-    while let Some(entry) = entries.next() {
+    for entry in entries.by_ref() {
         let entry = entry?;
         if (entry.key, entry.lsn) >= (key, lsns.end) {
             break;

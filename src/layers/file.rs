@@ -132,7 +132,9 @@ impl<I: Io> LayerFile<I> {
     /// Reads and unpacks a piece, past the cache.
     pub(super) async fn read(&self, offset: u64, packed: &Packed) -> Result<Bytes, LayerError> {
         let len = packed.stored_bytes as usize;
-        let unpacked = if len <= LAYER_READ_BYTES_MAX - 2 * ALIGNMENT {
+        let unpacked = if len == 0 {
+            unpack(packed, &[])
+        } else if len <= LAYER_READ_BYTES_MAX - 2 * ALIGNMENT {
             let piece = read_piece(&self.file, offset, len).await?;
             piece.bytes().ok_or("the file ends within a block").and_then(|b| unpack(packed, b))
         } else {
@@ -175,6 +177,9 @@ impl<I: Io> LayerFile<I> {
     /// Checks that `start..end` of the file holds zeros; for the gaps of less than two blocks
     /// that alignment makes.
     pub(super) async fn check_zeros(&self, start: u64, end: u64) -> Result<(), LayerError> {
+        if start >= end {
+            return Ok(());
+        }
         let piece = read_piece(&self.file, start, end.saturating_sub(start) as usize).await?;
         match piece.bytes() {
             Some(bytes) if is_zero(bytes) => Ok(()),
@@ -213,7 +218,7 @@ async fn load<F: File>(
 ) -> Result<(Footer, u32, Regions), LayerError> {
     let file_bytes = file.len().await?;
     let wrong = |offset, what| damaged(path, Damage { offset, what });
-    if file_bytes < FILE_BYTES_MIN || file_bytes % ALIGNMENT as u64 != 0 {
+    if file_bytes < FILE_BYTES_MIN || !file_bytes.is_multiple_of(ALIGNMENT as u64) {
         return Err(wrong(file_bytes, "the file has a length that no layer file has"));
     }
     let tail_start = file_bytes - file_bytes.min(LAYER_OPEN_READ_BYTES as u64);

@@ -153,7 +153,7 @@ impl<I: Io> ImageWriter<I> {
 fn form_of(codec: Codec, stored_bytes: usize) -> Form {
     match codec {
         Codec::Lz4 => Form::Lz4,
-        Codec::Raw if stored_bytes > 0 && stored_bytes % ALIGNMENT == 0 => Form::Aligned,
+        Codec::Raw if stored_bytes > 0 && stored_bytes.is_multiple_of(ALIGNMENT) => Form::Aligned,
         Codec::Raw => Form::Raw,
     }
 }

@@ -38,6 +38,9 @@ pub mod verify;
 mod file;
 mod writer;
 
+#[cfg(test)]
+mod tests;
+
 pub use block_cache::{BlockCache, BlockCacheStats};
 pub use delta::{DeltaLayer, DeltaWriter};
 pub use error::{Damage, LayerError};
@@ -47,6 +50,7 @@ pub use image::{ImageLayer, ImageWriter};
 pub use name::{LayerName, LayerNameError};
 pub use open::OpenLayer;
 pub use verify::{Verified, verify};
+pub use writer::TEMP_SUFFIX;
 
 use std::collections::BTreeMap;
 use std::collections::btree_map::Entry;
