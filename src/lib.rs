@@ -12,6 +12,7 @@
 #![deny(unsafe_code)]
 
 pub mod base;
+pub mod cli;
 pub mod io;
 pub mod limits;
 pub mod redo;
