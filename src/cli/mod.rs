@@ -1,7 +1,9 @@
 //! The commands of the `pgstrata` program.
 //!
 //! Only `serve` is the node; the others talk to a running node, or bring everything they need
-//! (`demo`).
+//! (`demo`). For proofs, [`pg`] controls stock PostgreSQL clusters, [`workload`] puts load on
+//! them, [`oracle`] makes the data directory to compare with, [`page_client`] asks a node for
+//! pages and [`verify`] does the comparison.
 
 #![allow(
     clippy::disallowed_methods,
@@ -15,9 +17,16 @@ use clap::{Parser, Subcommand};
 
 pub mod admin_client;
 pub mod attach;
+pub mod oracle;
+pub mod page_client;
+pub mod pg;
 pub mod serve;
 mod service;
 pub mod simulate;
+pub mod verify;
+pub mod verify_command;
+pub mod verify_files;
+pub mod workload;
 
 use admin_client::CommandError;
 
@@ -39,6 +48,8 @@ enum Command {
     Import(attach::ImportArgs),
     /// Run the engine in the simulator.
     Simulate(simulate::SimulateArgs),
+    /// Compare a data directory with what a node serves.
+    Verify(verify_command::VerifyArgs),
     /// Show the timelines of a running node.
     Status(attach::StatusArgs),
 }
@@ -50,6 +61,7 @@ pub fn main() -> ExitCode {
         Command::Attach(args) => attach::attach(args),
         Command::Import(args) => attach::import(args),
         Command::Simulate(args) => simulate::simulate(args),
+        Command::Verify(args) => verify_command::run(args),
         Command::Status(args) => attach::status(args),
     };
     match result {
@@ -60,15 +72,3 @@ pub fn main() -> ExitCode {
         }
     }
 }
-//! The program's commands.
-//!
-//! [`pg`] controls stock PostgreSQL clusters, [`workload`] puts load on them, [`oracle`] makes
-//! the data directory to compare with, [`page_client`] asks a node for pages, [`verify`] does the
-//! comparison, and [`demo`] puts all of it together.
-
-pub mod oracle;
-pub mod page_client;
-pub mod pg;
-pub mod verify;
-pub mod verify_files;
-pub mod workload;
