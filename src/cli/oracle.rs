@@ -56,11 +56,15 @@ pub fn release_wal(primary: &PgCluster) -> Result<(), PgError> {
 pub fn mark(primary: &PgCluster) -> Result<Mark, PgError> {
     primary.psql("postgres", "CHECKPOINT")?;
     let record = primary.lsn("SELECT checkpoint_lsn FROM pg_control_checkpoint()")?;
-    let mut dump = command("pg_waldump");
-    dump.arg("-p").arg(primary.data().join("pg_wal"));
-    dump.args(["-s", &record.to_string(), "-n", "2"]);
-    // The record after it begins where it ends; when there is none yet, make one.
+    // The record after it begins where it ends; the switch makes sure that there is one.
     primary.psql("postgres", "SELECT pg_switch_wal()")?;
+    let flushed = primary.lsn("SELECT pg_current_wal_flush_lsn()")?;
+    let file = primary.value("postgres", &format!("SELECT pg_walfile_name('{record}')"))?;
+    let mut dump = command("pg_waldump");
+    dump.args(["-s", &record.to_string(), "-e", &flushed.to_string(), "-n", "2"]);
+    // Without a file's name the program takes the segment size from any file in the directory,
+    // which may be one made in advance that is still empty.
+    dump.arg("-p").arg(primary.data().join("pg_wal")).arg(file);
     let text = run(dump)?;
     let starts = wal_starts(&text);
     let bad = || PgError::Answer { what: "pg_waldump".into(), answer: text.clone() };

@@ -8,8 +8,7 @@
 //! 3. SLRU segments: the shorter side counts as zeros up to the longer one's end, because
 //!    trailing pages are made on demand.
 //! 4. The reverse: forks in `absent` (candidates that the caller knows of) that the data
-//!    directory lacks must not exist on the node; and DbSize must lie between the bytes of the
-//!    forks without and with free space maps, unless the node keeps other maps than the files.
+//!    directory lacks must not exist on the node.
 
 use std::collections::BTreeMap;
 use std::fmt::Write;

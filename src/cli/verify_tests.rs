@@ -1,7 +1,6 @@
 //! The procedure on real clusters: two stand-bys with different settings, stopped at the same
 //! LSN, must have equal files; and the comparison must find what is planted.
 
-use std::collections::BTreeMap;
 use std::io::{Read, Write};
 use std::net::{TcpListener, TcpStream};
 use std::path::Path;
@@ -10,7 +9,7 @@ use std::process::Command;
 use bytes::BytesMut;
 
 use super::*;
-use crate::base::{Lsn, RelNode, TenantId, TimelineId};
+use crate::base::{Lsn, TenantId, TimelineId};
 use crate::cli::oracle;
 use crate::cli::pg::{self, PgCluster, StopMode};
 use crate::cli::verify_files::scan;
@@ -26,6 +25,7 @@ fn serve(
     let address = listener.local_addr().unwrap().to_string();
     std::thread::spawn(move || {
         let (mut stream, _) = listener.accept().unwrap();
+        stream.set_nodelay(true).unwrap();
         let message = |stream: &mut TcpStream| -> Option<Vec<u8>> {
             let mut head = [0; 5];
             stream.read_exact(&mut head).ok()?;
@@ -152,6 +152,13 @@ fn two_standbys_agree(name: &str, checksums: bool, settings: &[&str]) {
 }
 
 fn planted_differences_are_found(a: &DataDirectory, b: &DataDirectory, checksums: bool) {
+    // A few relations are enough here, and keep the test short.
+    let few = |all: &DataDirectory| {
+        let mut some = all.clone();
+        some.forks.retain(|tag, _| tag.node.rel > 16_000 && tag.node.rel < 16_500);
+        some
+    };
+    let (a, b) = (&few(a), &few(b));
     let (victim, _) = a
         .forks
         .iter()
@@ -220,5 +227,4 @@ fn an_empty_directory_has_nothing() {
     let temp = TempDir::new("empty");
     let found = scan(&temp.0).unwrap();
     assert!(found.forks.is_empty() && found.slru.is_empty());
-    let _ = (RelNode { spc: 0, db: 0, rel: 0 }, BTreeMap::<u8, u8>::new());
 }
