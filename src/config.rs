@@ -135,7 +135,8 @@ impl Config {
     }
 
     fn check(&self) -> Result<(), ConfigError> {
-        let fail = |key, problem: &str| Err(ConfigError::Value { key, problem: problem.to_owned() });
+        let fail =
+            |key, problem: &str| Err(ConfigError::Value { key, problem: problem.to_owned() });
         if self.cores.len() > CORES_MAX {
             return fail("cores", "more CPUs than this program uses");
         }

@@ -10,6 +10,16 @@
 
 #![deny(missing_docs)]
 #![deny(unsafe_code)]
+#![warn(clippy::too_many_lines)]
+#![cfg_attr(
+    test,
+    allow(
+        clippy::disallowed_methods,
+        clippy::disallowed_types,
+        clippy::too_many_lines,
+        reason = "tests run PostgreSQL, read its files and start threads"
+    )
+)]
 
 pub mod admin;
 pub mod base;

@@ -6,13 +6,13 @@ pub const WAL_RECORD_BYTES_MAX: usize = 0x3fff_ffff;
 /// Size of a journal segment in bytes.
 pub const JOURNAL_SEGMENT_BYTES: u64 = 16 * 1024 * 1024;
 
-const _: () = assert!(JOURNAL_SEGMENT_BYTES % crate::io::ALIGNMENT as u64 == 0);
+const _: () = assert!(JOURNAL_SEGMENT_BYTES.is_multiple_of(crate::io::ALIGNMENT as u64));
 
 /// The journal takes this much WAL into memory before its source has to wait, in bytes.
 pub const JOURNAL_BUFFER_BYTES_MAX: usize = 8 * 1024 * 1024;
 /// Largest single write of the journal, in bytes.
 pub const JOURNAL_WRITE_BYTES_MAX: usize = 1024 * 1024;
-const _: () = assert!(JOURNAL_WRITE_BYTES_MAX % crate::io::ALIGNMENT == 0);
+const _: () = assert!(JOURNAL_WRITE_BYTES_MAX.is_multiple_of(crate::io::ALIGNMENT));
 
 /// Ingest reads the journal back in pieces of this many bytes at start.
 pub const JOURNAL_REPLAY_BYTES: usize = 1024 * 1024;

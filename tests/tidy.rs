@@ -3,13 +3,15 @@
 //! Each rule is a function from a file's path and text to complaints; `rules_fire` plants one
 //! violation of each, so that no rule goes blind.
 
+#![allow(clippy::disallowed_methods, reason = "it reads the source tree")]
+
 use std::fs;
 use std::path::Path;
 
 /// Longest source file, in lines; test files may be longer.
 const FILE_LINES_MAX: usize = 600;
 const TEST_FILE_LINES_MAX: usize = 1200;
-/// Least share of code lines in files without `async`, in percent.
+/// Least share of code lines outside of `async` functions and blocks, in percent.
 const PURE_PERCENT_MIN: usize = 60;
 
 /// Who may import whom: a directory of `src/`, then what it may name after `crate::`.
@@ -70,9 +72,30 @@ impl Source {
         self.text.split("#[cfg(test)]\nmod ").next().unwrap_or_default()
     }
 
-    fn code_lines(&self) -> usize {
-        let code = |line: &&str| !line.trim().is_empty() && !line.trim().starts_with("//");
-        self.product().lines().filter(code).count()
+    /// Lines of code, and how many of them stand in `async` functions and blocks.
+    fn code_lines(&self) -> (usize, usize) {
+        let (mut total, mut waiting) = (0, 0);
+        // Depth of braces, and the depth outside of the outermost async body.
+        let (mut depth, mut outside) = (0i32, None);
+        for line in self.product().lines().map(str::trim) {
+            if line.is_empty() || line.starts_with("//") {
+                continue;
+            }
+            if outside.is_none() && line.contains("async ") {
+                outside = Some((depth, false));
+            }
+            let braces = |c: char| line.matches(c).count() as i32;
+            depth += braces('{') - braces('}');
+            total += 1;
+            waiting += usize::from(outside.is_some());
+            if let Some((level, entered)) = outside {
+                let entered = entered || depth > level || line.contains('{');
+                let declared_only = !entered && line.ends_with(';');
+                outside =
+                    (!(declared_only || entered && depth <= level)).then_some((level, entered));
+            }
+        }
+        (total, waiting)
     }
 }
 
@@ -162,16 +185,14 @@ fn the_tree_is_tidy() {
 
 #[test]
 fn most_code_is_pure() {
-    let (mut pure, mut total) = (0, 0);
+    let (mut waiting, mut total) = (0, 0);
     for source in all().iter().filter(|source| !source.path.starts_with("cli/")) {
-        let lines = source.code_lines();
+        let (lines, in_async) = source.code_lines();
         total += lines;
-        if !source.product().contains("async ") {
-            pure += lines;
-        }
+        waiting += in_async;
     }
-    let percent = 100 * pure / total;
-    println!("{pure} of {total} lines of code ({percent} %) stand in files without async");
+    let percent = 100 * (total - waiting) / total;
+    println!("{percent} % of {total} lines of code stand outside of async functions");
     assert!(percent >= PURE_PERCENT_MIN, "{percent} % of the code is pure");
 }
 
@@ -201,4 +222,6 @@ fn rules_fire() {
     assert_eq!(words(&source("base/a.rs", concat!("// TO", "DO: later"))).len(), 1);
     assert_eq!(header(&source("base/mod.rs", "//! One line.\n")).len(), 1);
     assert_eq!(header(&source("base/a.rs", "use x;\n")).len(), 1);
+    let text = "fn f() {\n1;\n}\nasync fn g() {\nif x {\n2;\n}\n}\nasync fn h();\nfn i() {\n}\n";
+    assert_eq!(source("io/a.rs", text).code_lines(), (11, 6));
 }

@@ -1,5 +1,11 @@
 //! WAL that a real PostgreSQL 15 wrote, read by us and by `pg_waldump`.
 
+#![allow(
+    clippy::disallowed_methods,
+    clippy::disallowed_types,
+    reason = "a test that runs PostgreSQL and reads its files"
+)]
+
 use std::path::Path;
 use std::process::Command;
 

@@ -73,15 +73,15 @@ pub fn import(args: ImportArgs) -> Result<(), CommandError> {
 }
 
 fn absolute(path: &Path) -> Result<String, CommandError> {
-    let full = std::fs::canonicalize(path).map_err(|error| format!("{}: {error}", path.display()))?;
+    let full =
+        std::fs::canonicalize(path).map_err(|error| format!("{}: {error}", path.display()))?;
     let text = full.to_str().ok_or_else(|| format!("{} is no UTF-8", full.display()))?;
     Ok(text.to_owned())
 }
 
 fn make(target: &TargetArgs, source: &TimelineSource) -> Result<(), CommandError> {
     let client = AdminClient::new(&target.admin)?;
-    let tenant =
-        target.tenant.unwrap_or_else(|| TenantShardId::unsharded(TenantId(random_id())));
+    let tenant = target.tenant.unwrap_or_else(|| TenantShardId::unsharded(TenantId(random_id())));
     let timeline = target.timeline.unwrap_or_else(|| TimelineId(random_id()));
     println!("tenant   {tenant}\ntimeline {timeline}");
     client.create_timeline(tenant, timeline, source)?;
@@ -116,7 +116,7 @@ pub fn wait_until_active(
             TimelineState::Importing | TimelineState::CatchingUp => {}
         }
         looks += 1;
-        if looks % 10 == 0 {
+        if looks.is_multiple_of(10) {
             progress(progress_line(&info));
         }
         std::thread::sleep(Duration::from_millis(LOOK_MS));

@@ -93,9 +93,10 @@ fn prepare(dir: &Path) -> Result<Flock<File>, CommandError> {
 async fn run(config: Arc<Config>) -> Result<(), CommandError> {
     let mut terminate = signal(SignalKind::terminate())?;
     let mut interrupt = signal(SignalKind::interrupt())?;
-    let listener = tokio::net::TcpListener::bind(config.listen_http_addr).await.map_err(|error| {
-        format!("cannot listen for the admin API at {}: {error}", config.listen_http_addr)
-    })?;
+    let listener =
+        tokio::net::TcpListener::bind(config.listen_http_addr).await.map_err(|error| {
+            format!("cannot listen for the admin API at {}: {error}", config.listen_http_addr)
+        })?;
     let admin_address = listener.local_addr()?;
     let node = Node::start::<NodeShard>(config.clone()).await?;
     let (stop_admin, admin_stopped) = tokio::sync::oneshot::channel::<()>();

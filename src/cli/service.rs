@@ -1,7 +1,7 @@
 //! What a core of a real node is made of: io_uring, primaries, wal-redo children.
 
 use std::cell::RefCell;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::rc::Rc;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
@@ -118,11 +118,11 @@ impl RedoFactory for ChildFactory {
 
 /// The wal-redo library: as configured, or beside this program, or in `walredo/` beside the
 /// directory of this program (where a build puts it).
-pub fn find_library(configured: &PathBuf) -> Result<PathBuf, String> {
+pub fn find_library(configured: &Path) -> Result<PathBuf, String> {
     const NAME: &str = "neon_walredo.so";
     if !configured.as_os_str().is_empty() {
         return if configured.is_file() {
-            Ok(configured.clone())
+            Ok(configured.to_owned())
         } else {
             Err(format!("walredo_library: there is no {}", configured.display()))
         };

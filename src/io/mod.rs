@@ -149,6 +149,7 @@ pub trait Io: Clone + 'static {
 
 /// An open file. Several reads, and writes to different ranges, may be under way at once;
 /// overlapping writes may not.
+#[allow(clippy::len_without_is_empty, reason = "nobody asks whether a file is empty")]
 #[allow(async_fn_in_trait, reason = "executors are single-threaded: no Send bound is wanted")]
 pub trait File: 'static {
     /// What a read returns.

@@ -458,8 +458,11 @@ fn any_value() -> impl Strategy<Value = Value> {
         (any::<u64>(), any::<bool>(), 0usize..3000).prop_map(|(n, init, len)| record(n, init, len)),
         (any::<u8>(), 0usize..9000).prop_map(|(b, len)| Value::Image(vec![b | 1; len].into())),
         Just(Value::ZeroPage),
-        any::<u32>()
-            .prop_map(|n| Value::Small(SmallRecord::MultiXactOffset { multi: n, offset: 1, next_offset: None })),
+        any::<u32>().prop_map(|n| Value::Small(SmallRecord::MultiXactOffset {
+            multi: n,
+            offset: 1,
+            next_offset: None
+        })),
     ]
 }
 

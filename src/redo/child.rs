@@ -14,6 +14,11 @@
 //! - A request whose caller went away is dropped before it is sent; if it was sent already, its
 //!   reply is read and dropped.
 
+#![allow(
+    clippy::disallowed_methods,
+    reason = "processes, and the threads that drive them, are started here"
+)]
+
 use std::cell::RefCell;
 use std::collections::VecDeque;
 use std::io::{ErrorKind, Read, Write};

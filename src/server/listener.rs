@@ -1,5 +1,7 @@
 //! Connections of one core: accepted here or handed over by another core.
 
+#![allow(clippy::disallowed_methods, reason = "connections belong to the executor, not to a shard")]
+
 use std::net::SocketAddr;
 use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, IntoRawFd, OwnedFd};
 use std::rc::Rc;

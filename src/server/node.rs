@@ -6,6 +6,8 @@
 //! Start: executors, then every core's service, then, when all of them are loaded, the sockets.
 //! Stop: sockets and connections, services, serve executors, background executors.
 
+#![allow(clippy::disallowed_methods, reason = "executors and their main tasks are started here")]
+
 use std::cell::Cell;
 use std::future::Future;
 use std::net::SocketAddr;
@@ -190,6 +192,17 @@ fn lower_priority() {
     }
 }
 
+/// Looks at every executor's progress for ever, and wakes those that stand still.
+async fn beat_all(mut pulses: Vec<Pulse>) {
+    let period = Duration::from_millis(HEARTBEAT_INTERVAL_MS);
+    let mut ticks = tokio::time::interval(period);
+    ticks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+    loop {
+        ticks.tick().await;
+        pulses.iter_mut().for_each(Pulse::tick);
+    }
+}
+
 /// CPU numbers of the cores: as configured, or all that this process may use.
 fn cpus(config: &Config) -> Vec<usize> {
     if !config.cores.is_empty() {
@@ -250,15 +263,7 @@ impl Node {
                 }
             }
         }
-        node.heartbeat = tokio::spawn(async move {
-            let period = Duration::from_millis(HEARTBEAT_INTERVAL_MS);
-            let mut ticks = tokio::time::interval(period);
-            ticks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
-            loop {
-                ticks.tick().await;
-                pulses.iter_mut().for_each(Pulse::tick);
-            }
-        });
+        node.heartbeat = tokio::spawn(beat_all(pulses));
         for (core, ready) in ready.into_iter().enumerate() {
             let problem = match ready.await {
                 Ok(Ok(())) => continue,

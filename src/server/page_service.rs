@@ -8,10 +8,9 @@
 //!    ready, and none waits for a later one.
 //!
 //! Errors: a request that fails is answered with an error reply, and the stream goes on. A
-//! message that has no place in the stream ends the stream, not the connection. Bytes that are no
-//! messages end the connection, with an error response.
+//! message out of place ends the stream, bytes that are no messages end the connection.
 //!
-//! Time-outs are the stream's business: an idle or stuck peer shows as [`ErrorKind::TimedOut`].
+//! Time-outs are the stream's: an idle or stuck peer shows as [`ErrorKind::TimedOut`].
 
 use std::cell::Cell;
 use std::collections::BTreeMap;

@@ -21,7 +21,7 @@ use super::stored::StoredLayer;
 use super::timeline::Timeline;
 use crate::base::{Kind, Lsn};
 use crate::io::{Io, TaskClass, durable};
-use crate::layers::{FrozenLayer, LayerOwner, OpenLayer};
+use crate::layers::{FrozenLayer, LayerDesc, LayerOwner, OpenLayer};
 use crate::limits::{CHECKPOINT_RETRY_MS, FROZEN_LAYERS_MAX, LSN_DISTANCE_FACTOR};
 
 /// Why a checkpoint failed. It is tried again: the layer is still in memory and its WAL in the
@@ -165,6 +165,24 @@ impl<I: Io> Timeline<I> {
         )
         .await
         .map_err(|error| fail(error.to_string()))?;
+        self.take_place(&frozen, desc, owner, lsn);
+        self.context.counters.checkpoints.add(1);
+        self.disk_waiters.wake(lsn);
+        if let Err(error) = self.journal.remove_before(lsn).await {
+            // Old segments cost space only; the next checkpoint tries again.
+            tracing::warn!(tenant = %self.tenant, timeline = %self.id, "{error}");
+        }
+        Ok(())
+    }
+
+    /// Step 4: the file takes the frozen layer's place.
+    fn take_place(
+        &self,
+        frozen: &Arc<FrozenLayer>,
+        desc: Option<LayerDesc>,
+        owner: LayerOwner,
+        lsn: Lsn,
+    ) {
         let mut mutable = self.mutable.borrow_mut();
         if let Some(desc) = desc {
             self.context.counters.layer_bytes.add(desc.file_bytes);
@@ -174,16 +192,8 @@ impl<I: Io> Timeline<I> {
             mutable.layers.insert(layer.span(), layer);
         }
         let first = mutable.frozen.remove(0);
-        assert!(Arc::ptr_eq(&first, &frozen), "frozen layers are written in order");
+        assert!(Arc::ptr_eq(&first, frozen), "frozen layers are written in order");
         mutable.lsns.advance(Advance::DiskConsistent(lsn));
-        drop(mutable);
-        self.context.counters.checkpoints.add(1);
-        self.disk_waiters.wake(lsn);
-        if let Err(error) = self.journal.remove_before(lsn).await {
-            // Old segments cost space only; the next checkpoint tries again.
-            tracing::warn!(tenant = %self.tenant, timeline = %self.id, "{error}");
-        }
-        Ok(())
     }
 
     /// Freezes, and waits until all that is ingested by now is in layer files.

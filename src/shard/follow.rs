@@ -152,7 +152,8 @@ impl<I: Io> Timeline<I> {
             }
             // The source acts on the flushed position; the others ride along.
             if reported.is_none_or(|[_, flush, _]: [Lsn; 3]| flush != positions[1])
-                || liveness == Liveness::Ask {
+                || liveness == Liveness::Ask
+            {
                 let [write, flush, apply] = positions;
                 let unix_time_us = self.context.io.unix_time_us();
                 let reply_requested = liveness == Liveness::Ask;

@@ -90,7 +90,7 @@ impl LsnWaiters {
         self.next.set(number + 1);
         let mut waiting = self.waiting.borrow_mut();
         // Those who gave up are dropped here, so that time-outs leave nothing behind.
-        if number % 64 == 0 {
+        if number.is_multiple_of(64) {
             waiting.retain(|_, sender| !sender.is_canceled());
         }
         waiting.insert((lsn, number), sender);

@@ -1,4 +1,10 @@
-//! The repository slice of one core: tenants, timelines, ingest, reads, checkpoint.
+//! The repository slice of one core: tenants and their timelines.
+//!
+//! [`tenants`] holds them, [`timeline`] is one of them. WAL comes in through [`follow`], which
+//! gives records to [`ingest`] and [`apply`]; [`checkpoint`] moves values from memory to files;
+//! [`get_page`] reads; [`import`] makes a timeline, [`load`] opens one again.
+//!
+//! Synchronous methods change state, asynchronous ones wait; no borrow lives across an `.await`.
 
 pub mod apply;
 pub mod background;

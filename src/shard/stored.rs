@@ -57,7 +57,7 @@ impl<I: Io> StoredLayer<I> {
     }
 
     /// Length in bytes.
-    pub fn len(&self) -> u64 {
+    pub fn file_bytes(&self) -> u64 {
         self.len
     }
 

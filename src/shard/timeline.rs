@@ -277,7 +277,7 @@ impl<I: Io> Timeline<I> {
             wal_source: self.source.as_ref().map(|source| redacted(&source.conninfo)),
             wal_source_connected: self.source_connected.get(),
             layer_count: mutable.layers.iter().count() as u64,
-            layer_bytes: mutable.layers.iter().map(|(_, layer)| layer.len()).sum(),
+            layer_bytes: mutable.layers.iter().map(|(_, layer)| layer.file_bytes()).sum(),
             open_layer_bytes: mutable.open.memory_bytes() as u64 + frozen,
             journal_bytes: lsns.received.bytes_since(lsns.disk_consistent),
         }

@@ -91,7 +91,7 @@ impl WalSource for SimSource {
     async fn next(&mut self) -> Result<WalMessage, SourceError> {
         let pause = Duration::from_micros(self.io.random_u64() % 400);
         self.io.sleep(pause).await;
-        if self.io.random_u64() % 200 == 0 {
+        if self.io.random_u64().is_multiple_of(200) {
             return Err(SourceError::Closed { during: "streaming" });
         }
         let len = 1 + (self.io.random_u64() % 20_000) as usize;
@@ -133,8 +133,7 @@ async fn import(io: SimIo) -> Result<(), String> {
         io.sync_dir(parent).await.map_err(|e| text(&e))?;
     }
     let owner = LayerOwner { shard: TENANT, timeline: TIMELINE };
-    let mut writer =
-        ImageWriter::create(&io, &path, owner, START).await.map_err(|e| text(&e))?;
+    let mut writer = ImageWriter::create(&io, &path, owner, START).await.map_err(|e| text(&e))?;
     let checkpoint = Value::Image(Bytes::from(vec![0; CHECKPOINT_BYTES]));
     writer.add(Key::CHECKPOINT, &checkpoint).await.map_err(|e| text(&e))?;
     let layer = writer.finish(Key::MIN..Key::MAX).await.map_err(|e| text(&e))?;
@@ -188,7 +187,9 @@ async fn start(
         shard.timeline(TENANT, TIMELINE).await.map_err(|error| format!("restart: {error}"))?;
     let (found, promised) = (timeline.lsns().last_record, outside.acknowledged.get());
     if found < promised {
-        return Err(format!("WAL up to {promised} was acknowledged, after the restart it ends at {found}"));
+        return Err(format!(
+            "WAL up to {promised} was acknowledged, after the restart it ends at {found}"
+        ));
     }
     Ok((shard, timeline))
 }

@@ -97,9 +97,10 @@ impl Primary {
         if block >= self.size_at(rel, lsn) {
             return zeros;
         }
-        let version = self.forks.get(&rel).and_then(|fork| {
-            fork.pages.range((block, Lsn(0))..=(block, lsn)).next_back()
-        });
+        let version = self
+            .forks
+            .get(&rel)
+            .and_then(|fork| fork.pages.range((block, Lsn(0))..=(block, lsn)).next_back());
         version.map_or(zeros, |(_, page)| page.clone())
     }
 

@@ -1,7 +1,7 @@
 //! The journal: raw WAL on disk, synced before it is acknowledged.
 //!
 //! One directory per timeline holds segment files of [`JOURNAL_SEGMENT_BYTES`], named as
-//! PostgreSQL names its own (`TTTTTTTTXXXXXXXXYYYYYYYY`), each byte at the offset where
+//! PostgreSQL names its own (timeline, log and segment number, 8 hexadecimal digits each), each byte at the offset where
 //! PostgreSQL has it. A segment is preallocated with zeros, so "no record" and "end of WAL" look
 //! the same here as there, and PostgreSQL's own tools read the directory. The WAL's record
 //! checksums and back links guard the content; nothing is added to it.

@@ -46,7 +46,7 @@ pub struct WalLayout {
 impl WalLayout {
     /// Length of the header of the page at `page`, in bytes.
     pub fn header_len(&self, page: Lsn) -> usize {
-        if page.0 % self.segment_bytes == 0 { LONG_HEADER } else { SHORT_HEADER }
+        if page.0.is_multiple_of(self.segment_bytes) { LONG_HEADER } else { SHORT_HEADER }
     }
 
     /// The LSN, or where the first record can stand if the LSN is at the start of a page.
