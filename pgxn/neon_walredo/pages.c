@@ -324,6 +324,40 @@ settle_slots(void)
 	pg_atomic_write_u32(&GetBufferDescriptor(TARGET_SLOT)->state, SLOT_STATE);
 }
 
+/*
+ * With wal_consistency_checking, a record carries the image that each of its pages has after the
+ * record. Compares the target with its image, both masked as the resource manager masks them
+ * (what recovery does in checkXLogConsistency). A page that is ahead of the record is let pass.
+ */
+static void
+check_consistency(RmgrId rmid)
+{
+	for (int i = 0; i <= decoded->max_block_id; i++)
+	{
+		DecodedBkpBlock *block = &decoded->blocks[i];
+		PGAlignedBlock ours;
+		PGAlignedBlock theirs;
+
+		if (!block->in_use || !block->has_image || block->apply_image ||
+			!RelFileNodeEquals(block->rnode, target_rel) || block->blkno != wanted_block ||
+			block->forknum != (wanted_fork == INIT_FORKNUM ? MAIN_FORKNUM : wanted_fork))
+			continue;
+		memcpy(ours.data, slot_page(TARGET_SLOT), BLCKSZ);
+		if (PageGetLSN((Page) ours.data) > reader->EndRecPtr)
+			continue;
+		if (!RestoreBlockImage(reader, i, theirs.data))
+			elog(ERROR, "%s", reader->errormsg_buf);
+		if (RmgrTable[rmid].rm_mask != NULL)
+		{
+			RmgrTable[rmid].rm_mask(ours.data, wanted_block);
+			RmgrTable[rmid].rm_mask(theirs.data, wanted_block);
+		}
+		if (memcmp(ours.data, theirs.data, BLCKSZ) != 0)
+			elog(ERROR, "inconsistent page: fork %d block %u differs from the image in the record",
+				 wanted_fork, wanted_block);
+	}
+}
+
 void
 pages_apply(uint64 lsn, const char *bytes, uint32 len)
 {
@@ -359,6 +393,8 @@ pages_apply(uint64 lsn, const char *bytes, uint32 len)
 		if (record->xl_rmid == RM_HEAP_ID || record->xl_rmid == RM_HEAP2_ID)
 			seed_heap_maps();
 		RmgrTable[record->xl_rmid].rm_redo(reader);
+		if (record->xl_info & XLR_CHECK_CONSISTENCY)
+			check_consistency(record->xl_rmid);
 	}
 	settle_slots();
 	MemoryContextSwitchTo(old);

@@ -19,6 +19,7 @@ use super::oracle::{self, Mark};
 use super::page_client::PageClient;
 use super::pg::{PgCluster, make_dir};
 use super::verify::verify;
+use super::verify_wal::verify_images;
 use super::{verify_files, workload};
 use crate::base::{Lsn, RelTag, TenantId, TenantShardId, TimelineId};
 use crate::shard::control::TimelineSource;
@@ -68,6 +69,11 @@ pub struct DemoArgs {
     /// Kill the node (SIGKILL) so many times during the load.
     #[arg(long, default_value_t = 0)]
     kill: u32,
+    /// The primary writes the image of every page after every record into the WAL
+    /// (wal_consistency_checking = all), and each is compared with the page that the node
+    /// rebuilds at that LSN.
+    #[arg(long)]
+    check_images: bool,
     /// A setting of the node.
     #[arg(short = 'c', value_name = "KEY=VALUE")]
     node_settings: Vec<String>,
@@ -113,6 +119,9 @@ fn run(args: &DemoArgs, root: &Path) -> Result<(), CommandError> {
     oracle::replay(&mut standby, mark)?;
     say("comparing every block of every relation fork");
     prove(args, &node, &standby, mark, &seen)?;
+    if args.check_images {
+        prove_images(&node, &primary, mark)?;
+    }
     say("stopping the node (SIGTERM), starting it again, comparing once more");
     node.stop()?;
     node.start_again()?;
@@ -139,6 +148,9 @@ fn make_primary(args: &DemoArgs, root: &Path) -> Result<PgCluster, CommandError>
             None => Err(format!("--set {setting}: write NAME=VALUE")),
         })
         .collect::<Result<_, _>>()?;
+    if args.check_images {
+        settings.push("wal_consistency_checking = all".to_owned());
+    }
     // Quiet until both base backups are taken: hint bits are not in the WAL.
     settings.push("autovacuum = off".to_owned());
     let mut primary = PgCluster::init(&root.join("primary"), args.data_checksums, &settings)?;
@@ -277,6 +289,36 @@ fn prove(
     let log = std::fs::read_to_string(&kept).unwrap_or_default();
     let tail: Vec<&str> = log.lines().rev().take(20).collect();
     Err(format!("the node differs from the stand-by; its log ends:\n{}", tail.join("\n")).into())
+}
+
+fn prove_images(
+    node: &DemoNode,
+    primary: &PgCluster,
+    mark: Mark,
+) -> Result<(), CommandError> {
+    say("comparing every image in the WAL with the page rebuilt at its LSN");
+    let info = node.admin()?.timeline(TenantShardId::unsharded(TENANT), TIMELINE)?;
+    let mut client = PageClient::connect(&node.page_address(), TENANT, TIMELINE, mark.end)?;
+    let begin = Instant::now();
+    let wal = primary.data().join("pg_wal");
+    let report = verify_images(&mut client, &wal, info.start_lsn, mark.end)?;
+    println!(
+        "{} records, {} images, {} equal (masked); of {} pages {} byte for byte; {:.1} s",
+        report.records,
+        report.images,
+        report.equal,
+        report.pages,
+        report.pages_unmasked,
+        begin.elapsed().as_secs_f64()
+    );
+    if report.images == 0 {
+        return Err("the WAL has no images to compare with".into());
+    }
+    if report.equal < report.images {
+        let first = report.details.join("\n");
+        return Err(format!("{} images differ:\n{first}", report.images - report.equal).into());
+    }
+    Ok(())
 }
 
 fn wait_for_ctrl_c() -> Result<(), CommandError> {

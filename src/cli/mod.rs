@@ -28,6 +28,7 @@ pub mod simulate;
 pub mod verify;
 pub mod verify_command;
 pub mod verify_files;
+pub mod verify_wal;
 pub mod workload;
 
 use admin_client::CommandError;

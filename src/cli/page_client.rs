@@ -137,6 +137,11 @@ impl PageClient {
         }
     }
 
+    /// LSN of the requests that follow.
+    pub fn set_lsn(&mut self, lsn: Lsn) {
+        self.lsn = lsn;
+    }
+
     /// Queues a request. It leaves with the next [`PageClient::receive`].
     pub fn queue(&mut self, query: Query) {
         let lsn = RequestLsn { request: self.lsn, not_modified_since: self.lsn };
