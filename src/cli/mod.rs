@@ -17,6 +17,8 @@ use clap::{Parser, Subcommand};
 
 pub mod admin_client;
 pub mod attach;
+pub mod demo;
+pub mod demo_node;
 pub mod oracle;
 pub mod page_client;
 pub mod pg;
@@ -46,6 +48,8 @@ enum Command {
     Attach(attach::AttachArgs),
     /// Make a timeline from a base backup or a data directory.
     Import(attach::ImportArgs),
+    /// Show it all: a node, a primary, load, and a byte-for-byte proof.
+    Demo(demo::DemoArgs),
     /// Run the engine in the simulator.
     Simulate(simulate::SimulateArgs),
     /// Compare a data directory with what a node serves.
@@ -60,6 +64,7 @@ pub fn main() -> ExitCode {
         Command::Serve(args) => serve::serve(args),
         Command::Attach(args) => attach::attach(args),
         Command::Import(args) => attach::import(args),
+        Command::Demo(args) => demo::demo(args),
         Command::Simulate(args) => simulate::simulate(args),
         Command::Verify(args) => verify_command::run(args),
         Command::Status(args) => attach::status(args),
