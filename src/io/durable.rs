@@ -64,7 +64,9 @@ pub fn temp_path(path: &Path) -> PathBuf {
 /// Gives a file that is written and synced its final name, durably.
 pub async fn publish<I: Io>(io: &I, temp: &Path, target: &Path) -> Result<(), IoError> {
     io.rename(temp, target).await?;
-    io.sync_dir(target.parent().unwrap_or(Path::new("."))).await
+    // A bare name has the empty path as its parent.
+    let parent = target.parent().filter(|parent| !parent.as_os_str().is_empty());
+    io.sync_dir(parent.unwrap_or(Path::new("."))).await
 }
 
 /// Replaces or creates a small file. After a crash it is there as it was before, or as it is now.

@@ -27,6 +27,8 @@ use std::time::Duration;
 
 use crate::base::Kind;
 
+#[cfg(test)]
+mod conformance;
 pub mod durable;
 pub mod foreign;
 pub mod uring;
@@ -157,11 +159,12 @@ pub trait File: 'static {
     /// What a write takes: zeroed, aligned memory.
     type WriteBuf: DerefMut<Target = [u8]> + 'static;
 
-    /// A zeroed buffer of `len` bytes, a multiple of [`ALIGNMENT`].
+    /// A zeroed buffer of `len` bytes, a multiple of [`ALIGNMENT`] and not 0.
     fn alloc(&self, len: usize) -> Self::WriteBuf;
     /// Reads up to `len` bytes at `offset`; shorter at the end of the file.
     async fn read_at(&self, offset: u64, len: usize) -> Result<Self::ReadBuf, IoError>;
-    /// Writes the whole buffer at `offset`, extending the file as needed.
+    /// Writes the whole buffer at `offset`, extending the file as needed. The buffer is at most
+    /// [`crate::limits::DEVICE_IO_BYTES_MAX`] long; a longer one is a bug of the caller and panics.
     async fn write_at(&self, offset: u64, buf: Self::WriteBuf) -> Result<(), IoError>;
     /// Reserves space up to `len` bytes and makes that the file's length if it is shorter; the
     /// new bytes are zeros. A hint for speed with one promise: a later write below `len` needs no

@@ -187,7 +187,8 @@ impl Io for UringIo {
 
     async fn create_dir(&self, path: &Path) -> Result<(), IoError> {
         match std::fs::create_dir(path) {
-            Err(error) if error.kind() != io::ErrorKind::AlreadyExists => {
+            // It may be something else than a directory that stands there.
+            Err(error) if error.kind() != io::ErrorKind::AlreadyExists || !path.is_dir() => {
                 Err(os_error("create directory", path, &error))
             }
             Ok(()) | Err(_) => Ok(()),
@@ -281,6 +282,8 @@ impl File for UringFile {
     type WriteBuf = UringBuf;
 
     fn alloc(&self, len: usize) -> UringBuf {
+        self.check(0, len);
+        assert!(len > 0, "a buffer of no bytes");
         let mut buf = self.file.alloc_dma_buffer(len);
         buf.as_bytes_mut().fill(0);
         UringBuf(buf)

@@ -102,9 +102,9 @@ async fn contents(io: &SimIo, path: &Path) -> Vec<u8> {
 async fn replace(io: &SimIo, path: &Path, bytes: &[u8]) {
     let _ = io.remove(path).await;
     let file = io.create(path).await.unwrap();
-    let mut buf = file.alloc(bytes.len().next_multiple_of(4096));
-    buf[..bytes.len()].copy_from_slice(bytes);
-    if !buf.is_empty() {
+    if !bytes.is_empty() {
+        let mut buf = file.alloc(bytes.len().next_multiple_of(4096));
+        buf[..bytes.len()].copy_from_slice(bytes);
         file.write_at(0, buf).await.unwrap();
     }
     file.close().await.unwrap();

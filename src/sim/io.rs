@@ -14,6 +14,7 @@ use std::time::Duration;
 use super::disk::{Disk, Inode};
 use super::executor::{Shared, Sleep, State};
 use crate::io::{ALIGNMENT, DirEntry, File, Instant, Io, IoCause, IoError, TaskClass};
+use crate::limits::DEVICE_IO_BYTES_MAX;
 
 /// Wall clock at the start of every simulation: 2026-01-01 00:00 UTC, in microseconds.
 const UNIX_TIME_US_START: i64 = 1_767_225_600_000_000;
@@ -280,6 +281,7 @@ impl File for SimFile {
 
     fn alloc(&self, len: usize) -> Box<[u8]> {
         assert_aligned("alloc", 0, len);
+        assert!(len > 0, "a buffer of no bytes");
         vec![0; len].into_boxed_slice()
     }
 
@@ -308,6 +310,7 @@ impl File for SimFile {
 
     async fn write_at(&self, offset: u64, buf: Box<[u8]>) -> Result<(), IoError> {
         assert_aligned("write", offset, buf.len());
+        assert!(buf.len() <= DEVICE_IO_BYTES_MAX, "a write of {} bytes at once", buf.len());
         if buf.is_empty() {
             return Ok(());
         }

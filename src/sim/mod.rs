@@ -40,6 +40,8 @@ mod options;
 pub mod primary;
 pub mod random;
 pub mod redo;
+#[cfg(test)]
+mod tests;
 pub mod wal;
 
 pub use io::{SimFile, SimIo};
