@@ -288,7 +288,12 @@ async fn copy_wal<I: Io>(io: &I, dir: &Path, scanned: &Scanned) -> Result<(), Im
         loop {
             let name = journal.segment_name(at.segment_number(JOURNAL_SEGMENT_BYTES));
             let Some(file) = data.wal.get(&name) else { break };
+            let segment_end = Lsn(at.0 + JOURNAL_SEGMENT_BYTES);
             at = copy_segment(io, &journal, file, at).await?;
+            if at < segment_end {
+                // A segment that is cut off, or empty: nothing can follow it.
+                break;
+            }
         }
         journal.close().await?;
     }
