@@ -48,3 +48,14 @@ fn compressed_images_are_equal() {
 fn five_kills_lose_nothing() {
     demo(&["--scale", "2", "--seconds", "20", "--kill", "5"]);
 }
+
+#[test]
+fn every_image_in_the_wal_is_equal() {
+    let text = demo(&["--workload", "mixed", "--check-images"]);
+    let line = text.lines().find(|line| line.contains("equal (masked)")).unwrap();
+    let numbers: Vec<u64> =
+        line.split(|c: char| !c.is_ascii_digit()).filter_map(|word| word.parse().ok()).collect();
+    let (images, equal) = (numbers[1], numbers[2]);
+    assert!(images > 100_000, "{line}");
+    assert_eq!(images, equal, "{line}");
+}

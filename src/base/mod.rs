@@ -9,7 +9,10 @@ pub mod id;
 pub mod key;
 pub mod lsn;
 pub mod page;
+pub mod slru;
 pub mod value;
+pub mod wal_record;
+pub mod xid;
 
 pub use error::Kind;
 pub use id::{TenantId, TenantShardId, TimelineId};

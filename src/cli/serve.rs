@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use nix::fcntl::{Flock, FlockArg};
+use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use tokio::signal::unix::{SignalKind, signal};
 use tracing_subscriber::EnvFilter;
 
@@ -43,10 +44,20 @@ pub fn serve(args: ServeArgs) -> Result<(), CommandError> {
         )
         .into());
     }
+    raise_file_limit();
     let _lock = prepare(&config.data_dir)?;
     config.data_dir = std::fs::canonicalize(&config.data_dir)?;
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     runtime.block_on(run(Arc::new(config)))
+}
+
+/// Every layer file that was read stays open, so the node takes all the files it may have.
+fn raise_file_limit() {
+    let files = Resource::RLIMIT_NOFILE;
+    let raised = getrlimit(files).and_then(|(_, hard)| setrlimit(files, hard, hard));
+    if let Err(error) = raised {
+        tracing::warn!("the limit of open files stays as it is: {error}");
+    }
 }
 
 /// Creates the data directory if need be, and takes it for this process.
@@ -57,6 +68,8 @@ fn prepare(dir: &Path) -> Result<Flock<File>, CommandError> {
             .mode(0o711)
             .create(dir)
             .map_err(|error| fail("cannot create the data directory", error))?;
+        let parent = dir.parent().filter(|parent| !parent.as_os_str().is_empty());
+        File::open(parent.unwrap_or(Path::new(".")))?.sync_all()?;
     }
     let open = OpenOptions::new().create(true).truncate(false).write(true).open(dir.join("lock"));
     let file = open.map_err(|error| fail("cannot write to the data directory", error))?;
@@ -75,8 +88,11 @@ fn prepare(dir: &Path) -> Result<Flock<File>, CommandError> {
             .into());
         }
         Err(error) if error.kind() == std::io::ErrorKind::NotFound => {
-            std::fs::write(&version, LAYOUT_VERSION)?;
-            File::open(&version)?.sync_all()?;
+            // Whole or absent: a version file that is cut off would be taken for another version.
+            let temp = dir.join("version.tmp");
+            std::fs::write(&temp, LAYOUT_VERSION)?;
+            File::open(&temp)?.sync_all()?;
+            std::fs::rename(&temp, &version)?;
             File::open(dir)?.sync_all()?;
         }
         Err(error) => return Err(fail("cannot read the version file in", error).into()),

@@ -7,6 +7,7 @@ use std::cell::{Cell, RefCell};
 use std::future::Future;
 use std::io;
 use std::ops::{Deref, DerefMut};
+use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
 use std::rc::Rc;
 use std::time::Duration;
@@ -67,7 +68,7 @@ impl UringIo {
     /// file is one with content, made for the purpose.
     #[allow(clippy::disallowed_methods, reason = "this is the door to the file system")]
     async fn probe_device(&self, path: &Path) -> Result<(), IoError> {
-        if self.queues.probed.replace(true) {
+        if self.queues.probed.get() {
             return Ok(());
         }
         let name = format!("probe-{:016x}.tmp", self.random_u64());
@@ -78,6 +79,8 @@ impl UringIo {
         let removed = std::fs::remove_file(&probe).map_err(fail);
         let file = opened.map_err(|error| ring_error("probe", &probe, error))?;
         file.close().await.map_err(|error| ring_error("probe", &probe, error))?;
+        // Only now: whoever opens a file meanwhile must probe for himself.
+        self.queues.probed.set(true);
         removed
     }
 
@@ -186,8 +189,9 @@ impl Io for UringIo {
     }
 
     async fn create_dir(&self, path: &Path) -> Result<(), IoError> {
-        match std::fs::create_dir(path) {
-            // It may be something else than a directory that stands there.
+        // Nobody else may read what lies there: a base backup has passwords in it. It may be
+        // something else than a directory that stands there already.
+        match std::fs::DirBuilder::new().mode(0o700).create(path) {
             Err(error) if error.kind() != io::ErrorKind::AlreadyExists || !path.is_dir() => {
                 Err(os_error("create directory", path, &error))
             }

@@ -50,7 +50,6 @@ pub use image::{ImageLayer, ImageWriter};
 pub use name::{LayerName, LayerNameError};
 pub use open::OpenLayer;
 pub use verify::{Verified, verify};
-pub use writer::TEMP_SUFFIX;
 
 use std::collections::BTreeMap;
 use std::collections::btree_map::Entry;

@@ -12,6 +12,7 @@
 use std::path::{Path, PathBuf};
 
 use crate::base::checksum::crc32c;
+use crate::io::durable::{TEMP_SUFFIX, publish};
 use crate::io::{ALIGNMENT, File, Io, IoError};
 use crate::layers::format::{Description, Footer, HEADER_BYTES, Packer, frame_crc};
 use crate::layers::{LayerDesc, LayerError, LayerName, LayerOwner};
@@ -19,9 +20,6 @@ use crate::limits::LAYER_WRITE_BYTES;
 
 /// Percentage that lz4 must save of an index to be worth it.
 const INDEX_SAVING_PERCENT: usize = 10;
-
-/// Suffix of files that are being written.
-pub const TEMP_SUFFIX: &str = ".tmp";
 
 /// A layer file that is being written.
 pub(super) struct LayerFileWriter<I: Io> {
@@ -163,8 +161,17 @@ impl<I: Io> LayerFileWriter<I> {
             }
         };
         let LayerFileWriter { io, dir, temp, file, .. } = self;
+        let synced = file.sync().await;
+        let closed = file.close().await;
         let target = dir.join(desc.name.to_string());
-        publish(&io, file, &temp, &dir, &target).await?;
+        let published = match synced.and(closed) {
+            Ok(()) => publish(&io, &temp, &target).await,
+            Err(error) => Err(error),
+        };
+        if let Err(error) = published {
+            let _ = io.remove(&temp).await;
+            return Err(error.into());
+        }
         Ok(desc)
     }
 
@@ -174,25 +181,4 @@ impl<I: Io> LayerFileWriter<I> {
         let _ = file.close().await;
         let _ = io.remove(&temp).await;
     }
-}
-
-/// Makes a written file durable under its name: sync, close, rename, sync of the directory.
-async fn publish<I: Io>(
-    io: &I,
-    file: I::File,
-    temp: &Path,
-    dir: &Path,
-    target: &Path,
-) -> Result<(), IoError> {
-    let synced = file.sync().await;
-    let closed = file.close().await;
-    let renamed = match synced.and(closed) {
-        Ok(()) => io.rename(temp, target).await,
-        Err(error) => Err(error),
-    };
-    if let Err(error) = renamed {
-        let _ = io.remove(temp).await;
-        return Err(error);
-    }
-    io.sync_dir(dir).await
 }

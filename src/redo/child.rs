@@ -290,6 +290,9 @@ impl Driver {
             self.process = Some(process);
             self.check_pong()?;
         }
+        if self.process.as_ref().is_some_and(|process| !process.input.is_empty()) {
+            return Err(Trouble::Process("it answered more than it was asked".into()));
+        }
         let alone = self.waiting.front().is_some_and(|job| job.failures > 0);
         let mut frames = Vec::new();
         let mut left = 0;
@@ -521,7 +524,9 @@ impl Process {
     /// Hands its complaints to the log, line by line.
     fn read_log(&mut self) {
         let mut piece = [0; 4096];
-        while let Ok(count @ 1..) = self.stderr.read(&mut piece) {
+        // A bound, because a process gone mad must not keep us from looking at the clock.
+        for _ in 0..16 {
+            let Ok(count @ 1..) = self.stderr.read(&mut piece) else { break };
             for &byte in piece.iter().take(count) {
                 if byte == b'\n' || self.log_line.len() >= REDO_TEXT_BYTES_MAX {
                     self.log();

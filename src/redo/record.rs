@@ -7,24 +7,17 @@
 //! padding, u32 `xl_crc`; 24 bytes. The CRC-32C covers what follows the header, then the header
 //! up to `xl_crc`.
 
-use crate::base::checksum::{crc32c, crc32c_append};
+use crate::base::wal_record::{
+    WAL_RECORD_CRC_AT, WAL_RECORD_HEADER_BYTES as RECORD_HEADER_SIZE, wal_record_crc,
+};
 use crate::base::{BlockNumber, Lsn, RelTag};
 use crate::limits::REDO_RECORD_BYTES_MAX;
 
 use super::RedoError;
 
-/// Size of `XLogRecord` in bytes.
-pub const RECORD_HEADER_SIZE: usize = 24;
-
 const RM_XLOG: u8 = 0;
 const XLOG_FPI_FOR_HINT: u8 = 0xA0;
 const XLOG_FPI: u8 = 0xB0;
-
-/// CRC-32C of a record as PostgreSQL computes it; `None` if it is shorter than its header.
-pub fn record_crc(record: &[u8]) -> Option<u32> {
-    let body = record.get(RECORD_HEADER_SIZE..)?;
-    Some(crc32c_append(crc32c(body), record.get(..20)?))
-}
 
 /// What is wrong with a record, if anything is.
 fn problem(record: &[u8]) -> Option<String> {
@@ -40,7 +33,7 @@ fn problem(record: &[u8]) -> Option<String> {
     if record.len() > REDO_RECORD_BYTES_MAX {
         return Some(format!("it has {} bytes, too many for redo", record.len()));
     }
-    let (found, stored) = (record_crc(record), u32_at(20));
+    let (found, stored) = (wal_record_crc(record), u32_at(WAL_RECORD_CRC_AT));
     if found != Some(stored) {
         return Some(format!("its checksum is {stored:08X}, its bytes say {found:08X?}"));
     }
@@ -75,7 +68,7 @@ pub(crate) mod tests {
         record[0..4].copy_from_slice(&len.to_le_bytes());
         record[16] = info;
         record[17] = rmid;
-        let crc = record_crc(&record).unwrap();
+        let crc = wal_record_crc(&record).unwrap();
         record[20..24].copy_from_slice(&crc.to_le_bytes());
         record
     }

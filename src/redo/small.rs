@@ -4,6 +4,7 @@
 //! `access/transam/multixact.c`, `storage/page/bufpage.c` of PostgreSQL 15.
 
 use crate::base::page::{PAGE_SIZE, Page, page_is_new};
+use crate::base::slru::{clog_place, members_place, offsets_place};
 use crate::base::{BlockNumber, SmallRecord};
 
 /// Bytes of the page header; the map follows it (`MAXALIGN(SizeOfPageHeaderData)`).
@@ -14,12 +15,6 @@ const BLOCKS_PER_BYTE: u32 = 4;
 const MAP_BYTES: u32 = (PAGE_SIZE - HEADER_BYTES) as u32;
 /// Heap blocks that one page of the map covers (`HEAPBLOCKS_PER_PAGE`).
 pub const HEAP_BLOCKS_PER_MAP_PAGE: u32 = MAP_BYTES * BLOCKS_PER_BYTE;
-
-const CLOG_XIDS_PER_PAGE: u32 = 32_768;
-const OFFSETS_PER_PAGE: u32 = 2_048;
-const MEMBERS_PER_GROUP: u32 = 4;
-const MEMBER_GROUP_BYTES: u32 = 20;
-const MEMBERS_PER_PAGE: u32 = 409 * MEMBERS_PER_GROUP;
 
 /// Page of the visibility map that covers a heap block (`HEAPBLK_TO_MAPBLOCK`).
 pub fn heap_block_to_map_block(heap_block: BlockNumber) -> BlockNumber {
@@ -71,8 +66,7 @@ pub fn apply(page: &mut Page, record: &SmallRecord) {
         }
         SmallRecord::ClogSet { status, xids, .. } => {
             for xid in xids {
-                let within = xid % CLOG_XIDS_PER_PAGE;
-                let (byte, shift) = ((within / 4) as usize, within % 4 * 2);
+                let (byte, shift) = clog_place(*xid);
                 page[byte] = page[byte] & !(3 << shift) | (status & 3) << shift;
             }
         }
@@ -99,17 +93,14 @@ fn initialise_if_new(page: &mut Page) {
 }
 
 fn set_offset(page: &mut Page, multi: u32, offset: u32) {
-    let at = (multi % OFFSETS_PER_PAGE * 4) as usize;
+    let at = offsets_place(multi);
     page[at..at + 4].copy_from_slice(&offset.to_le_bytes());
 }
 
 /// `RecordNewMultiXact`: groups of four status bytes and four transactions.
 fn set_member(page: &mut Page, offset: u32, xid: u32, status: u8) {
-    let within = offset % MEMBERS_PER_PAGE;
-    let group = (within / MEMBERS_PER_GROUP * MEMBER_GROUP_BYTES) as usize;
-    let member = (within % MEMBERS_PER_GROUP) as usize;
-    page[group + member] = status;
-    let at = group + MEMBERS_PER_GROUP as usize + member * 4;
+    let (status_at, at) = members_place(offset);
+    page[status_at] = status;
     page[at..at + 4].copy_from_slice(&xid.to_le_bytes());
 }
 

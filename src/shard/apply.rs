@@ -9,11 +9,11 @@ use bytes::Bytes;
 
 use super::sizes::Sizes;
 use crate::base::key::{FORK_FSM, FORK_MAIN, FORK_VM, SLRU_PAGES_PER_SEGMENT};
+use crate::base::slru;
 use crate::base::{BlockNumber, Key, Lsn, RelNode, RelTag, SlruKind, SmallRecord, Value};
 use crate::limits::REL_GAP_BLOCKS_MAX;
 use crate::redo::small::{heap_block_to_map_block, heap_block_to_map_byte, initialised_page};
 use crate::wal::change::{BlockChange, Change};
-use crate::wal::slru;
 
 /// Value of a directory entry that exists.
 pub const EXISTS: Bytes = Bytes::from_static(b"r");

@@ -1,7 +1,7 @@
 //! From memory to files: the journal's flushes and the checkpoint of frozen layers.
 //!
 //! A checkpoint of one frozen layer:
-//! 1. wait until the journal is synced past the layer's end;
+//! 1. the journal is synced past the layer's end;
 //! 2. the background executor writes the delta file and publishes it (sync, rename, sync dir);
 //! 3. the timeline's index is replaced by one that names the file and moves
 //!    `disk_consistent_lsn`;
@@ -19,10 +19,11 @@ use super::index::{INDEX_FILE, IndexLayer};
 use super::lsns::Advance;
 use super::stored::StoredLayer;
 use super::timeline::Timeline;
-use crate::base::{Kind, Lsn};
+use crate::base::Lsn;
 use crate::io::{Io, TaskClass, durable};
 use crate::layers::{FrozenLayer, LayerDesc, LayerOwner, OpenLayer};
 use crate::limits::{CHECKPOINT_RETRY_MS, FROZEN_LAYERS_MAX, LSN_DISTANCE_FACTOR};
+use crate::wal::journal::JournalError;
 
 /// Why a checkpoint failed. It is tried again: the layer is still in memory and its WAL in the
 /// journal.
@@ -49,24 +50,30 @@ impl<I: Io> Timeline<I> {
             if self.stopping.get() {
                 return;
             }
-            if let Err(error) = self.flush_journal().await {
-                self.set_broken(error.kind(), format!("the journal cannot be written: {error}"));
+            if self.flush_journal().await.is_err() {
                 return;
             }
         }
     }
 
-    /// Writes and syncs what waits in the journal. Only one flush may run at a time.
-    pub(super) async fn flush_journal(&self) -> Result<(), crate::wal::journal::JournalError> {
+    /// Writes and syncs what waits in the journal; whoever needs it synced calls this, and flushes
+    /// take turns. After an error the timeline is broken and every later call fails at once.
+    pub(super) async fn flush_journal(&self) -> Result<(), JournalError> {
         let _turn = self.flush_turn.acquire().await;
         let before = self.journal.counters();
-        let synced = self.journal.flush().await?;
+        let synced = match self.journal.flush().await {
+            Ok(synced) => synced,
+            Err(error) => {
+                let reason = format!("the journal cannot be written: {error}");
+                self.set_broken(error.kind(), reason);
+                return Err(error);
+            }
+        };
         let after = self.journal.counters();
         self.context.counters.journal_syncs.add(after.syncs - before.syncs);
         self.context.counters.journal_bytes.add(after.bytes_written - before.bytes_written);
         if synced > self.lsns().journal {
             self.mutable.borrow_mut().journal_synced(synced);
-            self.journal_waiters.wake(synced);
             self.status_signal.set();
         }
         Ok(())
@@ -84,19 +91,20 @@ impl<I: Io> Timeline<I> {
         };
         let config = &self.context.config;
         let due = bytes >= config.checkpoint_distance_bytes
-            || distance >= config.checkpoint_distance_bytes * LSN_DISTANCE_FACTOR
+            || distance >= config.checkpoint_distance_bytes.saturating_mul(LSN_DISTANCE_FACTOR)
             || (age >= Duration::from_secs(config.checkpoint_timeout_s) && distance > 0);
         if due {
             self.freeze();
         }
     }
 
-    /// Freezes the open layer if there is anything new in it. Between records only.
+    /// Freezes the open layer if there is anything new in it. Between records only. The open layer
+    /// of a broken timeline may hold parts of a record that failed, which must not reach a file.
     pub(super) fn freeze(&self) {
         assert!(!self.ingesting.get(), "a layer's end would cut a record in two");
         let mut mutable = self.mutable.borrow_mut();
         let end = Lsn(mutable.lsns.last_record.0 + 1);
-        if end <= mutable.open.start() {
+        if end <= mutable.open.start() || mutable.broken.is_some() {
             return;
         }
         let full = std::mem::replace(&mut mutable.open, OpenLayer::new(end));
@@ -115,6 +123,10 @@ impl<I: Io> Timeline<I> {
         while !self.stopping.get() {
             self.checkpoint_signal.wait().await;
             while let Err(error) = self.write_frozen_layers().await {
+                if self.journal.has_failed() {
+                    tracing::error!("{error}");
+                    return;
+                }
                 tracing::error!("{error}; trying again");
                 self.context.io.sleep(Duration::from_millis(CHECKPOINT_RETRY_MS)).await;
                 if self.stopping.get() {
@@ -139,9 +151,7 @@ impl<I: Io> Timeline<I> {
         let fail =
             |cause: String| CheckpointError { tenant: self.tenant, timeline: self.id, lsn, cause };
         while self.lsns().journal < lsn {
-            let synced = self.journal_waiters.register(lsn);
-            self.journal_signal.set();
-            synced.await.map_err(|_| fail("the journal has failed".to_owned()))?;
+            self.flush_journal().await.map_err(|error| fail(error.to_string()))?;
         }
         let owner = LayerOwner { shard: self.tenant, timeline: self.id };
         let desc = if frozen.value_count() == 0 {
@@ -167,7 +177,6 @@ impl<I: Io> Timeline<I> {
         .map_err(|error| fail(error.to_string()))?;
         self.take_place(&frozen, desc, owner, lsn);
         self.context.counters.checkpoints.add(1);
-        self.disk_waiters.wake(lsn);
         if let Err(error) = self.journal.remove_before(lsn).await {
             // Old segments cost space only; the next checkpoint tries again.
             tracing::warn!(tenant = %self.tenant, timeline = %self.id, "{error}");
@@ -204,24 +213,37 @@ impl<I: Io> Timeline<I> {
         self.freeze();
         let lsn = self.lsns().last_record;
         self.write_frozen_layers().await?;
-        Ok(lsn)
+        match self.broken() {
+            None => Ok(lsn),
+            Some(cause) => {
+                Err(CheckpointError { tenant: self.tenant, timeline: self.id, lsn, cause })
+            }
+        }
     }
 
     /// Flushes the journal, writes a last checkpoint, closes the files. Ingest has ended before.
     pub(super) async fn shut_down(&self) {
-        if let Err(error) = self.flush_journal().await {
-            self.set_broken(Kind::Corrupt, format!("the journal cannot be written: {error}"));
-        }
+        // A failure is in the log, and the timeline is broken then.
+        let _ = self.flush_journal().await;
         if self.broken().is_none()
             && let Err(error) = self.checkpoint_now().await
         {
             tracing::error!("{error}; the journal has what is missing");
         }
+        self.abandon().await;
+    }
+
+    /// Ends the timeline's tasks and closes its files; writes nothing.
+    pub(super) async fn abandon(&self) {
         self.stopping.set(true);
         self.checkpoint_signal.set();
         self.journal_signal.set();
         self.waiters.fail_all();
-        self.journal_waiters.fail_all();
+        {
+            // Whoever writes comes to an end first.
+            let _checkpoint = self.checkpoint_turn.acquire().await;
+            let _flush = self.flush_turn.acquire().await;
+        }
         let layers: Vec<_> =
             self.mutable.borrow().layers.iter().map(|(_, layer)| layer.clone()).collect();
         for layer in layers {

@@ -123,7 +123,6 @@ impl<I: Io> Timeline<I> {
     pub(super) fn stop_following(&self) {
         self.stopping.set(true);
         self.stop_signal.set();
-        self.journal_waiters.fail_all();
     }
 
     /// True when no WAL comes in any more.
@@ -224,9 +223,7 @@ impl<I: Io> Timeline<I> {
             return Err(TakeInError::Gap { expected, got: start });
         }
         while self.journal.is_full() {
-            let wait = self.journal_waiters.register(Lsn(self.lsns().journal.0 + 1));
-            self.journal_signal.set();
-            wait.await.map_err(|_| TakeInError::Stopped)?;
+            self.flush_journal().await?;
         }
         self.journal.append(start, &bytes)?;
         {

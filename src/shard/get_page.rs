@@ -59,6 +59,9 @@ impl<I: Io> Timeline<I> {
         if let Some(reason) = self.broken() {
             return Err(ReadError::NotReady { timeline: self.id, reason });
         }
+        if self.stopping.get() {
+            return Err(ReadError::Shutdown);
+        }
         let started = self.context.io.now();
         let limit = Duration::from_millis(self.context.config.wait_lsn_timeout_ms);
         let reached = self.waiters.register(lsn);
@@ -291,8 +294,9 @@ impl<I: Io> TimelineReader for Timeline<I> {
                 kind.directory()
             )));
         };
+        let blocks = blocks.min(crate::base::key::SLRU_PAGES_PER_SEGMENT);
         let mut out = BytesMut::with_capacity(blocks as usize * PAGE_SIZE);
-        for block in 0..blocks.min(crate::base::key::SLRU_PAGES_PER_SEGMENT) {
+        for block in 0..blocks {
             out.extend_from_slice(&self.page(Key::slru_block(kind, segment, block), lsn).await?);
         }
         Ok(out.freeze())

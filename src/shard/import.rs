@@ -155,9 +155,9 @@ pub async fn run<I: Io>(io: I, job: ImportJob) -> Result<TimelineIndex, ImportEr
         cluster: ClusterIdentity {
             system_id: cluster.system_id,
             tli: data.timeline,
-            wal_segment_bytes: u64::from(cluster.wal_segment_bytes),
+            wal_segment_bytes: cluster.wal_segment_bytes,
             data_checksums,
-            hint_bits_logged: data_checksums || cluster.wal_log_hints,
+            hint_bits_logged: data_checksums || cluster.parameters.wal_log_hints,
         },
         source,
         start_lsn: readable_from,
@@ -279,7 +279,7 @@ async fn copy_wal<I: Io>(io: &I, dir: &Path, scanned: &Scanned) -> Result<(), Im
     let first = Lsn(start.0 - start.segment_offset(JOURNAL_SEGMENT_BYTES));
     let mut at = first;
     if !data.wal.is_empty() {
-        let segment_bytes = u64::from(data.cluster.wal_segment_bytes);
+        let segment_bytes = data.cluster.wal_segment_bytes;
         if segment_bytes != JOURNAL_SEGMENT_BYTES {
             return Err(ImportError::SegmentSize(segment_bytes));
         }
@@ -288,7 +288,12 @@ async fn copy_wal<I: Io>(io: &I, dir: &Path, scanned: &Scanned) -> Result<(), Im
         loop {
             let name = journal.segment_name(at.segment_number(JOURNAL_SEGMENT_BYTES));
             let Some(file) = data.wal.get(&name) else { break };
+            let segment_end = Lsn(at.0 + JOURNAL_SEGMENT_BYTES);
             at = copy_segment(io, &journal, file, at).await?;
+            if at < segment_end {
+                // A segment that is cut off, or empty: nothing can follow it.
+                break;
+            }
         }
         journal.close().await?;
     }

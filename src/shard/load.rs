@@ -88,7 +88,11 @@ pub async fn load<I: Io>(
     let timeline = Timeline::new(context, Opened { index, layers, journal })?;
     load_state(&timeline).await?;
     timeline.start_writers();
-    replay(&timeline).await?;
+    if let Err(error) = replay(&timeline).await {
+        // Nobody will have the timeline, so its tasks must end here.
+        timeline.abandon().await;
+        return Err(error);
+    }
     Ok(timeline)
 }
 

@@ -22,10 +22,6 @@ impl Counter {
 #[derive(Default)]
 #[allow(missing_docs, reason = "the names say it; see `control::CoreMetrics`")]
 pub struct Counters {
-    pub get_page_requests: Counter,
-    pub get_page_us: Counter,
-    pub other_requests: Counter,
-    pub request_errors: Counter,
     pub wal_bytes: Counter,
     pub wal_records: Counter,
     pub values: Counter,

@@ -8,9 +8,7 @@ use super::index::IndexLayer;
 use super::layer_map::LayerSpan;
 use crate::base::{Key, KeyRange, Lsn, LsnRange, Value};
 use crate::io::Io;
-use crate::layers::{
-    BlockCache, DeltaLayer, ImageLayer, LayerError, LayerName, LayerOwner, Lookup, Newest,
-};
+use crate::layers::{BlockCache, FileLayer, LayerError, LayerName, LayerOwner, Lookup, Newest};
 
 /// See the module's text.
 pub struct StoredLayer<I: Io> {
@@ -20,12 +18,7 @@ pub struct StoredLayer<I: Io> {
     len: u64,
     owner: LayerOwner,
     cache: Rc<BlockCache>,
-    reader: RefCell<Option<Rc<Reader<I>>>>,
-}
-
-enum Reader<I: Io> {
-    Delta(DeltaLayer<I>),
-    Image(ImageLayer<I>),
+    reader: RefCell<Option<Rc<FileLayer<I>>>>,
 }
 
 impl<I: Io> StoredLayer<I> {
@@ -61,16 +54,12 @@ impl<I: Io> StoredLayer<I> {
         self.len
     }
 
-    async fn reader(&self) -> Result<Rc<Reader<I>>, LayerError> {
+    async fn reader(&self) -> Result<Rc<FileLayer<I>>, LayerError> {
         if let Some(reader) = self.reader.borrow().as_ref() {
             return Ok(reader.clone());
         }
-        let (io, dir, cache) = (&self.io, self.dir.as_path(), self.cache.clone());
-        let opened = if self.name.is_image() {
-            Reader::Image(ImageLayer::open(io, dir, &self.name, self.owner, cache).await?)
-        } else {
-            Reader::Delta(DeltaLayer::open(io, dir, &self.name, self.owner, cache).await?)
-        };
+        let cache = self.cache.clone();
+        let opened = FileLayer::open(&self.io, &self.dir, &self.name, self.owner, cache).await?;
         let raced = self.reader.borrow().clone();
         match raced {
             // Another read opened it meanwhile.
@@ -93,10 +82,7 @@ impl<I: Io> StoredLayer<I> {
         lsns: &LsnRange,
         out: &mut Vec<(Lsn, Value)>,
     ) -> Result<Lookup, LayerError> {
-        match &*self.reader().await? {
-            Reader::Delta(layer) => layer.collect(key, lsns, out).await,
-            Reader::Image(layer) => layer.collect(key, lsns, out).await,
-        }
+        self.reader().await?.collect(key, lsns, out).await
     }
 
     /// For every key of the range, its newest value with `lsn < below`, unless `out` has a newer.
@@ -106,10 +92,7 @@ impl<I: Io> StoredLayer<I> {
         below: Lsn,
         out: &mut Newest,
     ) -> Result<(), LayerError> {
-        match &*self.reader().await? {
-            Reader::Delta(layer) => layer.scan(keys, below, out).await,
-            Reader::Image(layer) => layer.scan(keys, below, out).await,
-        }
+        self.reader().await?.scan(keys, below, out).await
     }
 
     /// Closes the file if no read is under way. Reads that are keep it open until they end; then
@@ -119,15 +102,6 @@ impl<I: Io> StoredLayer<I> {
         match reader.map(Rc::try_unwrap) {
             Some(Ok(reader)) => reader.close().await,
             Some(Err(_)) | None => Ok(()),
-        }
-    }
-}
-
-impl<I: Io> Reader<I> {
-    async fn close(self) -> Result<(), LayerError> {
-        match self {
-            Reader::Delta(layer) => layer.close().await,
-            Reader::Image(layer) => layer.close().await,
         }
     }
 }

@@ -10,7 +10,7 @@
 //! ```
 
 use std::cell::{Cell, RefCell};
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashMap};
 use std::path::{Path, PathBuf};
 use std::rc::Rc;
 use std::sync::Arc;
@@ -28,7 +28,7 @@ use super::metrics::Counters;
 use super::reader::{PageBackend, ReadError};
 use super::timeline::{Timeline, TimelineConfig, TimelineContext};
 use crate::base::{Kind, Lsn, TenantShardId, TimelineId};
-use crate::io::{Io, IoError, TaskClass};
+use crate::io::{Io, IoCause, IoError, TaskClass};
 use crate::layers::{BlockCache, LayerOwner};
 use crate::limits::{STOP_POLL_MS, STOP_WAIT_MS};
 use crate::redo::{Redo, RedoSettings};
@@ -71,7 +71,8 @@ pub struct Shard<I: Io, C: Connector> {
     cache: Rc<BlockCache>,
     counters: Rc<Counters>,
     slots: RefCell<BTreeMap<(TenantShardId, TimelineId), Slot<I>>>,
-    redo: RefCell<BTreeMap<TenantShardId, Rc<dyn Redo>>>,
+    /// By tenant, and by what redo must know of the cluster: timelines may come from several.
+    redo: RefCell<HashMap<(TenantShardId, RedoSettings), Rc<dyn Redo>>>,
     stopping: Cell<bool>,
 }
 
@@ -96,6 +97,8 @@ impl<I: Io, C: Connector> Shard<I, C> {
         });
         let tenants = shard.context.data_dir.join("tenants");
         shard.context.io.create_dir(&tenants).await?;
+        // Everything that will be acknowledged lies below this name.
+        shard.context.io.sync_dir(&shard.context.data_dir).await?;
         for entry in shard.context.io.list(&tenants).await? {
             let Ok(tenant) = entry.name.parse::<TenantShardId>() else {
                 tracing::warn!("{} in {} is no tenant", entry.name, tenants.display());
@@ -169,7 +172,7 @@ impl<I: Io, C: Connector> Shard<I, C> {
 
     fn redo_of(&self, tenant: TenantShardId, settings: RedoSettings) -> Rc<dyn Redo> {
         let start = || self.context.redo.start(tenant, settings);
-        self.redo.borrow_mut().entry(tenant).or_insert_with(start).clone()
+        self.redo.borrow_mut().entry((tenant, settings)).or_insert_with(start).clone()
     }
 
     /// Brings a base backup in, then opens the timeline. Runs as a task of its own.
@@ -199,6 +202,8 @@ impl<I: Io, C: Connector> Shard<I, C> {
         let timelines = self.timelines_dir(request.tenant);
         let tenant_dir = timelines.parent().unwrap_or(&timelines).to_owned();
         let dir = timelines.join(request.timeline.to_string());
+        // What an earlier attempt may have left: its journal must not be taken for ours.
+        io.remove_dir_all(&dir).await.map_err(text)?;
         for parent in [&tenant_dir, &timelines, &dir] {
             io.create_dir(parent).await.map_err(text)?;
         }
@@ -220,6 +225,28 @@ impl<I: Io, C: Connector> Shard<I, C> {
         self.open_timeline(request.tenant, request.timeline)
             .await
             .map_err(|error| error.to_string())
+    }
+
+    /// Data that could not be opened is not overwritten: an operator may still save it.
+    async fn refuse_existing(
+        &self,
+        tenant: TenantShardId,
+        id: TimelineId,
+    ) -> Result<(), ControlError> {
+        let dir = self.timelines_dir(tenant).join(id.to_string());
+        match self.has_index(&dir).await {
+            Ok(false) => Ok(()),
+            Err(error) if error.cause == IoCause::NotFound => Ok(()),
+            Ok(true) => Err(ControlError {
+                kind: Kind::Invalid,
+                message: format!(
+                    "timeline {id} of tenant {tenant} exists already; if it is broken and its \
+                     data are not needed, remove {} while the node is stopped",
+                    dir.display()
+                ),
+            }),
+            Err(error) => Err(ControlError { kind: error.kind(), message: error.to_string() }),
+        }
     }
 
     fn ready(&self, tenant: TenantShardId, id: TimelineId) -> Result<Rc<Timeline<I>>, ReadError> {
@@ -300,10 +327,6 @@ impl<I: Io, C: Connector> CoreControl for Rc<Shard<I, C>> {
         let counters = &self.counters;
         let mut metrics = CoreMetrics {
             core: self.context.core,
-            get_page_requests: counters.get_page_requests.get(),
-            get_page_seconds: counters.get_page_us.get() as f64 / 1e6,
-            other_requests: counters.other_requests.get(),
-            request_errors: counters.request_errors.get(),
             wal_bytes_received: counters.wal_bytes.get(),
             wal_records_ingested: counters.wal_records.get(),
             values_ingested: counters.values.get(),
@@ -323,6 +346,7 @@ impl<I: Io, C: Connector> CoreControl for Rc<Shard<I, C>> {
             let message = "the node is shutting down".to_owned();
             return Err(ControlError { kind: Kind::Shutdown, message });
         }
+        self.refuse_existing(request.tenant, request.timeline).await?;
         let progress = Arc::new(Progress::default());
         {
             let mut slots = self.slots.borrow_mut();

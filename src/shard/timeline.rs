@@ -77,10 +77,6 @@ pub struct Timeline<I: Io> {
     pub(super) journal_signal: Signal,
     /// Tells the WAL receiver that there is something to report.
     pub(super) status_signal: Signal,
-    /// Waiting for `journal_lsn`.
-    pub(super) journal_waiters: LsnWaiters,
-    /// Waiting for `disk_consistent_lsn`.
-    pub(super) disk_waiters: LsnWaiters,
     pub(super) flush_turn: Turn,
     pub(super) checkpoint_turn: Turn,
     /// A record is being ingested: the open layer must not be frozen.
@@ -194,8 +190,6 @@ impl<I: Io> Timeline<I> {
             checkpoint_signal: Signal::new(),
             journal_signal: Signal::new(),
             status_signal: Signal::new(),
-            journal_waiters: LsnWaiters::default(),
-            disk_waiters: LsnWaiters::default(),
             flush_turn: Turn::default(),
             checkpoint_turn: Turn::default(),
             ingesting: Cell::new(false),
@@ -228,8 +222,6 @@ impl<I: Io> Timeline<I> {
         tracing::error!(tenant = %self.tenant, timeline = %self.id, ?kind, "ingest stops: {reason}");
         self.mutable.borrow_mut().broken.get_or_insert(reason);
         self.waiters.fail_all();
-        self.journal_waiters.fail_all();
-        self.disk_waiters.fail_all();
     }
 
     /// The index that describes the timeline with `added` layers and this `disk_consistent_lsn`.

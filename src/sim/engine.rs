@@ -35,8 +35,9 @@ use crate::wal::source::SourceError;
 const START: Lsn = Lsn(0x100_0000);
 const SEGMENT_BYTES: u64 = 16 * 1024 * 1024;
 const SYSTEM_ID: u64 = 7;
-const TENANT: TenantShardId = TenantShardId { tenant: TenantId([1; 16]), number: 0, count: 0 };
-const TIMELINE: TimelineId = TimelineId([2; 16]);
+pub(super) const TENANT: TenantShardId =
+    TenantShardId { tenant: TenantId([1; 16]), number: 0, count: 0 };
+pub(super) const TIMELINE: TimelineId = TimelineId([2; 16]);
 /// Versions of pages that are compared at the end of a run.
 const FINAL_READS: u64 = 200;
 
@@ -52,18 +53,25 @@ pub enum Plant {
 }
 
 /// The primary and what it was told; it survives all crashes of the node.
-struct Outside {
-    primary: RefCell<Primary>,
-    acknowledged: Cell<Lsn>,
+pub(super) struct Outside {
+    pub(super) primary: RefCell<Primary>,
+    pub(super) acknowledged: Cell<Lsn>,
+}
+
+impl Outside {
+    pub(super) fn new(seed: u64) -> Rc<Outside> {
+        let primary = Primary::new(seed, START, SEGMENT_BYTES, SYSTEM_ID);
+        Rc::new(Outside { primary: RefCell::new(primary), acknowledged: Cell::new(START) })
+    }
 }
 
 #[derive(Clone)]
-struct SimConnector {
+pub(super) struct SimConnector {
     io: SimIo,
     outside: Rc<Outside>,
 }
 
-struct SimSource {
+pub(super) struct SimSource {
     io: SimIo,
     outside: Rc<Outside>,
     at: Lsn,
@@ -116,13 +124,13 @@ impl WalSource for SimSource {
     }
 }
 
-fn timeline_dir() -> PathBuf {
+pub(super) fn timeline_dir() -> PathBuf {
     let tenant = TENANT.to_string();
     Path::new("data/tenants").join(tenant).join("timelines").join(TIMELINE.to_string())
 }
 
 /// Makes the timeline as an import leaves it: an image layer with the control values, an index.
-async fn import(io: SimIo) -> Result<(), String> {
+pub(super) async fn import(io: SimIo) -> Result<(), String> {
     let text = |error: &dyn std::fmt::Display| error.to_string();
     let mut path = PathBuf::new();
     for part in &timeline_dir() {
@@ -158,12 +166,9 @@ async fn import(io: SimIo) -> Result<(), String> {
         .map_err(|e| text(&e))
 }
 
-type SimShard = Rc<Shard<SimIo, SimConnector>>;
+pub(super) type SimShard = Rc<Shard<SimIo, SimConnector>>;
 
-async fn start(
-    io: &SimIo,
-    outside: &Rc<Outside>,
-) -> Result<(SimShard, Rc<Timeline<SimIo>>), String> {
+pub(super) async fn start_shard(io: &SimIo, outside: &Rc<Outside>) -> Result<SimShard, String> {
     let (background, runner) = background::channel();
     io.spawn(TaskClass::Background, runner.run(io.clone()));
     let context = ShardContext {
@@ -182,7 +187,14 @@ async fn start(
         redo: Rc::new(ToyRedoFactory),
         owns: Rc::new(|_| true),
     };
-    let shard = Shard::start(context).await.map_err(|error| error.to_string())?;
+    Shard::start(context).await.map_err(|error| error.to_string())
+}
+
+pub(super) async fn start(
+    io: &SimIo,
+    outside: &Rc<Outside>,
+) -> Result<(SimShard, Rc<Timeline<SimIo>>), String> {
+    let shard = start_shard(io, outside).await?;
     let timeline =
         shard.timeline(TENANT, TIMELINE).await.map_err(|error| format!("restart: {error}"))?;
     let (found, promised) = (timeline.lsns().last_record, outside.acknowledged.get());
@@ -264,9 +276,7 @@ pub fn scenario(seed: u64, plant: Plant) -> Result<u64, String> {
         ..SimOptions::varied(seed)
     };
     let mut world = SimWorld::new(seed, options);
-    let primary = Primary::new(seed, START, SEGMENT_BYTES, SYSTEM_ID);
-    let outside =
-        Rc::new(Outside { primary: RefCell::new(primary), acknowledged: Cell::new(START) });
+    let outside = Outside::new(seed);
     world.run(import).map_err(|error| error.to_string())??;
     for _ in 0..1 + world.draw("lives", 4) {
         let steps = 200 + world.draw("life", 6_000);

@@ -35,6 +35,8 @@ pub mod disk;
 pub mod engine;
 mod executor;
 pub mod file_data;
+#[cfg(test)]
+mod incident_tests;
 mod io;
 mod options;
 pub mod primary;

@@ -23,8 +23,8 @@ use bytes::{BufMut, Bytes, BytesMut};
 
 use super::bytes::Reader;
 use super::change::CheckpointChange;
-use super::xid::{FIRST_NORMAL_XID, precedes, xid_precedes};
 use crate::base::Lsn;
+use crate::base::xid::{FIRST_NORMAL_XID, precedes, xid_precedes};
 
 /// Length of the struct in bytes.
 pub const CHECKPOINT_BYTES: usize = 88;

@@ -13,7 +13,7 @@
 //! | 176 | 1 | `wal_log_hints` |
 //! | 180–199 | 5 × 4 | `max_connections`, `max_worker_processes`, `max_wal_senders`, `max_prepared_transactions`, `max_locks_per_transaction` |
 //! | 200 | 1 | `track_commit_timestamp` |
-//! | 216, 224, 228 | 4 each | page size, WAL page size, WAL segment size |
+//! | 216, 220, 224, 228 | 4 each | page size, blocks per relation segment, WAL page size, WAL segment size |
 //! | 252 | 4 | version of data checksums, 0 if off |
 //! | 288 | 4 | CRC-32C of the bytes before |
 
@@ -27,6 +27,8 @@ use crate::base::lsn::WAL_PAGE_SIZE;
 use crate::base::page::PAGE_SIZE;
 use crate::base::{Kind, Lsn};
 
+/// Blocks of a relation segment, 1 GiB (`RELSEG_SIZE`).
+pub const SEGMENT_BLOCKS: u32 = 131_072;
 /// Offset of the CRC.
 pub const CRC_AT: usize = 288;
 /// Offset of the copy of the `CheckPoint` struct.
@@ -169,6 +171,9 @@ impl ControlFile {
         if number(216) as usize != PAGE_SIZE {
             return Err(field("the page size", number(216)));
         }
+        if number(220) != SEGMENT_BLOCKS {
+            return Err(field("the number of blocks of a relation segment", number(220)));
+        }
         let state = DbState::from_number(number(16));
         let checkpoint = Checkpoint::parse(file.get(CHECKPOINT_AT..).unwrap_or_default());
         Ok(ControlFile {
@@ -285,6 +290,7 @@ mod tests {
             (172, 1),
             (180, 100),
             (216, 8192),
+            (220, SEGMENT_BLOCKS),
             (224, 8192),
             (228, 1 << 24),
             (252, 1),

@@ -14,8 +14,8 @@ use super::change::{BlockChange, Change, CheckpointChange};
 use super::image::ImageError;
 use super::record::{BlockRef, Record, RecordError, rmgr_id};
 use super::rmgr;
-use super::xid::FIRST_NORMAL_XID;
 use crate::base::page::{page_is_new, set_page_lsn};
+use crate::base::xid::FIRST_NORMAL_XID;
 use crate::base::{BlockNumber, Kind, Lsn, RelTag, Value};
 
 /// Why a record cannot be decoded.

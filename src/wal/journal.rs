@@ -165,6 +165,11 @@ impl<I: Io> Journal<I> {
         self.state.borrow().tail.len() >= JOURNAL_BUFFER_BYTES_MAX
     }
 
+    /// True after a write or sync that failed: nothing will be taken in or flushed any more.
+    pub fn has_failed(&self) -> bool {
+        self.state.borrow().failed.is_some()
+    }
+
     /// Takes bytes that begin at [`Journal::end_lsn`]. They are in memory only.
     pub fn append(&self, start: Lsn, bytes: &[u8]) -> Result<(), JournalError> {
         let mut state = self.state.borrow_mut();

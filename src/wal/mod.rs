@@ -4,7 +4,8 @@
 //! bytes -> stream (page, record) -> decode (rmgr/*, image) -> change -> shard/ingest
 //! ```
 //!
-//! All of this is pure: bytes in, values out. `docs/wal.md` has the overview.
+//! All of this is pure, bytes in, values out, but for [`journal`], [`receiver`] and the
+//! connections in [`source`]. `docs/wal.md` has the overview.
 
 pub mod backup_label;
 mod bytes;
@@ -19,7 +20,5 @@ mod pglz;
 pub mod receiver;
 pub mod record;
 pub mod rmgr;
-pub mod slru;
 pub mod source;
 pub mod stream;
-pub mod xid;

@@ -28,15 +28,15 @@ use bytes::Bytes;
 
 use super::bytes::Reader;
 use super::image::{BlockImage, ImageError, ImageHeader};
-use crate::base::checksum::{crc32c, crc32c_append};
 use crate::base::page::Page;
+use crate::base::wal_record::{
+    WAL_RECORD_CRC_AT as CRC_AT, WAL_RECORD_HEADER_BYTES, wal_record_crc,
+};
 use crate::base::{BlockNumber, Kind, Lsn, RelNode, RelTag};
 use crate::limits::WAL_RECORD_BYTES_MAX;
 
 /// Length of the record header in bytes (`SizeOfXLogRecord`).
-pub const HEADER: usize = 24;
-/// Offset of `xl_crc`.
-const CRC_AT: usize = 20;
+pub const HEADER: usize = WAL_RECORD_HEADER_BYTES;
 /// The highest number of a block reference (`XLR_MAX_BLOCK_ID`).
 const BLOCK_ID_MAX: u8 = 32;
 /// The highest fork number (`MAX_FORKNUM`).
@@ -196,10 +196,7 @@ pub fn check_crc(record: &[u8]) -> Result<(), RecordError> {
 
 /// The checksum that a record has to have; 0 for bytes shorter than a header.
 pub fn checksum(record: &[u8]) -> u32 {
-    match (record.get(HEADER..), record.get(..CRC_AT)) {
-        (Some(body), Some(head)) => crc32c_append(crc32c(body), head),
-        _ => 0,
-    }
+    wal_record_crc(record).unwrap_or(0)
 }
 
 /// A reference to a block.

@@ -132,6 +132,7 @@ fn redo_in_postgres() {
     block_on(async {
         pages(&redo).await;
         errors(&redo).await;
+        images_to_compare_with(&redo).await;
         pipelined(&redo).await;
         killed(&redo).await;
         hint_bits(&redo).await;
@@ -145,6 +146,46 @@ fn redo_in_postgres() {
     });
     dropped();
     nothing_to_run();
+}
+
+/// The first insert into a page, with the image that `wal_consistency_checking` adds.
+fn insert_with_image(block: u32, value: u32, image: &[u8]) -> Bytes {
+    let mut data = vec![1, 0, 0, 8, 24, 0];
+    data.extend(value.to_le_bytes());
+    let mut body = vec![0, 0x70];
+    body.extend((data.len() as u16).to_le_bytes());
+    // Length of the image, no hole, not to be applied.
+    body.extend([0, 0x20, 0, 0, 0]);
+    for number in [REL.spc, REL.db, REL.rel, block] {
+        body.extend(number.to_le_bytes());
+    }
+    body.extend([255, 3]);
+    body.extend(image);
+    body.extend(data);
+    body.extend([1, 0, 0]);
+    record(10, 0x82, &body).into()
+}
+
+async fn images_to_compare_with(redo: &ChildRedo) {
+    let plain = vec![(0x1008, insert(9, 1, true, 77))];
+    let right = redo.redo(ask(0, 9, None, plain)).await.unwrap();
+    let checked = vec![(0x1008, insert_with_image(9, 77, &right))];
+    let page = redo.redo(ask(0, 9, None, checked)).await.unwrap();
+    assert_eq!(page, right);
+    // The page LSN is masked; the tuple's bytes are not.
+    for (at, is_seen) in [(0, false), (PAGE_SIZE - 6, true)] {
+        let mut image = right.to_vec();
+        image[at] ^= 1;
+        let wrong = vec![(0x1008, insert_with_image(9, 77, &image))];
+        let answer = redo.redo(ask(0, 9, None, wrong)).await;
+        match answer {
+            Err(RedoError::Refused { message, .. }) if is_seen => {
+                assert!(message.contains("inconsistent page"), "{message}");
+            }
+            Ok(_) if !is_seen => {}
+            other => panic!("byte {at}: {other:?}"),
+        }
+    }
 }
 
 async fn pages(redo: &ChildRedo) {

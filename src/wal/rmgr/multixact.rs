@@ -1,11 +1,11 @@
 //! Multixacts (`src/include/access/multixact.h`; redo: `multixact_redo`, `RecordNewMultiXact`).
 
+use crate::base::slru::{members_page, members_segment, offsets_page};
+use crate::base::xid::{later_xid, multi_after, multi_before};
 use crate::base::{SlruKind, SmallRecord, Value};
 use crate::wal::bytes::Reader;
 use crate::wal::change::{Change, CheckpointChange};
 use crate::wal::decode::{DecodeError, Decoding};
-use crate::wal::slru::{members_page, members_segment, offsets_page};
-use crate::wal::xid::{later_xid, multi_after, multi_before};
 
 /// `XLOG_MULTIXACT_ZERO_OFF_PAGE`: i32 page.
 pub const XLOG_MULTIXACT_ZERO_OFF_PAGE: u8 = 0x00;

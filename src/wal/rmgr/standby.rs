@@ -1,9 +1,9 @@
 //! Hot standby (`src/include/storage/standbydefs.h`; redo: `standby_redo`).
 
+use crate::base::xid::{FIRST_NORMAL_XID, xid_before};
 use crate::wal::bytes::Reader;
 use crate::wal::change::{Change, CheckpointChange};
 use crate::wal::decode::{DecodeError, Decoding};
-use crate::wal::xid::{FIRST_NORMAL_XID, xid_before};
 
 /// `XLOG_STANDBY_LOCK`: nothing of it is stored.
 pub const XLOG_STANDBY_LOCK: u8 = 0x00;

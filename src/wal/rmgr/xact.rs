@@ -13,13 +13,13 @@
 //! | 7 | its name, ended by a zero byte (only with flag 4) |
 //! | 5 | u64 LSN and i64 time at the replication origin |
 
+use crate::base::slru::clog_page;
+use crate::base::xid::later_xid;
 use crate::base::{Lsn, RelNode, SlruKind, SmallRecord, Value};
 use crate::wal::bytes::Reader;
 use crate::wal::change::Change;
 use crate::wal::decode::{DecodeError, Decoding};
 use crate::wal::rmgr::{replorigin, smgr};
-use crate::wal::slru::clog_page;
-use crate::wal::xid::later_xid;
 
 const OPERATION_MASK: u8 = 0x70;
 const COMMIT: u8 = 0x00;

@@ -421,7 +421,7 @@ fn a_stock_primary_comes_in() {
     compare_with_pg_wal(&cluster, start, &wal);
 
     let stopped = DataDir::scan(&cluster.data()).unwrap();
-    assert!(stopped.backup_label.is_none() && stopped.cluster.shut_down);
+    assert!(stopped.backup_label.is_none() && stopped.cluster.state.is_shut_down());
     assert!(stopped.start_lsn < Lsn(start.0 + wal.len() as u64) && stopped.start_lsn > end);
     assert!(!stopped.wal.is_empty());
     values(&cluster.data());

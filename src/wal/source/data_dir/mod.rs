@@ -22,17 +22,16 @@ use crate::base::{Kind, Lsn, RelTag, SlruKind};
 use crate::io::IoError;
 use crate::io::foreign::{self, ForeignFile, ForeignKind};
 use crate::limits::IMPORT_SMALL_FILE_BYTES_MAX;
+use crate::wal::backup_label::BackupLabel;
+use crate::wal::control_file::{ControlFile, DbState, SEGMENT_BLOCKS};
 
 use super::base_backup::archive_tablespace;
 use super::error::SourceError;
 use super::tar_stream::{TarEvent, TarReader};
 
-mod cluster;
 mod names;
 mod values;
 
-pub use cluster::ClusterInfo;
-use cluster::{SEGMENT_BLOCKS, read_backup_label, read_control};
 use names::{FileKind, classify, worth_listing};
 pub use values::Values;
 
@@ -117,7 +116,7 @@ pub struct DataDir {
     /// `pg_control`, whole.
     pub control_bytes: Bytes,
     /// What it says.
-    pub cluster: ClusterInfo,
+    pub cluster: ControlFile,
     /// The text of `backup_label`; `None` for a cluster that was shut down.
     pub backup_label: Option<String>,
     /// WAL is needed from here on. Without a `backup_label` the data is consistent here: it is
@@ -317,14 +316,21 @@ impl Scan {
         };
         let control = self.control.take().ok_or_else(|| unusable("it lacks global/pg_control"))?;
         let control_bytes = control.read_small()?;
-        let cluster = read_control(&control_bytes)
-            .map_err(|detail| control.damaged(format!("pg_control: {detail}")))?;
+        let cluster = ControlFile::parse(&control_bytes).map_err(|error| match error.kind() {
+            Kind::Invalid => unusable(&error.to_string()),
+            _ => control.damaged(error.to_string()),
+        })?;
         let label = self.label.as_ref().map(FileRef::read_small).transpose()?;
         let label = label.map(|bytes| String::from_utf8_lossy(&bytes).into_owned());
         let (start_lsn, timeline) = match (&label, &self.label) {
-            (Some(text), Some(file)) => read_backup_label(text)
-                .ok_or_else(|| file.damaged("backup_label: the start position is missing"))?,
-            _ if cluster.shut_down => cluster.checkpoint,
+            (Some(text), Some(file)) => {
+                let label = BackupLabel::parse(text);
+                let label = label.map_err(|error| file.damaged(error.to_string()))?;
+                (label.start_lsn, label.timeline)
+            }
+            _ if cluster.state == DbState::ShutDown => {
+                (cluster.checkpoint.redo, cluster.checkpoint.timeline)
+            }
             _ => {
                 return Err(unusable(
                     "it is neither a base backup (backup_label is missing) nor a cluster that was \

@@ -4,12 +4,13 @@ use std::collections::VecDeque;
 
 use bytes::Bytes;
 
-use super::cluster::{CHECKPOINT_COPY, SEGMENT_BLOCKS};
 use super::{DataDir, DataDirError, FileRef, blocks, file_blocks};
 use crate::base::checksum::crc32c;
 use crate::base::page::PAGE_SIZE;
 use crate::base::{Key, RelTag, SlruKind, Value};
 use crate::limits::IMPORT_READ_BYTES;
+use crate::wal::checkpoint::CHECKPOINT_BYTES;
+use crate::wal::control_file::{CHECKPOINT_AT, SEGMENT_BLOCKS};
 
 /// Length of a relation map file in bytes (`sizeof(RelMapFile)`).
 const RELMAP_BYTES: u64 = 512;
@@ -90,7 +91,7 @@ impl<'a> Values<'a> {
     pub(super) fn new(dir: &'a DataDir) -> Self {
         let entries = &dir.entries;
         let two_phase = entries.two_phase.iter().map(|(xid, file)| Task::TwoPhase(*xid, file));
-        let checkpoint = dir.control_bytes.slice(CHECKPOINT_COPY);
+        let checkpoint = dir.control_bytes.slice(CHECKPOINT_AT..CHECKPOINT_AT + CHECKPOINT_BYTES);
         let control = [
             Task::Ready(Key::CONTROL_FILE, Value::Image(dir.control_bytes.clone())),
             Task::Ready(Key::CHECKPOINT, Value::Image(checkpoint)),

@@ -5,9 +5,7 @@
 //! `pg_multixact/members` page holds 409 groups of 20 bytes, each four status bytes and four
 //! transactions; the last 12 bytes are unused.
 
-use crate::base::key::SLRU_PAGES_PER_SEGMENT;
-use crate::base::{BlockNumber, SlruKind};
-
+use super::key::{BlockNumber, SLRU_PAGES_PER_SEGMENT, SlruKind};
 use super::xid::{FIRST_MULTI, FIRST_NORMAL_XID, precedes, xid_precedes};
 
 /// Transactions per `pg_xact` page.

@@ -1,0 +1,85 @@
+//! Single incidents, each with what must hold after it.
+
+use std::path::Path;
+use std::time::Duration;
+
+use super::engine::{Outside, TENANT, TIMELINE, import, start, start_shard, timeline_dir};
+use super::{SimOptions, SimWorld};
+use crate::base::{Kind, TimelineId};
+use crate::io::Io;
+use crate::shard::control::{CoreControl, CreateTimeline, TimelineSource, TimelineState};
+use crate::shard::index::INDEX_FILE;
+
+#[test]
+fn a_failed_journal_fails_checkpoints_and_lets_the_node_stop() {
+    for seed in 0..20 {
+        let options = SimOptions { sync_error_per_million: 1_000_000, ..SimOptions::varied(seed) };
+        let mut world = SimWorld::new(seed, options);
+        let outside = Outside::new(seed);
+        let story = move |io: crate::sim::SimIo| async move {
+            io.set_faults(false);
+            import(io.clone()).await.unwrap();
+            let (shard, timeline) = start(&io, &outside).await.unwrap();
+            io.sleep(Duration::from_millis(20)).await;
+            io.set_faults(true);
+            while timeline.broken().is_none() {
+                io.sleep(Duration::from_millis(1)).await;
+            }
+            let failure = shard.checkpoint(TENANT, TIMELINE).await.unwrap_err();
+            assert!(failure.message.contains("journal"), "{}", failure.message);
+            let acknowledged = outside.acknowledged.get();
+            assert!(acknowledged <= timeline.lsns().journal);
+            shard.shutdown().await;
+        };
+        world.run(story).unwrap_or_else(|error| panic!("seed {seed}: {error}"));
+    }
+}
+
+#[test]
+fn the_directory_of_all_tenants_survives_a_power_loss() {
+    for seed in 0..20 {
+        let mut world = SimWorld::new(seed, SimOptions::varied(seed));
+        let outside = Outside::new(seed);
+        let story = move |io: crate::sim::SimIo| async move {
+            io.create_dir(Path::new("data")).await.unwrap();
+            io.sync_dir(Path::new(".")).await.unwrap();
+            start_shard(&io, &outside).await.unwrap();
+        };
+        world.run(story).unwrap();
+        world.crash();
+        let entries = world.run(|io| async move { io.list(Path::new("data")).await.unwrap() });
+        let names: Vec<String> = entries.unwrap().into_iter().map(|entry| entry.name).collect();
+        assert_eq!(names, ["tenants"], "seed {seed}");
+    }
+}
+
+#[test]
+fn data_that_cannot_be_opened_is_not_overwritten() {
+    let mut world = SimWorld::new(1, SimOptions::varied(1));
+    let outside = Outside::new(1);
+    let story = move |io: crate::sim::SimIo| async move {
+        import(io.clone()).await.unwrap();
+        let entries = io.list(&timeline_dir()).await.unwrap();
+        let layer = entries.iter().find(|entry| entry.name != INDEX_FILE && !entry.is_dir).unwrap();
+        io.remove(&timeline_dir().join(&layer.name)).await.unwrap();
+        let shard = start_shard(&io, &outside).await.unwrap();
+        assert_eq!(shard.timelines()[0].state, TimelineState::Broken);
+        let request = |timeline| CreateTimeline {
+            tenant: TENANT,
+            timeline,
+            source: TimelineSource::Pgdata { path: "nowhere".into(), primary: None, slot: None },
+        };
+        let refused = shard.create_timeline(request(TIMELINE)).await.unwrap_err();
+        assert_eq!(refused.kind, Kind::Invalid);
+        io.sleep(Duration::from_secs(1)).await;
+        let entries = io.list(&timeline_dir()).await.unwrap();
+        assert!(entries.iter().any(|entry| entry.name == INDEX_FILE), "the index is gone");
+        // Another one may be tried, and tried again after it failed.
+        for _ in 0..2 {
+            shard.create_timeline(request(TimelineId([9; 16]))).await.unwrap();
+            io.sleep(Duration::from_secs(1)).await;
+        }
+        shard.shutdown().await;
+    };
+    world.run(story).unwrap();
+}
