@@ -224,3 +224,6 @@ pub const PAGE_CLIENT_MESSAGE_BYTES_MAX: usize = 1024 * 1024;
 
 /// Differences that `pgstrata verify` describes one by one.
 pub const VERIFY_DETAILS_MAX: usize = 20;
+
+/// An import looks this often whether it is to end early.
+pub const IMPORT_CANCEL_POLL_MS: u64 = 50;

@@ -135,7 +135,9 @@ fn progress_line(info: &TimelineInfo) -> String {
         }
         None => {
             let (at, end) = (info.last_record_lsn, info.start_lsn);
-            format!("WAL of the base backup: at {at}, readable from {end} on")
+            let trouble = info.wal_source_error.as_ref().map(|error| format!("; {error}"));
+            let trouble = trouble.unwrap_or_default();
+            format!("WAL of the base backup: at {at}, readable from {end} on{trouble}")
         }
     }
 }
@@ -170,6 +172,9 @@ pub fn status(args: StatusArgs) -> Result<(), CommandError> {
         );
         if let Some(error) = info.error {
             println!("  {error}");
+        }
+        if let Some(error) = info.wal_source_error {
+            println!("  WAL source: {error}");
         }
     }
     Ok(())

@@ -17,6 +17,7 @@ const PATIENCE: Duration = Duration::from_secs(60);
 
 /// A running node; it ends with this value.
 pub struct DemoNode {
+    program: PathBuf,
     dir: PathBuf,
     settings: Vec<String>,
     page_port: u16,
@@ -25,10 +26,20 @@ pub struct DemoNode {
 }
 
 impl DemoNode {
-    /// Starts a node with its data in `dir/data`, at free ports.
+    /// Starts a node of this very program with its data in `dir/data`, at free ports.
     pub fn start(dir: &Path, settings: &[String]) -> Result<DemoNode, CommandError> {
+        DemoNode::start_program(&std::env::current_exe()?, dir, settings)
+    }
+
+    /// The same with another `program`: tests are no nodes themselves.
+    pub fn start_program(
+        program: &Path,
+        dir: &Path,
+        settings: &[String],
+    ) -> Result<DemoNode, CommandError> {
         fs::create_dir_all(dir)?;
         let mut node = DemoNode {
+            program: program.to_owned(),
             dir: dir.to_owned(),
             settings: settings.to_vec(),
             page_port: free_port()?,
@@ -42,9 +53,9 @@ impl DemoNode {
     /// Starts it again, with the same data and ports.
     pub fn start_again(&mut self) -> Result<(), CommandError> {
         let log = File::options().create(true).append(true).open(self.log_path())?;
-        let mut command = Command::new(std::env::current_exe()?);
+        let mut command = Command::new(&self.program);
         command.arg("serve");
-        let data = self.dir.join("data");
+        let data = self.data_dir();
         let fixed = [
             format!("data_dir={}", data.display()),
             format!("listen_pg_addr={}", self.page_address()),
@@ -126,6 +137,11 @@ impl DemoNode {
     /// Its process id, while it runs.
     pub fn pid(&self) -> Option<u32> {
         self.child.as_ref().map(Child::id)
+    }
+
+    /// The directory with its data.
+    pub fn data_dir(&self) -> PathBuf {
+        self.dir.join("data")
     }
 
     /// Where its log goes.

@@ -43,6 +43,11 @@ pub fn channel<I>() -> (Background<I>, BackgroundRunner<I>) {
 }
 
 impl<I: Io> Background<I> {
+    /// Takes no more jobs; the runner ends when it has taken those that wait.
+    pub fn close(&self) {
+        self.jobs.close();
+    }
+
     /// Runs `work` on the background executor and waits for its result.
     pub async fn run<T, W, F>(&self, work: W) -> Result<T, BackgroundStopped>
     where

@@ -88,6 +88,8 @@ pub struct TimelineInfo {
     /// WAL source and whether it is connected.
     pub wal_source: Option<String>,
     pub wal_source_connected: bool,
+    /// Why no WAL comes from the source at the moment; the node goes on trying.
+    pub wal_source_error: Option<String>,
     pub layer_count: u64,
     pub layer_bytes: u64,
     pub open_layer_bytes: u64,

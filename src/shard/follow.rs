@@ -107,6 +107,7 @@ impl<I: Io> Timeline<I> {
                     if self.lsns().received > before {
                         backoff.succeeded();
                     }
+                    self.mutable.borrow_mut().source_error = Some(error.to_string());
                     let pause = backoff.failed(self.context.io.random_u64());
                     tracing::warn!(
                         tenant = %self.tenant, timeline = %self.id,
@@ -168,8 +169,12 @@ impl<I: Io> Timeline<I> {
                 reported = Some(positions);
             }
             let event = self.next_event(source).await;
-            if matches!(event, Event::Message(_)) {
+            if let Event::Message(message) = &event {
                 watch.heard(self.context.io.now());
+                // A start that is answered may still end in an error, such as WAL that is gone.
+                if message.is_ok() {
+                    self.mutable.borrow_mut().source_error = None;
+                }
             }
             match event {
                 Event::Stop => return Ok(()),

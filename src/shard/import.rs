@@ -13,8 +13,10 @@
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::time::Duration;
 
+use futures_util::future::{Either, select};
 use serde::Deserialize;
 
 use super::control::{ImportProgress, TimelineSource};
@@ -26,7 +28,9 @@ use super::primary;
 use crate::base::{Key, Lsn};
 use crate::io::{Io, IoError, durable, foreign};
 use crate::layers::{ImageWriter, LayerError, LayerOwner};
-use crate::limits::{BACKUP_MANIFEST_BYTES_MAX, IMPORT_READ_BYTES, JOURNAL_SEGMENT_BYTES};
+use crate::limits::{
+    BACKUP_MANIFEST_BYTES_MAX, IMPORT_CANCEL_POLL_MS, IMPORT_READ_BYTES, JOURNAL_SEGMENT_BYTES,
+};
 use crate::wal::journal::{Journal, JournalError};
 use crate::wal::source::SourceError;
 use crate::wal::source::base_backup::{BackupEvent, BaseBackup};
@@ -43,6 +47,7 @@ const STAGING_DIR: &str = "import";
 pub struct Progress {
     done: AtomicU64,
     total: AtomicU64,
+    cancelled: AtomicBool,
 }
 
 impl Progress {
@@ -52,6 +57,17 @@ impl Progress {
         ImportProgress {
             bytes_done: self.done.load(Ordering::Relaxed),
             bytes_total: (total > 0).then_some(total),
+        }
+    }
+
+    /// Ends the import as soon as it looks: the node stops.
+    pub fn cancel(&self) {
+        self.cancelled.store(true, Ordering::Relaxed);
+    }
+
+    async fn until_cancelled<I: Io>(&self, io: &I) {
+        while !self.cancelled.load(Ordering::Relaxed) {
+            io.sleep(Duration::from_millis(IMPORT_CANCEL_POLL_MS)).await;
         }
     }
 
@@ -98,6 +114,8 @@ pub enum ImportError {
     NoManifest(PathBuf),
     #[error("the base backup has no backup_label")]
     NoLabel,
+    #[error("the node was stopped before the import had ended; start it again")]
+    Cancelled,
     #[error(
         "WAL segments of {0} bytes can be streamed from a primary, but not be imported from a \
          directory; only segments of 16 MiB can"
@@ -116,6 +134,21 @@ struct Scanned {
     /// First LSN at which the data is consistent.
     readable_from: Lsn,
     source: Option<WalSourceConfig>,
+}
+
+/// [`run`], ended early by [`Progress::cancel`] even while it waits for a primary. What it leaves
+/// in the directory has no index, so the next start removes it.
+pub async fn run_until_cancelled<I: Io>(
+    io: I,
+    job: ImportJob,
+) -> Result<TimelineIndex, ImportError> {
+    let progress = job.progress.clone();
+    let work = std::pin::pin!(run(io.clone(), job));
+    let cancelled = std::pin::pin!(progress.until_cancelled(&io));
+    match select(work, cancelled).await {
+        Either::Left((result, _)) => result,
+        Either::Right(_) => Err(ImportError::Cancelled),
+    }
 }
 
 /// Imports; returns the new timeline's index, which is not published yet.

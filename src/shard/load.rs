@@ -18,7 +18,7 @@ use super::lsns::Advance;
 use super::reader::ReadError;
 use super::stored::StoredLayer;
 use super::timeline::{Opened, Timeline, TimelineContext, wal_layout};
-use crate::base::{Key, Lsn};
+use crate::base::{Key, Kind, Lsn};
 use crate::io::{Io, IoError, durable};
 use crate::layers::{LayerName, LayerNameError, LayerOwner};
 use crate::limits::JOURNAL_REPLAY_BYTES;
@@ -92,6 +92,15 @@ pub async fn load<I: Io>(
         // Nobody will have the timeline, so its tasks must end here.
         timeline.abandon().await;
         return Err(error);
+    }
+    let (at, start) = (timeline.lsns().last_record, timeline.start_lsn());
+    if at < start && timeline.source.is_none() {
+        let journal = journal_dir.display();
+        let reason = format!(
+            "the WAL in {journal} ends at {at}, but the base backup is consistent only from \
+             {start} on, and there is no primary to get the rest from; import it again"
+        );
+        timeline.set_broken(Kind::Corrupt, reason);
     }
     Ok(timeline)
 }
@@ -190,7 +199,8 @@ async fn journal_end<I: Io>(timeline: &Timeline<I>, from: Lsn) -> Result<Lsn, Lo
                 Ok(Event::NeedInput) if !bytes.is_empty() => break,
                 Ok(Event::NeedInput | Event::EndOfWal) => return Ok(stream.boundary()),
                 Err(error) => {
-                    tracing::info!("the journal ends at {}: {error}", stream.boundary());
+                    let (dir, end) = (timeline.context.dir.join(JOURNAL_DIR), stream.boundary());
+                    tracing::warn!("the journal in {} ends at {end}: {error}", dir.display());
                     return Ok(stream.boundary());
                 }
             }

@@ -78,7 +78,10 @@ pub struct Shard<I: Io, C: Connector> {
 
 enum Slot<I: Io> {
     Importing(Arc<Progress>),
+    /// An import that failed: nothing of it is left, and it may be tried again.
     Failed(String),
+    /// A timeline that is on disk but cannot be opened: only an operator may remove it.
+    Damaged(String),
     Ready(Rc<Timeline<I>>),
 }
 
@@ -130,7 +133,7 @@ impl<I: Io, C: Connector> Shard<I, C> {
                 Ok(timeline) => Slot::Ready(timeline),
                 Err(error) => {
                     tracing::error!(%tenant, timeline = %id, "cannot be opened: {error}");
-                    Slot::Failed(error.to_string())
+                    Slot::Damaged(error.to_string())
                 }
             };
             self.slots.borrow_mut().insert((tenant, id), slot);
@@ -217,7 +220,8 @@ impl<I: Io, C: Connector> Shard<I, C> {
             image_layer_bytes: self.context.config.image_layer_bytes,
             progress,
         };
-        let imported = self.context.background.run(move |io: I| import::run(io, job)).await;
+        let imported =
+            self.context.background.run(move |io: I| import::run_until_cancelled(io, job)).await;
         let index = imported
             .map_err(|error| error.to_string())?
             .map_err(|error: ImportError| error.to_string())?;
@@ -257,7 +261,7 @@ impl<I: Io, C: Connector> Shard<I, C> {
                 timeline: id,
                 reason: "its base backup is being imported".to_owned(),
             }),
-            Some(Slot::Failed(reason)) => {
+            Some(Slot::Failed(reason) | Slot::Damaged(reason)) => {
                 Err(ReadError::NotReady { timeline: id, reason: reason.clone() })
             }
             None if slots.keys().any(|(present, _)| *present == tenant) => {
@@ -267,11 +271,21 @@ impl<I: Io, C: Connector> Shard<I, C> {
         }
     }
 
+    /// Imports that were cancelled remove what they have written; then they are no longer there.
+    async fn wait_for_imports(&self) {
+        let importing = |slot: &Slot<I>| matches!(slot, Slot::Importing(_));
+        let mut waited_ms = 0;
+        while waited_ms < STOP_WAIT_MS && self.slots.borrow().values().any(importing) {
+            self.context.io.sleep(Duration::from_millis(STOP_POLL_MS)).await;
+            waited_ms += STOP_POLL_MS;
+        }
+    }
+
     fn all_ready(&self) -> Vec<Rc<Timeline<I>>> {
         let slots = self.slots.borrow();
         let ready = slots.values().filter_map(|slot| match slot {
             Slot::Ready(timeline) => Some(timeline.clone()),
-            Slot::Importing(_) | Slot::Failed(_) => None,
+            Slot::Importing(_) | Slot::Failed(_) | Slot::Damaged(_) => None,
         });
         ready.collect()
     }
@@ -298,7 +312,9 @@ impl<I: Io, C: Connector> CoreControl for Rc<Shard<I, C>> {
                 Slot::Importing(progress) => {
                     (TimelineState::Importing, None, Some(progress.read()))
                 }
-                Slot::Failed(reason) => (TimelineState::Broken, Some(reason.clone()), None),
+                Slot::Failed(reason) | Slot::Damaged(reason) => {
+                    (TimelineState::Broken, Some(reason.clone()), None)
+                }
             };
             TimelineInfo {
                 tenant,
@@ -314,6 +330,7 @@ impl<I: Io, C: Connector> CoreControl for Rc<Shard<I, C>> {
                 disk_consistent_lsn: Lsn::INVALID,
                 wal_source: None,
                 wal_source_connected: false,
+                wal_source_error: None,
                 layer_count: 0,
                 layer_bytes: 0,
                 open_layer_bytes: 0,
@@ -351,11 +368,16 @@ impl<I: Io, C: Connector> CoreControl for Rc<Shard<I, C>> {
         {
             let mut slots = self.slots.borrow_mut();
             let key = (request.tenant, request.timeline);
-            if slots.get(&key).is_some_and(|slot| !matches!(slot, Slot::Failed(_))) {
-                return Err(ControlError {
-                    kind: Kind::Invalid,
-                    message: format!("timeline {} of tenant {} exists already", key.1, key.0),
-                });
+            let name = format!("timeline {} of tenant {}", key.1, key.0);
+            let refuse = |message| Err(ControlError { kind: Kind::Invalid, message });
+            match slots.get(&key) {
+                None | Some(Slot::Failed(_)) => {}
+                Some(Slot::Importing(_) | Slot::Ready(_)) => {
+                    return refuse(format!("{name} exists already"));
+                }
+                Some(Slot::Damaged(reason)) => {
+                    return refuse(format!("{name} exists but cannot be opened: {reason}"));
+                }
             }
             slots.insert(key, Slot::Importing(progress.clone()));
         }
@@ -376,6 +398,11 @@ impl<I: Io, C: Connector> CoreControl for Rc<Shard<I, C>> {
 
     async fn shutdown(&self) {
         self.stopping.set(true);
+        for slot in self.slots.borrow().values() {
+            if let Slot::Importing(progress) = slot {
+                progress.cancel();
+            }
+        }
         let timelines = self.all_ready();
         timelines.iter().for_each(|timeline| timeline.stop_following());
         let mut waited_ms = 0;
@@ -386,6 +413,9 @@ impl<I: Io, C: Connector> CoreControl for Rc<Shard<I, C>> {
         for timeline in timelines {
             timeline.shut_down().await;
         }
+        self.wait_for_imports().await;
         self.context.redo.stop_all().await;
+        // Not left to the last owner: a task that is stuck must not keep the runner alive.
+        self.context.background.close();
     }
 }

@@ -103,6 +103,8 @@ pub struct Mutable<I: Io> {
     /// Cuts the incoming bytes into records.
     pub(super) wal: WalStream,
     pub(super) broken: Option<String>,
+    /// Why no WAL comes from the source; `None` once it has come again.
+    pub(super) source_error: Option<String>,
     /// For each piece of WAL that is not synced yet: its end, and the end of the last record that
     /// was whole with it.
     pub(super) unsynced: VecDeque<(Lsn, Lsn)>,
@@ -183,6 +185,7 @@ impl<I: Io> Timeline<I> {
                 checkpoint: None,
                 wal,
                 broken: None,
+                source_error: None,
                 unsynced: VecDeque::new(),
                 flushed_record: lsn,
             }),
@@ -268,6 +271,7 @@ impl<I: Io> Timeline<I> {
             disk_consistent_lsn: lsns.disk_consistent,
             wal_source: self.source.as_ref().map(|source| redacted(&source.conninfo)),
             wal_source_connected: self.source_connected.get(),
+            wal_source_error: mutable.source_error.clone(),
             layer_count: mutable.layers.iter().count() as u64,
             layer_bytes: mutable.layers.iter().map(|(_, layer)| layer.file_bytes()).sum(),
             open_layer_bytes: mutable.open.memory_bytes() as u64 + frozen,

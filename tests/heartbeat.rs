@@ -1,0 +1,114 @@
+//! glommio's sleep over runnable tasks, provoked, and ended by heartbeats.
+//!
+//! When an executor is held off its CPU between arming its preemption timer and looking at it
+//! for the first time, it takes the expiry for "nothing to run" and goes to sleep; nothing but a
+//! wake-up by another thread ends that. Busy threads on the executor's CPU and a short timer make
+//! it happen within seconds. With heartbeats, the longest time without any progress is that of
+//! the kernel's own scheduling.
+
+#![allow(clippy::disallowed_methods, reason = "a test with threads and clocks of its own")]
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use glommio::{Latency, LocalExecutorBuilder, Placement, Shares};
+use pgstrata::limits::{HEARTBEAT_INTERVAL_MS, PREEMPT_INTERVAL_US};
+use pgstrata::server::mesh::{Pulse, beat};
+
+const CPU: usize = 0;
+
+fn pin() {
+    let mut cpus = nix::sched::CpuSet::new();
+    cpus.set(CPU).unwrap();
+    nix::sched::sched_setaffinity(nix::unistd::Pid::from_raw(0), &cpus).unwrap();
+}
+
+fn spin(time: Duration) {
+    let begin = Instant::now();
+    while begin.elapsed() < time {
+        std::hint::spin_loop();
+    }
+}
+
+/// Runs work that never ends on an executor for `seconds`, beside two busy threads. Returns the
+/// longest time without progress.
+fn longest_gap(seconds: u64, heartbeats: bool) -> Duration {
+    let stop = Arc::new(AtomicBool::new(false));
+    let work = Arc::new(AtomicU64::new(0));
+    let mut pulse = Pulse::default();
+    let (progress, stopped, steps) = (pulse.progress(), stop.clone(), work.clone());
+    let executor = LocalExecutorBuilder::new(Placement::Fixed(CPU))
+        .io_memory(64 << 10)
+        .preempt_timer(Duration::from_micros(PREEMPT_INTERVAL_US))
+        .spawn(move || async move {
+            let latency = Latency::Matters(Duration::from_millis(1));
+            let queue =
+                glommio::executor().create_task_queue(Shares::default(), latency, "heartbeat");
+            glommio::spawn_local_into(beat(progress), queue).unwrap().detach();
+            let workers: Vec<_> = (0..2)
+                .map(|_| {
+                    let (stopped, steps) = (stopped.clone(), steps.clone());
+                    glommio::spawn_local(async move {
+                        while !stopped.load(Ordering::Acquire) {
+                            spin(Duration::from_micros(50));
+                            steps.fetch_add(1, Ordering::Relaxed);
+                            glommio::yield_if_needed().await;
+                        }
+                    })
+                })
+                .collect();
+            for worker in workers {
+                worker.await;
+            }
+        })
+        .unwrap();
+    let hogs: Vec<_> = (0..2)
+        .map(|_| {
+            let stop = stop.clone();
+            thread::spawn(move || {
+                pin();
+                while !stop.load(Ordering::Acquire) {
+                    spin(Duration::from_millis(1));
+                }
+            })
+        })
+        .collect();
+    let (begin, mut last, mut seen, mut gap) = (Instant::now(), Instant::now(), 0, Duration::ZERO);
+    while begin.elapsed() < Duration::from_secs(seconds) {
+        thread::sleep(Duration::from_millis(HEARTBEAT_INTERVAL_MS));
+        if heartbeats {
+            pulse.tick();
+        }
+        let now = work.load(Ordering::Relaxed);
+        if now != seen {
+            (seen, last) = (now, Instant::now());
+        }
+        gap = gap.max(last.elapsed());
+    }
+    assert!(seen > 100, "the executor never ran: {seen} steps");
+    stop.store(true, Ordering::Release);
+    hogs.into_iter().for_each(|hog| hog.join().unwrap());
+    // An executor that sleeps is woken, so that it can end.
+    let done = Arc::new(AtomicBool::new(false));
+    let ended = done.clone();
+    let waker = thread::spawn(move || {
+        while !ended.load(Ordering::Acquire) {
+            pulse.tick();
+            thread::sleep(Duration::from_millis(HEARTBEAT_INTERVAL_MS));
+        }
+    });
+    executor.join().unwrap();
+    done.store(true, Ordering::Release);
+    waker.join().unwrap();
+    gap
+}
+
+#[test]
+fn heartbeats_end_a_sleep_over_runnable_tasks() {
+    let without = longest_gap(4, false);
+    let with = longest_gap(6, true);
+    println!("longest time without progress: {without:?} without heartbeats, {with:?} with");
+    assert!(with < Duration::from_secs(2), "{with:?} without progress in spite of heartbeats");
+}

@@ -1,0 +1,466 @@
+//! A running node under hostile input, on damaged files, and as it stops.
+
+#![allow(clippy::disallowed_methods, reason = "a test that runs programs")]
+
+mod common;
+
+use std::collections::BTreeMap;
+use std::io::{Read, Seek, SeekFrom, Write};
+use std::net::{TcpListener, TcpStream};
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::time::{Duration, Instant};
+
+use common::*;
+use pgstrata::base::{Lsn, RelTag};
+use pgstrata::cli::demo_node::DemoNode;
+use pgstrata::cli::pg::{PgCluster, StopMode};
+use pgstrata::cli::verify_files::{DataDirectory, scan};
+use pgstrata::server::page_protocol::{Answer, Query};
+use pgstrata::shard::control::TimelineState;
+
+fn text(path: &Path) -> &str {
+    path.to_str().unwrap()
+}
+
+/// A cluster that was shut down cleanly, with a bit of data.
+fn stopped_cluster(root: &Root) -> PgCluster {
+    let mut cluster = root.cluster("cluster", false);
+    cluster.pgbench_init("postgres", 1).unwrap();
+    cluster.stop(StopMode::Fast).unwrap();
+    cluster
+}
+
+fn open_fds(pid: u32) -> usize {
+    std::fs::read_dir(format!("/proc/{pid}/fd")).unwrap().count()
+}
+
+fn start_up() -> Vec<u8> {
+    let body = b"\0\x03\0\0user\0u\0\0";
+    let mut out = (body.len() as u32 + 4).to_be_bytes().to_vec();
+    out.extend_from_slice(body);
+    out
+}
+
+fn message(tag: u8, body: &[u8]) -> Vec<u8> {
+    let mut out = vec![tag];
+    out.extend((body.len() as u32 + 4).to_be_bytes());
+    out.extend(body);
+    out
+}
+
+/// What connection number `round` sends.
+fn garbage(round: usize, id: Id) -> Vec<u8> {
+    let mut out = if round.is_multiple_of(5) { Vec::new() } else { start_up() };
+    let known = format!("pagestream_v3 {} {}\0", id.tenant(), id.timeline());
+    let unknown = format!("pagestream_v2 {} {}\0", "ab".repeat(16), "cd".repeat(16));
+    match round % 7 {
+        0 => {}
+        1 => out.extend(message(b'Q', unknown.as_bytes())),
+        2 => out.extend(message(b'Q', b"pagestream_v3 zz \xff\xfe\0")),
+        3 => out.extend([b'Q', 0xff, 0xff, 0xff, 0xff]),
+        4 => out.extend([b'Q', 0, 0, 0, 0]),
+        _ => {
+            out.extend(message(b'Q', known.as_bytes()));
+            for _ in 0..3 {
+                let length = fastrand::usize(0..60);
+                let body: Vec<u8> = (0..length).map(|_| fastrand::u8(0..8)).collect();
+                out.extend(message(b'd', &body));
+            }
+        }
+    }
+    if round.is_multiple_of(3) {
+        out.truncate(fastrand::usize(0..=out.len()));
+    } else {
+        out.extend((0..fastrand::usize(0..200)).map(|_| fastrand::u8(..)));
+    }
+    out
+}
+
+fn attack_pages(node: &DemoNode, id: Id) {
+    let mut open = Vec::new();
+    for round in 0..2000 {
+        let mut stream = TcpStream::connect(node.page_address()).unwrap();
+        // The node may close it in the meantime.
+        let _ = stream.write_all(&garbage(round, id));
+        if round.is_multiple_of(4) {
+            // Some stay open for a while without a word.
+            open.push(stream);
+        }
+    }
+}
+
+/// The status line of the reply to `request`.
+fn http(node: &DemoNode, request: &[u8]) -> String {
+    let address = node.admin_url().replace("http://", "");
+    let mut stream = TcpStream::connect(address).unwrap();
+    stream.set_read_timeout(Some(Duration::from_secs(10))).unwrap();
+    let _ = stream.write_all(request);
+    if !request.ends_with(b"\r\n\r\n") && !request.starts_with(b"POST") {
+        let _ = stream.shutdown(std::net::Shutdown::Write);
+    }
+    let mut reply = Vec::new();
+    let _ = stream.read_to_end(&mut reply);
+    String::from_utf8_lossy(&reply).lines().next().unwrap_or_default().to_owned()
+}
+
+fn attack_admin(node: &DemoNode, id: Id) {
+    let request = |method: &str, path: &str, body: &str| {
+        let length = body.len();
+        http(
+            node,
+            format!(
+                "{method} {path} HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\
+                 content-type: application/json\r\ncontent-length: {length}\r\n\r\n{body}"
+            )
+            .as_bytes(),
+        )
+    };
+    let tenant = id.shard().to_string();
+    let path = format!("/v1/tenant/{tenant}/timeline");
+    let deep = "[".repeat(50_000);
+    for body in
+        ["", "{", "null", "[1]", "{\"timeline\":1}", "{\"timeline\":\"zz\",\"source\":{}}", &deep]
+    {
+        let status = request("POST", &path, body);
+        assert!(status.contains(" 400 "), "{body:.20}: {status}");
+    }
+    let huge = "x".repeat(200_000);
+    let status = request("POST", &path, &huge);
+    assert!(status.contains(" 413 ") || status.contains(" 400 ") || status.is_empty(), "{status}");
+    for (path, expected) in [
+        ("/", " 404 "),
+        ("/v1/tenant/zz/timeline", " 400 "),
+        ("/v1/tenant/%00%ff/timeline", " 400 "),
+        ("/v1/tenant/../../etc/passwd", " 404 "),
+        (&format!("{path}/zz"), " 400 "),
+        (&format!("{path}/{}", "ee".repeat(16)), " 404 "),
+        (&format!("/v1/tenant/{}/timeline", "ee".repeat(16)), " 404 "),
+    ] {
+        let status = request("GET", path, "");
+        assert!(status.contains(expected), "{path}: {status}");
+    }
+    assert!(request("DELETE", &path, "").contains(" 405 "));
+    // A tenant's name must never leave the data directory.
+    let source = r#"{"pgdata":{"path":"/nonexistent","primary":null,"slot":null}}"#;
+    let body = format!("{{\"timeline\":\"../../../x\",\"source\":{source}}}");
+    assert!(request("POST", &path, &body).contains(" 400 "));
+    for _ in 0..200 {
+        let bytes: Vec<u8> = (0..fastrand::usize(0..300)).map(|_| fastrand::u8(..)).collect();
+        http(node, &bytes);
+    }
+}
+
+#[test]
+fn garbage_hurts_nobody() {
+    let root = Root::new("hostile");
+    let cluster = stopped_cluster(&root);
+    let node = root.node(&[]);
+    let id = Id(1, 1);
+    succeeds(&node, "import", id, &["--pgdata", text(cluster.data())]);
+    let lsn = info(&node, id).last_record_lsn;
+    is_equal(&node, id, lsn, cluster.data(), false);
+    let pid = node.pid().unwrap();
+    let mut steady = client(&node, id, lsn);
+    let files = scan(cluster.data()).unwrap();
+    let (rel, fork) = files.forks.iter().max_by_key(|(_, fork)| fork.blocks).unwrap();
+    // Files that are opened at first use are open by now.
+    let before = open_fds(pid);
+    struct Done(AtomicBool);
+    impl Drop for Finish<'_> {
+        fn drop(&mut self) {
+            self.0.0.store(true, Ordering::Release);
+        }
+    }
+    struct Finish<'a>(&'a Done);
+    let done = Done(AtomicBool::new(false));
+    let asked = AtomicU64::new(0);
+    std::thread::scope(|scope| {
+        scope.spawn(|| {
+            while !done.0.load(Ordering::Acquire) {
+                let block = fastrand::u32(0..fork.blocks);
+                let answer = steady.ask(Query::GetPage { rel: *rel, block }).unwrap();
+                let Answer::GetPage(page) = answer else { panic!("{answer:?}") };
+                assert_eq!(page, fork.page(block).unwrap().unwrap());
+                asked.fetch_add(1, Ordering::Relaxed);
+            }
+        });
+        // Also when an attack fails: the scope waits for the good client.
+        let _finish = Finish(&done);
+        attack_pages(&node, id);
+        attack_admin(&node, id);
+    });
+    assert!(asked.load(Ordering::Relaxed) > 100, "the good client was held up");
+    assert_eq!(node.pid(), Some(pid));
+    is_equal(&node, id, lsn, cluster.data(), false);
+    let begin = Instant::now();
+    // A leak by any one kind of hostile connection would count hundreds.
+    while open_fds(pid) > before + 3 {
+        let after = open_fds(pid);
+        assert!(begin.elapsed() < Duration::from_secs(15), "{before} descriptors became {after}");
+        std::thread::sleep(Duration::from_millis(50));
+    }
+    let log = std::fs::read_to_string(node.log_path()).unwrap();
+    assert!(!log.contains("panic"), "{}", log_tail(&node));
+}
+
+fn timeline_dir(node: &DemoNode, id: Id) -> PathBuf {
+    let tenant = node.data_dir().join("tenants").join(id.shard().to_string());
+    tenant.join("timelines").join(id.timeline().to_string())
+}
+
+fn flip(path: &Path, offset: u64) {
+    let mut file = std::fs::File::options().read(true).write(true).open(path).unwrap();
+    let mut byte = [0];
+    file.seek(SeekFrom::Start(offset)).unwrap();
+    file.read_exact(&mut byte).unwrap();
+    byte[0] ^= 0x10;
+    file.seek(SeekFrom::Start(offset)).unwrap();
+    file.write_all(&byte).unwrap();
+}
+
+/// The largest layer file.
+fn largest(dir: &Path) -> (PathBuf, u64) {
+    let entries = std::fs::read_dir(dir).unwrap().map(|entry| entry.unwrap());
+    let files = entries.map(|entry| (entry.path(), entry.metadata().unwrap()));
+    let sizes = files.filter(|(_, meta)| meta.is_file()).map(|(path, meta)| (path, meta.len()));
+    sizes.max_by_key(|(_, len)| *len).unwrap()
+}
+
+/// Reads every block: how many are equal, and the errors. A wrong page fails the test.
+fn read_all(node: &DemoNode, id: Id, lsn: Lsn, files: &DataDirectory) -> (u64, Vec<String>) {
+    let mut client = client(node, id, lsn);
+    let (mut equal, mut errors) = (0, Vec::new());
+    let blocks = |(rel, fork): (&RelTag, &pgstrata::cli::verify_files::ForkFiles)| {
+        let rel = *rel;
+        (0..fork.blocks).map(move |block| Query::GetPage { rel, block }).collect::<Vec<_>>()
+    };
+    let queries: Vec<Query> = files.forks.iter().flat_map(blocks).collect();
+    client
+        .ask_all(queries, |query, answer| {
+            let Query::GetPage { rel, block } = query else { return };
+            match answer {
+                Answer::GetPage(page) => {
+                    let expected = files.forks[&rel].page(block).unwrap().unwrap();
+                    assert!(page == expected, "{rel} block {block} is wrong");
+                    equal += 1;
+                }
+                Answer::Error(text) => errors.push(text),
+                other => panic!("{other:?}"),
+            }
+        })
+        .unwrap();
+    (equal, errors)
+}
+
+#[test]
+fn damaged_layers_and_indexes_are_named_and_stay_alone() {
+    let root = Root::new("damage");
+    let cluster = stopped_cluster(&root);
+    let mut node = root.node(&[]);
+    let [layer, index, healthy] = [Id(1, 1), Id(1, 2), Id(1, 3)];
+    let args = ["--pgdata", text(cluster.data())];
+    for id in [layer, index, healthy] {
+        succeeds(&node, "import", id, &args);
+    }
+    let lsn = info(&node, healthy).last_record_lsn;
+    node.stop().unwrap();
+    let (file, len) = largest(&timeline_dir(&node, layer));
+    for part in 1..6 {
+        flip(&file, len * part / 8);
+    }
+    flip(&timeline_dir(&node, index).join("index"), 100);
+    node.start_again().unwrap();
+
+    let files = scan(cluster.data()).unwrap();
+    let (equal, errors) = read_all(&node, layer, lsn, &files);
+    println!(
+        "{equal} blocks are equal, {} are errors, such as: {:?}",
+        errors.len(),
+        errors.first()
+    );
+    assert!(!errors.is_empty() && equal > 0);
+    let name = file.file_name().unwrap().to_str().unwrap();
+    let bad = errors.iter().find(|text| !text.contains(name) || !text.contains("damaged"));
+    assert!(bad.is_none(), "{bad:?}");
+
+    let broken = info(&node, index);
+    assert_eq!(broken.state, TimelineState::Broken);
+    let error = broken.error.unwrap();
+    assert!(error.contains("index is damaged"), "{error}");
+    // It must not be made anew over what may still be saved.
+    fails(&node, "import", index, &args, "cannot be opened");
+    assert!(timeline_dir(&node, index).join("index").exists());
+    let (_, len) = largest(&timeline_dir(&node, index));
+    assert!(len > 1_000_000, "its layers are gone");
+
+    let (equal, errors) = read_all(&node, healthy, lsn, &files);
+    assert!(errors.is_empty() && equal > 2000, "{errors:?}");
+}
+
+/// Pages of the largest relation, by block.
+fn pages(node: &DemoNode, id: Id, lsn: Lsn, rel: RelTag, blocks: u32) -> BTreeMap<u32, Vec<u8>> {
+    let mut found = BTreeMap::new();
+    let queries = (0..blocks).map(|block| Query::GetPage { rel, block });
+    client(node, id, lsn)
+        .ask_all(queries, |query, answer| {
+            let (Query::GetPage { block, .. }, Answer::GetPage(page)) = (query, answer) else {
+                panic!("no page");
+            };
+            found.insert(block, page.to_vec());
+        })
+        .unwrap();
+    found
+}
+
+#[test]
+fn a_damaged_journal_is_streamed_again_or_said_to_be_short() {
+    let root = Root::new("journal");
+    let mut primary = root.cluster("primary", false);
+    primary.pgbench_init("postgres", 1).unwrap();
+    let mut node = root.node(&["wait_lsn_timeout_ms=1500"]);
+    let id = Id(1, 1);
+    let source = primary.conninfo();
+    succeeds(&node, "attach", id, &["--primary", &source, "--slot", "one"]);
+    primary.pgbench("postgres", &["-c", "2", "-T", "3"], |_| {}).unwrap();
+    let end = primary.lsn("SELECT pg_current_wal_flush_lsn()").unwrap();
+    wait_for(&node, id, end);
+    let (tag, fork) = {
+        let files = scan(primary.data()).unwrap();
+        let found = files.forks.into_iter().max_by_key(|(_, fork)| fork.blocks).unwrap();
+        (found.0, found.1.blocks)
+    };
+    let before = pages(&node, id, end, tag, fork);
+    node.kill().unwrap();
+    let found = node_journal(&node, id);
+    flip(&found, middle(&found));
+    node.start_again().unwrap();
+    wait_for(&node, id, end);
+    assert!(before == pages(&node, id, end, tag, fork), "pages differ");
+    let log = std::fs::read_to_string(node.log_path()).unwrap();
+    assert!(log.contains("the journal in"), "{}", log_tail(&node));
+
+    // Again, and this time the primary is not there.
+    node.kill().unwrap();
+    flip(&found, middle(&found));
+    primary.stop(StopMode::Fast).unwrap();
+    node.start_again().unwrap();
+    let short = info(&node, id);
+    assert!(short.last_record_lsn < end, "{short:?}");
+    until("the error of the source", || info(&node, id).wal_source_error.is_some());
+    let error = info(&node, id).wal_source_error.unwrap();
+    assert!(error.contains("cannot connect"), "{error}");
+    let answer = client(&node, id, end).ask(Query::GetPage { rel: tag, block: 0 }).unwrap();
+    let Answer::Error(text) = answer else { panic!("a page of the past: {answer:?}") };
+    assert!(text.contains(&format!("waiting for WAL up to {end}")), "{text}");
+}
+
+/// The segment of the journal in which most was written.
+fn node_journal(node: &DemoNode, id: Id) -> PathBuf {
+    let files = std::fs::read_dir(timeline_dir(node, id).join("wal")).unwrap();
+    let mut files: Vec<PathBuf> = files.map(|entry| entry.unwrap().path()).collect();
+    files.sort();
+    files.into_iter().max_by_key(|path| middle(path)).unwrap()
+}
+
+/// Half of the length up to the last byte that is not zero.
+fn middle(path: &Path) -> u64 {
+    let bytes = std::fs::read(path).unwrap();
+    bytes.iter().rposition(|byte| *byte != 0).map_or(0, |last| last as u64 / 2 + 5000)
+}
+
+/// Processes whose parent is `pid`.
+fn children(pid: u32) -> Vec<u32> {
+    let numbers = std::fs::read_dir("/proc")
+        .unwrap()
+        .filter_map(|entry| entry.ok()?.file_name().to_str()?.parse::<u32>().ok());
+    let parent = |of: &u32| {
+        let stat = std::fs::read_to_string(format!("/proc/{of}/stat")).ok()?;
+        stat.rsplit_once(") ")?.1.split(' ').nth(1)?.parse::<u32>().ok()
+    };
+    numbers.filter(|of| parent(of) == Some(pid)).collect()
+}
+
+#[test]
+fn sigterm_ends_connections_and_children() {
+    let root = Root::new("sigterm");
+    let primary = root.cluster("primary", false);
+    primary.pgbench_init("postgres", 1).unwrap();
+    let mut node = root.node(&[]);
+    let source = primary.conninfo();
+    for id in [Id(1, 1), Id(2, 1)] {
+        succeeds(&node, "attach", id, &["--primary", &source]);
+    }
+    primary.pgbench("postgres", &["-c", "2", "-T", "1"], |_| {}).unwrap();
+    let end = primary.lsn("SELECT pg_current_wal_flush_lsn()").unwrap();
+    let (rel, fork) = {
+        let files = scan(primary.data()).unwrap();
+        files.forks.into_iter().max_by_key(|(_, fork)| fork.blocks).unwrap()
+    };
+    let mut clients = Vec::new();
+    for id in [Id(1, 1), Id(2, 1)] {
+        wait_for(&node, id, end);
+        pages(&node, id, end, rel, fork.blocks);
+        clients.extend((0..20).map(|_| client(&node, id, end)));
+    }
+    // Half of a start-up message, a request without an end, and one that waits for its LSN.
+    let mut half = TcpStream::connect(node.page_address()).unwrap();
+    half.write_all(&start_up()[..5]).unwrap();
+    let mut late = client(&node, Id(1, 1), Lsn(end.0 + (1 << 30)));
+    let waiting = std::thread::spawn(move || late.ask(Query::Exists { rel }));
+    // A base backup that stands still.
+    let stalled = stalling_proxy(&primary);
+    let create = node.admin().unwrap();
+    create
+        .create_timeline(
+            Id(5, 1).shard(),
+            Id(5, 1).timeline(),
+            &pgstrata::shard::control::TimelineSource::Primary {
+                conninfo: format!("host=127.0.0.1 port={stalled} user=postgres"),
+                slot: None,
+            },
+        )
+        .unwrap();
+    until("the base backup begins", || {
+        info(&node, Id(5, 1)).import.is_some_and(|import| import.bytes_done > 1_000_000)
+    });
+
+    let pid = node.pid().unwrap();
+    let redo = children(pid);
+    assert!(redo.len() >= 2, "{redo:?}: no wal-redo children were started");
+    let begin = Instant::now();
+    node.stop().unwrap();
+    let took = begin.elapsed();
+    println!("{} children; SIGTERM took {took:?}", redo.len());
+    assert!(took < Duration::from_secs(15), "SIGTERM took {took:?}");
+    for child in redo {
+        assert!(!Path::new(&format!("/proc/{child}")).exists(), "child {child} is left over");
+    }
+    assert!(!matches!(waiting.join().unwrap(), Ok(Answer::Exists(_))));
+    // Nothing of the base backup is left after the next start.
+    node.start_again().unwrap();
+    assert!(!timeline_dir(&node, Id(5, 1)).exists());
+    assert_eq!(info(&node, Id(1, 1)).state, TimelineState::Active);
+}
+
+/// The port of a proxy that lets 4 MB of the primary's bytes through and then holds still.
+fn stalling_proxy(primary: &PgCluster) -> u16 {
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let port = listener.local_addr().unwrap().port();
+    let target = primary.conninfo();
+    let target = target.split("port=").nth(1).unwrap().split(' ').next().unwrap();
+    let target: u16 = target.parse().unwrap();
+    std::thread::spawn(move || {
+        for stream in listener.incoming().flatten() {
+            let there = TcpStream::connect(("127.0.0.1", target)).unwrap();
+            let (mut from, mut to) = (stream.try_clone().unwrap(), there.try_clone().unwrap());
+            std::thread::spawn(move || std::io::copy(&mut from, &mut to));
+            std::thread::spawn(move || {
+                let (mut stream, there) = (stream, there);
+                let _ = std::io::copy(&mut (&there).take(4_000_000), &mut stream);
+                std::thread::sleep(Duration::from_secs(60));
+            });
+        }
+    });
+    port
+}
