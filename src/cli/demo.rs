@@ -216,9 +216,7 @@ fn kill_and_check(
     number: u32,
 ) -> Result<(), CommandError> {
     node.kill()?;
-    let sql = format!(
-        "SELECT restart_lsn FROM pg_replication_slots WHERE slot_name = '{SLOT}'"
-    );
+    let sql = format!("SELECT restart_lsn FROM pg_replication_slots WHERE slot_name = '{SLOT}'");
     let promised = primary.lsn(&sql)?;
     node.start_again()?;
     let tenant = TenantShardId::unsharded(TENANT);

@@ -58,7 +58,9 @@ impl DemoNode {
         let begin = Instant::now();
         while !self.is_up()? {
             if begin.elapsed() > PATIENCE {
-                return Err(format!("the node does not start; see {}", self.log_path().display()).into());
+                return Err(
+                    format!("the node does not start; see {}", self.log_path().display()).into()
+                );
             }
             std::thread::sleep(Duration::from_millis(20));
         }
