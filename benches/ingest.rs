@@ -17,11 +17,13 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::rc::Rc;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use common::{Result, Rounds, Scratch, cpu_time, sized};
-use futures_util::future::LocalBoxFuture;
+use futures_util::future::{LocalBoxFuture, select};
 use glommio::{LocalExecutorBuilder, Placement};
 use nix::sys::resource::UsageWho;
 use pgstrata::base::lsn::Lsn;
@@ -72,7 +74,7 @@ fn record(root: &Path, full_page_writes: bool) -> Result<Recorded> {
     primary.pgbench_init("postgres", sized(1, 10))?;
     // From here on the first change of every page is a full-page image, where those are on.
     primary.psql("postgres", "CHECKPOINT")?;
-    let seconds = sized("2", "20");
+    let seconds = sized("2", "10");
     primary.pgbench("postgres", &["-c", "4", "-j", "2", "-T", seconds], |_| ())?;
     let mark = oracle::mark(&primary)?;
     primary.stop(StopMode::Fast)?;
@@ -204,8 +206,8 @@ impl RedoFactory for Children {
 }
 
 /// Timers move an executor on that slept over a wake-up by the other one.
-async fn beat() {
-    loop {
+async fn beat_until(done: Arc<AtomicBool>) {
+    while !done.load(Ordering::Acquire) {
         glommio::timer::sleep(Duration::from_millis(5)).await;
     }
 }
@@ -215,15 +217,19 @@ fn ingest(root: &Path, recorded: &Recorded, from: Lsn, wal: Bytes) -> Result<Cos
     let dir = root.join("node");
     fs::create_dir_all(&dir)?;
     let (background, runner) = background::channel();
+    // Tasks that wait keep their ends of the channel when the serve executor goes.
+    let done = Arc::new(AtomicBool::new(false));
+    let seen = done.clone();
     let runner = LocalExecutorBuilder::new(Placement::Fixed(0)).spawn(move || async move {
-        glommio::spawn_local(beat()).detach();
-        runner.run(UringIo::new()).await;
+        let work = std::pin::pin!(runner.run(UringIo::new()));
+        let end = std::pin::pin!(beat_until(seen));
+        select(work, end).await;
     });
     let runner = runner.map_err(|error| error.to_string())?;
     let (data_dir, backup) = (dir.clone(), recorded.backup.join("data"));
     let end = recorded.mark.end;
     let serve = LocalExecutorBuilder::new(Placement::Fixed(0)).spawn(move || async move {
-        glommio::spawn_local(beat()).detach();
+        glommio::spawn_local(beat_until(Arc::default())).detach();
         let config = Config::default();
         let open = Rc::new(Cell::new(false));
         let context = ShardContext {
@@ -244,7 +250,7 @@ fn ingest(root: &Path, recorded: &Recorded, from: Lsn, wal: Bytes) -> Result<Cos
         };
         let shard = Shard::start(context).await?;
         let path = backup.to_str().ok_or("path")?.to_owned();
-        let primary = Some("host=recorded".to_owned());
+        let primary = Some("host=recorded user=nobody".to_owned());
         let source = TimelineSource::Backup { path, primary, slot: None };
         shard
             .create_timeline(CreateTimeline { tenant: TENANT, timeline: TIMELINE, source })
@@ -272,7 +278,9 @@ fn ingest(root: &Path, recorded: &Recorded, from: Lsn, wal: Bytes) -> Result<Cos
         Result::Ok(cost)
     });
     let serve = serve.map_err(|error| error.to_string())?;
-    let cost = serve.join().map_err(|error| error.to_string())??;
+    let cost = serve.join();
+    done.store(true, Ordering::Release);
+    let cost = cost.map_err(|error| error.to_string())??;
     runner.join().map_err(|error| error.to_string())?;
     fs::remove_dir_all(&dir)?;
     Ok(cost)
