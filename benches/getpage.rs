@@ -1,0 +1,427 @@
+//! GetPage per second of one core, against an echo server with replies of the same size.
+//!
+//! Server on CPU 0, client on CPU 1. The echo server is this program again: one glommio executor
+//! that answers every request by 8,213 bytes. See `docs/benchmarks.md`.
+
+#![allow(
+    clippy::disallowed_methods,
+    clippy::disallowed_types,
+    clippy::too_many_lines,
+    reason = "a benchmark drives other programs and measures time"
+)]
+
+mod common;
+
+use std::fs::File;
+use std::io::{BufRead, BufReader, ErrorKind, Read, Write};
+use std::net::TcpStream;
+use std::os::fd::AsFd;
+use std::path::Path;
+use std::process::{Child, Command, Stdio};
+use std::time::{Duration, Instant};
+
+use bytes::{BufMut, BytesMut};
+use common::{Result, Rounds, Scratch, process_cpu, sized};
+use futures_util::{AsyncReadExt, AsyncWriteExt};
+use glommio::{LocalExecutorBuilder, Placement};
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use pgstrata::base::{Lsn, RelNode, TenantId, TenantShardId, TimelineId};
+use pgstrata::cli::admin_client::AdminClient;
+use pgstrata::cli::attach::wait_until_active;
+use pgstrata::cli::pg::{PgCluster, free_port};
+use pgstrata::server::page_protocol::{Header, Query, Request, Version, encode_request};
+use pgstrata::shard::control::TimelineSource;
+use pgstrata::shard::reader::RequestLsn;
+
+const SERVER_CPU: usize = 0;
+const ECHO: &str = "--echo-server";
+/// A `CopyData` message with a request of version 2.
+const REQUEST_BYTES: usize = 39;
+/// What the echo server answers.
+const ECHO_BYTES: usize = 8_213;
+/// What the node answers: `CopyData` header, tag, page.
+const PAGE_BYTES: usize = 5 + 1 + 8192;
+const TENANT: TenantId = TenantId([1; 16]);
+const TIMELINE: TimelineId = TimelineId([2; 16]);
+const PATIENCE: Duration = Duration::from_secs(60);
+/// Connections, and requests under way on each.
+const SHAPES: [(usize, usize); 4] = [(1, 1), (16, 1), (1, 16), (16, 16)];
+/// Blocks that are asked for over and over.
+const BLOCKS: u32 = 256;
+/// Updates of each of those blocks after the base backup.
+const UPDATES: u32 = 10;
+
+/// The echo server: prints its port and serves until it is killed.
+fn echo_server() -> Result<()> {
+    let builder = LocalExecutorBuilder::new(Placement::Fixed(SERVER_CPU));
+    let executor = builder.spawn(|| async {
+        let listener = glommio::net::TcpListener::bind("127.0.0.1:0").map_err(text)?;
+        println!("{}", listener.local_addr().map_err(text)?.port());
+        loop {
+            let stream = listener.accept().await.map_err(text)?;
+            glommio::spawn_local(async move {
+                // It ends with the connection.
+                let _ = echo(stream).await;
+            })
+            .detach();
+        }
+        #[allow(unreachable_code, reason = "it gives the block its type")]
+        Result::Ok(())
+    });
+    executor.map_err(|error| error.to_string())?.join().map_err(|error| error.to_string())?
+}
+
+/// glommio's errors cannot go from thread to thread.
+fn text(error: glommio::GlommioError<()>) -> String {
+    error.to_string()
+}
+
+async fn echo(mut stream: glommio::net::TcpStream) -> Result<()> {
+    stream.set_nodelay(true).map_err(text)?;
+    let mut answers = vec![7; 64 * ECHO_BYTES];
+    answers.chunks_mut(ECHO_BYTES).for_each(|answer| answer[0] = b'd');
+    let mut buffer = vec![0; 32 * 1024];
+    let mut have = 0;
+    loop {
+        let count = stream.read(&mut buffer).await?;
+        if count == 0 {
+            return Ok(());
+        }
+        have += count;
+        let whole = have / REQUEST_BYTES;
+        have %= REQUEST_BYTES;
+        stream.write_all(&answers[..whole.min(64) * ECHO_BYTES]).await?;
+    }
+}
+
+/// A server process; it ends with this value.
+struct Server {
+    child: Child,
+    address: String,
+    reply_bytes: usize,
+}
+
+impl Drop for Server {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+/// Starts a process on the server's CPU.
+fn spawn(command: &mut Command, client_cpu: usize) -> Result<Child> {
+    common::pin(SERVER_CPU)?;
+    let child = command.spawn();
+    common::pin(client_cpu)?;
+    Ok(child?)
+}
+
+fn start_echo(client_cpu: usize) -> Result<Server> {
+    let mut command = Command::new(std::env::current_exe()?);
+    let mut child = spawn(command.arg(ECHO).stdout(Stdio::piped()), client_cpu)?;
+    let mut line = String::new();
+    BufReader::new(child.stdout.take().ok_or("stdout")?).read_line(&mut line)?;
+    let address = format!("127.0.0.1:{}", line.trim());
+    Ok(Server { child, address, reply_bytes: ECHO_BYTES })
+}
+
+fn start_node(dir: &Path, client_cpu: usize) -> Result<(Server, AdminClient)> {
+    let (page_port, admin_port) = (free_port()?, free_port()?);
+    let address = format!("127.0.0.1:{page_port}");
+    let mut command = Command::new(env!("CARGO_BIN_EXE_pgstrata"));
+    command.arg("serve");
+    for setting in [
+        format!("data_dir={}", dir.join("node").display()),
+        format!("listen_pg_addr={address}"),
+        format!("listen_http_addr=127.0.0.1:{admin_port}"),
+        format!("cores=[{SERVER_CPU}]"),
+        format!("walredo_library={}", common::walredo_library()?.display()),
+        "log_filter=warn".to_owned(),
+    ] {
+        command.args(["-c", &setting]);
+    }
+    command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(File::create(dir.join("log"))?);
+    let child = spawn(&mut command, client_cpu)?;
+    let mut server = Server { child, address, reply_bytes: PAGE_BYTES };
+    let admin = AdminClient::new(&format!("http://127.0.0.1:{admin_port}"))?;
+    let begin = Instant::now();
+    while !admin.is_up() {
+        if server.child.try_wait()?.is_some() || begin.elapsed() > PATIENCE {
+            let log = std::fs::read_to_string(dir.join("log")).unwrap_or_default();
+            return Err(format!("the node does not start: {log}").into());
+        }
+        std::thread::sleep(Duration::from_millis(20));
+    }
+    Ok((server, admin))
+}
+
+/// Requests of `BLOCKS` blocks of `rel` at `lsn`, in a row.
+fn requests(rel: RelNode, lsn: Lsn) -> Vec<u8> {
+    let mut all = BytesMut::new();
+    for block in 0..BLOCKS {
+        let lsn = RequestLsn { request: lsn, not_modified_since: lsn };
+        // Neighbours in time are no neighbours in the file.
+        let block = block * 97 % BLOCKS;
+        let query = Query::GetPage { rel: rel.fork(0), block };
+        let mut message = BytesMut::new();
+        encode_request(
+            Version::V2,
+            &Request { header: Header { id: 0, lsn }, query },
+            &mut message,
+        );
+        all.put_u8(b'd');
+        all.put_u32(message.len() as u32 + 4);
+        all.put_slice(&message);
+    }
+    assert_eq!(all.len(), BLOCKS as usize * REQUEST_BYTES);
+    all.to_vec()
+}
+
+/// A connection in the middle of its work.
+struct Client {
+    stream: TcpStream,
+    /// The next request.
+    next: usize,
+    under_way: usize,
+    /// Bytes of the current reply that are here.
+    partial: usize,
+}
+
+impl Client {
+    fn connect(server: &Server, number: usize) -> Result<Client> {
+        let mut stream = TcpStream::connect(&server.address)?;
+        stream.set_nodelay(true)?;
+        stream.set_read_timeout(Some(PATIENCE))?;
+        if server.reply_bytes == PAGE_BYTES {
+            let mut out = BytesMut::new();
+            let start_up = b"user\0benchmark\0\0";
+            out.put_u32(start_up.len() as u32 + 8);
+            out.put_u32(3 << 16);
+            out.put_slice(start_up);
+            let command = format!("pagestream_v2 {TENANT} {TIMELINE}\0");
+            out.put_u8(b'Q');
+            out.put_u32(command.len() as u32 + 4);
+            out.put_slice(command.as_bytes());
+            stream.write_all(&out)?;
+            loop {
+                let mut head = [0; 5];
+                stream.read_exact(&mut head)?;
+                let len = u32::from_be_bytes([head[1], head[2], head[3], head[4]]) as usize;
+                let mut body = vec![0; len - 4];
+                stream.read_exact(&mut body)?;
+                match head[0] {
+                    b'W' => break,
+                    b'E' => return Err(String::from_utf8_lossy(&body).into_owned().into()),
+                    _ => {}
+                }
+            }
+        }
+        stream.set_nonblocking(true)?;
+        // Connections do not march in step.
+        Ok(Client { stream, next: number * 31, under_way: 0, partial: 0 })
+    }
+
+    fn send(&mut self, requests: &[u8], count: usize) -> Result<()> {
+        let mut out = Vec::with_capacity(count * REQUEST_BYTES);
+        for _ in 0..count {
+            let at = self.next % (requests.len() / REQUEST_BYTES) * REQUEST_BYTES;
+            out.extend_from_slice(&requests[at..at + REQUEST_BYTES]);
+            self.next += 1;
+        }
+        self.under_way += count;
+        Ok(self.stream.write_all(&out)?)
+    }
+
+    /// Reads what is there; returns how many replies became whole.
+    fn receive(&mut self, buffer: &mut [u8], reply_bytes: usize) -> Result<usize> {
+        let count = match self.stream.read(buffer) {
+            Ok(0) => return Err("the server closed the connection".into()),
+            Ok(count) => count,
+            Err(error) if error.kind() == ErrorKind::WouldBlock => return Ok(0),
+            Err(error) => return Err(error.into()),
+        };
+        let first = if self.partial == 0 { 0 } else { reply_bytes - self.partial };
+        for at in (first..count).step_by(reply_bytes) {
+            let head = &buffer[at..count.min(at + 6)];
+            // A page's tag; anything else, an error say, has another length besides.
+            let page = reply_bytes != PAGE_BYTES || head.get(5).is_none_or(|tag| *tag == 102);
+            if head[0] != b'd' || !page {
+                let text = &buffer[at..count.min(at + 200)];
+                return Err(format!("no page: {}", String::from_utf8_lossy(text)).into());
+            }
+        }
+        let done = (self.partial + count) / reply_bytes;
+        self.partial = (self.partial + count) % reply_bytes;
+        self.under_way -= done;
+        Ok(done)
+    }
+}
+
+/// Keeps `depth` requests under way on each connection for `time`; returns replies per second.
+fn drive(
+    clients: &mut [Client],
+    requests: &[u8],
+    reply_bytes: usize,
+    depth: usize,
+    time: Duration,
+) -> Result<(u64, Duration)> {
+    let mut buffer = vec![0; 256 * 1024];
+    let begin = Instant::now();
+    let mut end = None;
+    let mut replies = 0;
+    for client in clients.iter_mut() {
+        client.send(requests, depth)?;
+    }
+    while clients.iter().any(|client| client.under_way > 0) {
+        let mut fds: Vec<PollFd<'_>> = clients
+            .iter()
+            .map(|client| PollFd::new(client.stream.as_fd(), PollFlags::POLLIN))
+            .collect();
+        if poll(&mut fds, PollTimeout::from(60_000u16))? == 0 {
+            return Err("no reply within a minute".into());
+        }
+        let ready: Vec<bool> = fds.iter().map(|fd| fd.any().unwrap_or(false)).collect();
+        for (client, _) in clients.iter_mut().zip(ready).filter(|(_, ready)| *ready) {
+            let done = client.receive(&mut buffer, reply_bytes)?;
+            if end.is_none() {
+                replies += done as u64;
+                if done > 0 {
+                    client.send(requests, done)?;
+                }
+            }
+        }
+        if end.is_none() && begin.elapsed() >= time {
+            end = Some(begin.elapsed());
+        }
+    }
+    Ok((replies, end.unwrap_or(time)))
+}
+
+/// Pages per second and CPU-seconds of the server per million pages.
+fn measure(
+    server: &Server,
+    requests: &[u8],
+    (connections, depth): (usize, usize),
+    time: Duration,
+) -> Result<(f64, f64)> {
+    let mut clients = (0..connections)
+        .map(|number| Client::connect(server, number))
+        .collect::<Result<Vec<_>>>()?;
+    drive(&mut clients, requests, server.reply_bytes, depth, time / 5)?;
+    let before = process_cpu(server.child.id())?;
+    let (replies, wall) = drive(&mut clients, requests, server.reply_bytes, depth, time)?;
+    let cpu = process_cpu(server.child.id())?.saturating_sub(before);
+    let pages = replies as f64;
+    Ok((pages / wall.as_secs_f64(), cpu.as_secs_f64() / pages * 1e6))
+}
+
+/// A cluster whose `pgbench_accounts` was updated after its base backup.
+struct Loaded {
+    images: Vec<u8>,
+    records: Vec<u8>,
+}
+
+fn load(primary: &PgCluster, admin: &AdminClient) -> Result<Loaded> {
+    let tenant = TenantShardId::unsharded(TENANT);
+    let source = TimelineSource::Primary { conninfo: primary.conninfo(), slot: None };
+    admin.create_timeline(tenant, TIMELINE, &source)?;
+    let imported = wait_until_active(admin, tenant, TIMELINE, |_| ())?;
+    for _ in 0..UPDATES {
+        // The first row of each page; there is room for its versions.
+        primary.psql(
+            "postgres",
+            "UPDATE pgbench_accounts SET abalance = abalance + 1 \
+             WHERE aid IN (SELECT min(aid) FROM pgbench_accounts GROUP BY (ctid::text::point)[0])",
+        )?;
+    }
+    let lsn = primary.lsn("SELECT pg_current_wal_insert_lsn()")?;
+    // Something behind it, so that the WAL up to there is flushed and sent.
+    primary.psql("postgres", "CHECKPOINT")?;
+    let begin = Instant::now();
+    while admin.timeline(tenant, TIMELINE)?.last_record_lsn < lsn {
+        if begin.elapsed() > PATIENCE {
+            return Err("the node does not catch up".into());
+        }
+        std::thread::sleep(Duration::from_millis(20));
+    }
+    admin.checkpoint(tenant, TIMELINE)?;
+    let path = primary.value("postgres", "SELECT pg_relation_filepath('pgbench_accounts')")?;
+    let mut numbers = path.split('/').skip(1).map(str::parse::<u32>);
+    let (Some(Ok(db)), Some(Ok(rel))) = (numbers.next(), numbers.next()) else {
+        return Err(format!("relation file '{path}'").into());
+    };
+    let node = RelNode { spc: 1663, db, rel };
+    Ok(Loaded { images: requests(node, imported.start_lsn), records: requests(node, lsn) })
+}
+
+/// A counter of the node's metrics page, summed over its lines.
+fn counter(admin: &AdminClient, name: &str) -> Result<f64> {
+    let text = admin.metrics()?;
+    let lines = text.lines().filter(|line| line.starts_with(name));
+    Ok(lines.filter_map(|line| line.rsplit(' ').next()?.parse::<f64>().ok()).sum())
+}
+
+fn benchmark() -> Result<()> {
+    let client_cpu = common::client_cpu();
+    println!(
+        "getpage: server on CPU {SERVER_CPU}, client on CPU {client_cpu}; \
+         median (min..max) of the rounds; ratios to the echo server of the same round"
+    );
+    let scratch = Scratch::new("getpage")?;
+    let settings = ["full_page_writes = off", "autovacuum = off"].map(str::to_owned);
+    let mut primary = PgCluster::init(&scratch.path().join("primary"), false, &settings)?;
+    primary.start()?;
+    primary.pgbench_init("postgres", 1)?;
+    // Room on every page for the versions to come.
+    primary.psql("postgres", "ALTER TABLE pgbench_accounts SET (fillfactor = 75)")?;
+    primary.psql("postgres", "VACUUM FULL pgbench_accounts")?;
+    primary.psql("postgres", "VACUUM pgbench_accounts")?;
+    let (node, admin) = start_node(scratch.path(), client_cpu)?;
+    let loaded = load(&primary, &admin)?;
+    let echo = start_echo(client_cpu)?;
+    let time = Duration::from_millis(sized(100, 1000));
+    let kinds: [(&str, &Server, &[u8]); 3] = [
+        ("echo server", &echo, &loaded.images),
+        ("node, page images", &node, &loaded.images),
+        ("node, image + records", &node, &loaded.records),
+    ];
+    for shape in SHAPES {
+        println!("{} connections, {} requests under way on each:", shape.0, shape.1);
+        let mut all: [[Rounds; 4]; 3] = Default::default();
+        let (redone, applied) =
+            (counter(&admin, "pgstrata_redo_requests")?, counter(&admin, "pgstrata_redo_records")?);
+        for _ in 0..sized(2, 5) {
+            let mut base = None;
+            for ((_, server, requests), rounds) in kinds.iter().zip(&mut all) {
+                let (rate, cpu) = measure(server, requests, shape, time)?;
+                let (base_rate, base_cpu) = *base.get_or_insert((rate, cpu));
+                for (round, value) in
+                    rounds.iter_mut().zip([rate, rate / base_rate, cpu, cpu / base_cpu])
+                {
+                    round.add(value);
+                }
+            }
+        }
+        for ((name, ..), [rate, rate_ratio, cpu, cpu_ratio]) in kinds.iter().zip(&all) {
+            println!(
+                "  {name:<22} {} pages/s, ratio {}; {} CPU-s per million, ratio {}",
+                rate.text(0),
+                rate_ratio.text(3),
+                cpu.text(1),
+                cpu_ratio.text(2)
+            );
+        }
+        let redone = counter(&admin, "pgstrata_redo_requests")? - redone;
+        let applied = counter(&admin, "pgstrata_redo_records")? - applied;
+        println!("  records per page that went through redo: {:.1}", applied / redone);
+    }
+    drop((node, echo));
+    Ok(())
+}
+
+fn main() -> std::process::ExitCode {
+    if std::env::args().nth(1).is_some_and(|mode| mode == ECHO) {
+        return common::main(echo_server);
+    }
+    common::main(benchmark)
+}
