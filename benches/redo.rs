@@ -26,11 +26,11 @@ use glommio::{LocalExecutorBuilder, Placement};
 use nix::fcntl::{FcntlArg, OFlag, fcntl};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use pgstrata::base::page::page_lsn;
+use pgstrata::base::wal_record::wal_record_crc;
 use pgstrata::base::{Lsn, RelNode};
 use pgstrata::cli::pg::bin_dir;
 use pgstrata::redo::child::{ChildRedo, ChildSettings};
 use pgstrata::redo::protocol::{encode_ping, encode_request};
-use pgstrata::redo::record::record_crc;
 use pgstrata::redo::{Redo, RedoRequest, RedoSettings};
 
 const CPU: usize = 0;
@@ -58,7 +58,7 @@ fn insert(line: u16, data: usize, pad: usize) -> Bytes {
     record.extend([0; 12]);
     record.extend([if first { 0x80 } else { 0 }, 10, 0, 0, 0, 0, 0, 0]);
     record.extend(body);
-    let crc = record_crc(&record).unwrap_or(0);
+    let crc = wal_record_crc(&record).unwrap_or(0);
     record[20..24].copy_from_slice(&crc.to_le_bytes());
     record.into()
 }

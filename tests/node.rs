@@ -1,6 +1,10 @@
 //! A running node under hostile input, on damaged files, and as it stops.
 
-#![allow(clippy::disallowed_methods, reason = "a test that runs programs")]
+#![allow(
+    clippy::disallowed_methods,
+    clippy::disallowed_types,
+    reason = "a test that runs programs"
+)]
 
 mod common;
 

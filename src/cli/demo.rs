@@ -289,11 +289,7 @@ fn prove(
     Err(format!("the node differs from the stand-by; its log ends:\n{}", tail.join("\n")).into())
 }
 
-fn prove_images(
-    node: &DemoNode,
-    primary: &PgCluster,
-    mark: Mark,
-) -> Result<(), CommandError> {
+fn prove_images(node: &DemoNode, primary: &PgCluster, mark: Mark) -> Result<(), CommandError> {
     say("comparing every image in the WAL with the page rebuilt at its LSN");
     let info = node.admin()?.timeline(TenantShardId::unsharded(TENANT), TIMELINE)?;
     let mut client = PageClient::connect(&node.page_address(), TENANT, TIMELINE, mark.end)?;

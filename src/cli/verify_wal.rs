@@ -130,7 +130,9 @@ fn collect(
                 Event::Record(_) => return Ok(chains.finish()),
                 Event::NeedInput if got > 0 => break,
                 Event::NeedInput | Event::EndOfWal => {
-                    return Err(format!("the WAL ends at {}, before {to}", stream.boundary()).into());
+                    return Err(
+                        format!("the WAL ends at {}, before {to}", stream.boundary()).into()
+                    );
                 }
             }
         }
