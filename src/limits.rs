@@ -227,3 +227,8 @@ pub const VERIFY_DETAILS_MAX: usize = 20;
 
 /// An import looks this often whether it is to end early.
 pub const IMPORT_CANCEL_POLL_MS: u64 = 50;
+
+/// An executor that has not run its first task after this time, in milliseconds, is replaced.
+pub const EXECUTOR_START_MS_MAX: u64 = 2_000;
+/// Executors that are made for one place before the node gives up.
+pub const EXECUTOR_STARTS_MAX: usize = 5;

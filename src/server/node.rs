@@ -13,6 +13,7 @@ use std::future::Future;
 use std::net::SocketAddr;
 use std::rc::Rc;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use async_channel::{Receiver, Sender};
@@ -23,7 +24,8 @@ use glommio::{ExecutorJoinHandle, Latency, LocalExecutorBuilder, Placement, Shar
 use crate::base::Kind;
 use crate::config::Config;
 use crate::limits::{
-    BACKGROUND_JOBS_MAX, CONNECTION_DRAIN_MS_MAX, HEARTBEAT_INTERVAL_MS, PREEMPT_INTERVAL_US,
+    BACKGROUND_JOBS_MAX, CONNECTION_DRAIN_MS_MAX, EXECUTOR_START_MS_MAX, EXECUTOR_STARTS_MAX,
+    HEARTBEAT_INTERVAL_MS, PREEMPT_INTERVAL_US,
 };
 use crate::server::listener;
 use crate::server::mesh::{Control, Mesh, Message, Progress, Pulse, beat};
@@ -79,6 +81,7 @@ impl BackgroundSpawner {
 }
 
 /// What a core's service is started with.
+#[derive(Clone)]
 pub struct CoreContext {
     /// This core.
     pub core: usize,
@@ -157,6 +160,53 @@ struct Guard {
     core: usize,
     died: Sender<usize>,
     asked: bool,
+}
+
+impl Guard {
+    /// The executor ends before it has begun.
+    fn dismiss(mut self) {
+        self.asked = true;
+    }
+}
+
+/// Who is first to take it: an executor that runs its first task, or the control thread that has
+/// waited long enough for that.
+#[derive(Clone, Default)]
+struct Claim(Arc<AtomicBool>);
+
+impl Claim {
+    /// True for the first who asks.
+    fn take(&self) -> bool {
+        !self.0.swap(true, Ordering::AcqRel)
+    }
+
+    fn is_taken(&self) -> bool {
+        self.0.load(Ordering::Acquire)
+    }
+}
+
+/// An executor that has run its first task.
+///
+/// glommio 0.9 may go to sleep over runnable tasks ([`crate::server::mesh`]), the first one too,
+/// and before that has run there is no waker that could end it. Such an executor is left asleep,
+/// without work and harmless, and another is made.
+async fn started_executor(
+    make: impl Fn(Claim) -> Result<ExecutorJoinHandle<()>, glommio::GlommioError<()>>,
+) -> Result<ExecutorJoinHandle<()>, String> {
+    for _ in 0..EXECUTOR_STARTS_MAX {
+        let claim = Claim::default();
+        let handle = make(claim.clone()).map_err(|error| error.to_string())?;
+        let mut waited_ms = 0;
+        while !claim.is_taken() && waited_ms < EXECUTOR_START_MS_MAX {
+            tokio::time::sleep(Duration::from_millis(1)).await;
+            waited_ms += 1;
+        }
+        if !claim.take() {
+            return Ok(handle);
+        }
+        tracing::warn!("an executor fell asleep before its first task; making another");
+    }
+    Err("executors fall asleep before their first task".to_owned())
 }
 
 impl Drop for Guard {
@@ -242,22 +292,27 @@ impl Node {
             let background = BackgroundSpawner { jobs };
             let config = config.clone();
             let context = CoreContext { core, cores: cpus.len(), cpu, config, background };
-            let (started, is_started) = oneshot::channel();
+            let (started, is_started) = async_channel::bounded(1);
             let guard = || Guard { core, died: died_sender.clone(), asked: false };
             let (serve_pulse, background_pulse) = (Pulse::default(), Pulse::default());
-            let (progress, guarded, mesh) = (serve_pulse.progress(), guard(), mesh.clone());
-            let serve = builder("serve", core, cpu, 512 << 10)
-                .spawn(move || run_core::<S>(context, inbox, mesh, progress, started, guarded));
-            let (progress, guarded) = (background_pulse.progress(), guard());
-            let background = builder("background", core, cpu, 128 << 10)
-                .spawn(move || run_background(queue, progress, guarded));
+            let serve = started_executor(|claim| {
+                let (context, inbox, mesh) = (context.clone(), inbox.clone(), mesh.clone());
+                let (progress, started, guard) = (serve_pulse.progress(), started.clone(), guard());
+                builder("serve", core, cpu, 512 << 10).spawn(move || async move {
+                    match claim.take() {
+                        true => run_core::<S>(context, inbox, mesh, progress, started, guard).await,
+                        false => guard.dismiss(),
+                    }
+                })
+            });
+            let serve = serve.await;
+            let background = start_background(core, cpu, &queue, &background_pulse, &guard).await;
             pulses.extend([serve_pulse, background_pulse]);
             ready.push(is_started);
             for (handle, list) in [(serve, &mut node.serve), (background, &mut node.background)] {
                 match handle {
                     Ok(handle) => list.push(handle),
-                    Err(error) => {
-                        let problem = error.to_string();
+                    Err(problem) => {
                         failure = Some(NodeError::Executor { core, cpu, problem });
                     }
                 }
@@ -265,7 +320,7 @@ impl Node {
         }
         node.heartbeat = tokio::spawn(beat_all(pulses));
         for (core, ready) in ready.into_iter().enumerate() {
-            let problem = match ready.await {
+            let problem = match ready.recv().await {
                 Ok(Ok(())) => continue,
                 Ok(Err(problem)) => problem,
                 Err(_) => "its executor ended".to_owned(),
@@ -350,6 +405,26 @@ async fn join_all(handles: Vec<ExecutorJoinHandle<()>>) -> Option<usize> {
     died
 }
 
+/// The background executor of a core.
+async fn start_background(
+    core: usize,
+    cpu: usize,
+    queue: &Receiver<Job>,
+    pulse: &Pulse,
+    guard: &dyn Fn() -> Guard,
+) -> Result<ExecutorJoinHandle<()>, String> {
+    started_executor(|claim| {
+        let (queue, progress, guard) = (queue.clone(), pulse.progress(), guard());
+        builder("background", core, cpu, 128 << 10).spawn(move || async move {
+            match claim.take() {
+                true => run_background(queue, progress, guard).await,
+                false => guard.dismiss(),
+            }
+        })
+    })
+    .await
+}
+
 async fn run_background(queue: Receiver<Job>, progress: Progress, mut guard: Guard) {
     lower_priority();
     start_beat(progress.clone());
@@ -375,7 +450,7 @@ async fn run_core<S: CoreService>(
     inbox: Receiver<Message>,
     mesh: Mesh,
     progress: Progress,
-    started: oneshot::Sender<Result<(), String>>,
+    started: Sender<Result<(), String>>,
     mut guard: Guard,
 ) {
     start_beat(progress.clone());
@@ -383,7 +458,7 @@ async fn run_core<S: CoreService>(
     let backend = match S::start(context).await {
         Ok(backend) => Rc::new(backend),
         Err(problem) => {
-            let _ = started.send(Err(problem));
+            let _ = started.try_send(Err(problem));
             guard.asked = true;
             return;
         }
@@ -391,7 +466,8 @@ async fn run_core<S: CoreService>(
     let (stopper, stop) = async_channel::bounded::<()>(1);
     let counters = Counters::default();
     let service = Rc::new(Service { backend, core, cores, counters, stop, now: monotonic });
-    let _ = started.send(Ok(()));
+    let _ = started.try_send(Ok(()));
+    drop(started);
     while let Ok(message) = inbox.recv().await {
         progress.step();
         match message {

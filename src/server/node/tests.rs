@@ -254,3 +254,24 @@ fn two_cores_serve_move_and_survive_garbage() {
         assert!(tag == b'E' && String::from_utf8_lossy(&body).contains("57P01"));
     });
 }
+
+/// An executor that never gets to its first task, as glommio may leave one, is replaced; should
+/// it wake after all, it finds the claim taken.
+#[test]
+fn an_executor_that_falls_asleep_at_once_is_replaced() {
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+    let claims = std::cell::RefCell::new(Vec::new());
+    let handle = runtime.block_on(started_executor(|claim| {
+        let asleep = claims.borrow().is_empty();
+        claims.borrow_mut().push(claim.clone());
+        builder("test", 0, 0, 128 << 10).spawn(move || async move {
+            if !asleep {
+                assert!(claim.take());
+            }
+        })
+    }));
+    handle.unwrap().join().unwrap();
+    let claims = claims.into_inner();
+    assert_eq!(claims.len(), 2);
+    assert!(!claims[0].take(), "the sleeper must find its place taken");
+}
