@@ -293,7 +293,7 @@ fn damaged_layers_and_indexes_are_named_and_stay_alone() {
     let error = broken.error.unwrap();
     assert!(error.contains("index is damaged"), "{error}");
     // It must not be made anew over what may still be saved.
-    fails(&node, "import", index, &args, "cannot be opened");
+    fails(&node, "import", index, &args, "exists already; if it is broken");
     assert!(timeline_dir(&node, index).join("index").exists());
     let (_, len) = largest(&timeline_dir(&node, index));
     assert!(len > 1_000_000, "its layers are gone");
