@@ -113,6 +113,8 @@ impl Mesh {
 struct Shared {
     progress: AtomicU64,
     waker: OnceLock<Waker>,
+    /// The main task's, for as long as [`beat`] has not run yet.
+    early: OnceLock<Waker>,
 }
 
 /// The control thread's end of one executor's heartbeat.
@@ -128,6 +130,16 @@ pub struct Pulse {
 pub struct Progress(Arc<Shared>);
 
 impl Progress {
+    /// Lets the control thread wake the executor before [`beat`] has first run; to be awaited
+    /// first of all by the executor's main task.
+    pub async fn begin(&self) {
+        std::future::poll_fn(|context| {
+            self.0.early.get_or_init(|| context.waker().clone());
+            Poll::Ready(())
+        })
+        .await;
+    }
+
     /// Something was done.
     pub fn step(&self) {
         self.0.progress.fetch_add(1, Ordering::Relaxed);
@@ -153,7 +165,7 @@ impl Pulse {
             self.seen = progress;
             self.kicks = 0;
         } else if self.kicks < HEARTBEATS_UNANSWERED_MAX
-            && let Some(waker) = self.shared.waker.get()
+            && let Some(waker) = self.shared.waker.get().or(self.shared.early.get())
         {
             self.kicks += 1;
             waker.wake_by_ref();

@@ -427,6 +427,7 @@ async fn start_background(
 
 async fn run_background(queue: Receiver<Job>, progress: Progress, mut guard: Guard) {
     lower_priority();
+    progress.begin().await;
     start_beat(progress.clone());
     let running = Rc::new(Cell::new(0_usize));
     while let Ok(job) = queue.recv().await {
@@ -453,6 +454,7 @@ async fn run_core<S: CoreService>(
     started: Sender<Result<(), String>>,
     mut guard: Guard,
 ) {
+    progress.begin().await;
     start_beat(progress.clone());
     let (core, cores) = (context.core, context.cores);
     let backend = match S::start(context).await {
