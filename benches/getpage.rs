@@ -145,7 +145,7 @@ fn start_node(dir: &Path, client_cpu: usize) -> Result<(Server, AdminClient)> {
     let mut server = Server { child, address, reply_bytes: PAGE_BYTES };
     let admin = AdminClient::new(&format!("http://127.0.0.1:{admin_port}"))?;
     let begin = Instant::now();
-    while !admin.is_up() {
+    while admin.status().is_err() {
         if server.child.try_wait()?.is_some() || begin.elapsed() > PATIENCE {
             let log = std::fs::read_to_string(dir.join("log")).unwrap_or_default();
             return Err(format!("the node does not start: {log}").into());

@@ -1,10 +1,18 @@
 //! The commands' end of the admin API.
 
+use std::time::Duration;
+
 use serde::de::DeserializeOwned;
 use serde_json::Value;
 
 use crate::base::{TenantShardId, TimelineId};
 use crate::shard::control::{TimelineInfo, TimelineSource};
+
+/// Time to get a connection.
+const CONNECT_TIME_MAX: Duration = Duration::from_secs(5);
+
+/// Time for an answer that needs no work.
+const STATUS_TIME_MAX: Duration = Duration::from_secs(5);
 
 /// Why a command failed. The text is for the operator.
 pub type CommandError = Box<dyn std::error::Error + Send + Sync>;
@@ -21,7 +29,8 @@ impl AdminClient {
     pub fn new(base: &str) -> Result<Self, CommandError> {
         let base = base.trim_end_matches('/').to_owned();
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
-        let client = reqwest::Client::builder().no_proxy().build()?;
+        let client =
+            reqwest::Client::builder().no_proxy().connect_timeout(CONNECT_TIME_MAX).build()?;
         Ok(AdminClient { base, client, runtime })
     }
 
@@ -47,9 +56,13 @@ impl AdminClient {
         Ok(serde_json::from_slice(&body)?)
     }
 
-    /// True when the node answers.
-    pub fn is_up(&self) -> bool {
-        self.get::<Value>("/v1/status").is_ok()
+    /// Asks for the node's status.
+    ///
+    /// # Errors
+    /// The node does not answer within [`STATUS_TIME_MAX`].
+    pub fn status(&self) -> Result<Value, CommandError> {
+        let request = self.client.get(format!("{}/v1/status", self.base)).timeout(STATUS_TIME_MAX);
+        Ok(serde_json::from_slice(&self.send(request)?)?)
     }
 
     /// All timelines of the node.

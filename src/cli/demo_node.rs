@@ -67,28 +67,50 @@ impl DemoNode {
         command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(log);
         self.child = Some(command.spawn()?);
         let begin = Instant::now();
-        while !self.is_up()? {
+        while let Err(problem) = self.answers()? {
             if begin.elapsed() > PATIENCE {
-                return Err(
-                    format!("the node does not start; see {}", self.log_path().display()).into()
-                );
+                let (threads, log) = (self.threads(), self.log_tail());
+                let text = format!("the node does not start: {problem}\n{threads}\n{log}");
+                return Err(text.into());
             }
             std::thread::sleep(Duration::from_millis(20));
         }
         Ok(())
     }
 
-    /// True when both services answer. An error when the process has ended.
-    fn is_up(&mut self) -> Result<bool, CommandError> {
+    /// Where each of its threads is, for a node that makes no progress.
+    fn threads(&self) -> String {
+        let Some(pid) = self.pid() else { return String::new() };
+        let Ok(tasks) = fs::read_dir(format!("/proc/{pid}/task")) else { return String::new() };
+        let read = |dir: &Path, name: &str| {
+            fs::read_to_string(dir.join(name)).unwrap_or_default().trim().to_owned()
+        };
+        let line = |dir: PathBuf| {
+            let (name, place) = (read(&dir, "comm"), read(&dir, "wchan"));
+            format!("  thread {name} in {place}, system call {}", read(&dir, "syscall"))
+        };
+        tasks.flatten().map(|task| line(task.path())).collect::<Vec<_>>().join("\n")
+    }
+
+    fn log_tail(&self) -> String {
+        let log = fs::read_to_string(self.log_path()).unwrap_or_default();
+        let lines: Vec<&str> = log.lines().collect();
+        lines[lines.len().saturating_sub(10)..].join("\n")
+    }
+
+    /// Whether both services answer, and if not, which does not. An error when the process has
+    /// ended.
+    fn answers(&mut self) -> Result<Result<(), String>, CommandError> {
         if let Some(child) = &mut self.child
             && let Some(status) = child.try_wait()?
         {
             self.child = None;
-            let log = fs::read_to_string(self.log_path()).unwrap_or_default();
-            let tail: Vec<&str> = log.lines().rev().take(5).collect();
-            return Err(format!("the node ended ({status}): {}", tail.join("\n")).into());
+            return Err(format!("the node ended ({status}): {}", self.log_tail()).into());
         }
-        Ok(TcpStream::connect(self.page_address()).is_ok() && self.admin()?.is_up())
+        if let Err(error) = TcpStream::connect(self.page_address()) {
+            return Ok(Err(format!("page service at {}: {error}", self.page_address())));
+        }
+        Ok(self.admin()?.status().map(drop).map_err(|error| error.to_string()))
     }
 
     /// Kills it without warning.

@@ -17,6 +17,7 @@ use std::io::{BufRead, BufReader, Write};
 use std::net::TcpListener;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::{Duration, Instant};
 
 use crate::base::{Kind, Lsn};
@@ -123,10 +124,29 @@ fn describe(command: &Command) -> String {
     words.take(2).map(|word| word.to_string_lossy().into_owned()).collect::<Vec<_>>().join(" ")
 }
 
+/// Ports for servers of this program's making.
+const FIRST_PORT: u16 = 10_000;
+const PORTS: u16 = 22_000;
+
 /// A TCP port of this machine that nobody listens on at the moment.
+///
+/// It lies below the range from which the kernel takes ports for outgoing connections: one of
+/// those could take it away, and a client that polls a port of that range until a server is there
+/// may connect to itself.
 pub fn free_port() -> Result<u16, PgError> {
-    let listener = TcpListener::bind(("127.0.0.1", 0)).map_err(PgError::os("free port"))?;
-    Ok(listener.local_addr().map_err(PgError::os("free port"))?.port())
+    static TAKEN: AtomicU32 = AtomicU32::new(0);
+    // Processes that run beside each other start far from each other.
+    let start = std::process::id().wrapping_mul(7919);
+    let mut last = None;
+    for _ in 0..PORTS {
+        let nth = start.wrapping_add(TAKEN.fetch_add(1, Ordering::Relaxed));
+        let port = FIRST_PORT + (nth % u32::from(PORTS)) as u16;
+        match TcpListener::bind(("127.0.0.1", port)) {
+            Ok(_) => return Ok(port),
+            Err(error) => last = Some(error),
+        }
+    }
+    Err(PgError::os("free port")(last.unwrap_or_else(|| std::io::ErrorKind::AddrInUse.into())))
 }
 
 /// Makes a directory that the servers' user owns and alone can enter.

@@ -274,7 +274,11 @@ impl Node {
         let cpus = cpus(&config);
         let (mesh, inboxes) = Mesh::new(cpus.len());
         let (died_sender, died) = async_channel::bounded(2 * cpus.len());
-        let mut pulses = Vec::new();
+        // Hearts beat from before the first executor exists: an executor may fall asleep while it
+        // loads its shards.
+        let pulses: Vec<[Pulse; 2]> = cpus.iter().map(|_| Default::default()).collect();
+        let progress: Vec<[Progress; 2]> =
+            pulses.iter().map(|pair| pair.each_ref().map(Pulse::progress)).collect();
         let mut node = Node {
             mesh: mesh.clone(),
             address: config.listen_pg_addr,
@@ -282,11 +286,12 @@ impl Node {
             background: Vec::new(),
             jobs: Vec::new(),
             died,
-            heartbeat: tokio::spawn(async {}),
+            heartbeat: tokio::spawn(beat_all(pulses.into_iter().flatten().collect())),
         };
         let mut ready = Vec::new();
         let mut failure = None;
-        for (core, (cpu, inbox)) in cpus.iter().copied().zip(inboxes).enumerate() {
+        let cores = cpus.iter().copied().zip(inboxes).zip(progress);
+        for (core, ((cpu, inbox), [serve_progress, background_progress])) in cores.enumerate() {
             let (jobs, queue) = async_channel::bounded(BACKGROUND_JOBS_MAX);
             node.jobs.push(jobs.clone());
             let background = BackgroundSpawner { jobs };
@@ -294,10 +299,9 @@ impl Node {
             let context = CoreContext { core, cores: cpus.len(), cpu, config, background };
             let (started, is_started) = async_channel::bounded(1);
             let guard = || Guard { core, died: died_sender.clone(), asked: false };
-            let (serve_pulse, background_pulse) = (Pulse::default(), Pulse::default());
             let serve = started_executor(|claim| {
                 let (context, inbox, mesh) = (context.clone(), inbox.clone(), mesh.clone());
-                let (progress, started, guard) = (serve_pulse.progress(), started.clone(), guard());
+                let (progress, started, guard) = (serve_progress.clone(), started.clone(), guard());
                 builder("serve", core, cpu, 512 << 10).spawn(move || async move {
                     match claim.take() {
                         true => run_core::<S>(context, inbox, mesh, progress, started, guard).await,
@@ -306,8 +310,8 @@ impl Node {
                 })
             });
             let serve = serve.await;
-            let background = start_background(core, cpu, &queue, &background_pulse, &guard).await;
-            pulses.extend([serve_pulse, background_pulse]);
+            let background =
+                start_background(core, cpu, &queue, &background_progress, &guard).await;
             ready.push(is_started);
             for (handle, list) in [(serve, &mut node.serve), (background, &mut node.background)] {
                 match handle {
@@ -318,7 +322,6 @@ impl Node {
                 }
             }
         }
-        node.heartbeat = tokio::spawn(beat_all(pulses));
         for (core, ready) in ready.into_iter().enumerate() {
             let problem = match ready.recv().await {
                 Ok(Ok(())) => continue,
@@ -410,11 +413,11 @@ async fn start_background(
     core: usize,
     cpu: usize,
     queue: &Receiver<Job>,
-    pulse: &Pulse,
+    progress: &Progress,
     guard: &dyn Fn() -> Guard,
 ) -> Result<ExecutorJoinHandle<()>, String> {
     started_executor(|claim| {
-        let (queue, progress, guard) = (queue.clone(), pulse.progress(), guard());
+        let (queue, progress, guard) = (queue.clone(), progress.clone(), guard());
         builder("background", core, cpu, 128 << 10).spawn(move || async move {
             match claim.take() {
                 true => run_background(queue, progress, guard).await,
