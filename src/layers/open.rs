@@ -138,11 +138,6 @@ impl OpenLayer {
         self.versions.memory_bytes
     }
 
-    /// Highest LSN of a value.
-    pub fn last_lsn(&self) -> Option<Lsn> {
-        self.versions.last
-    }
-
     /// Closes the layer at `end`, which is above every LSN in it, for writing out elsewhere.
     ///
     /// # Panics

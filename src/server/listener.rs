@@ -7,11 +7,15 @@ use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, IntoRawFd, OwnedFd};
 use std::rc::Rc;
 use std::time::Duration;
 
+use bytes::BytesMut;
+use futures_util::AsyncWriteExt;
 use glommio::net::{TcpListener, TcpStream};
 
 use crate::limits::{CONNECTION_IDLE_MS_MAX, CONNECTION_WRITE_MS_MAX, CONNECTIONS_PER_CORE_MAX};
+use crate::server::counters::count;
 use crate::server::mesh::{Connection, Mesh, Message};
-use crate::server::page_service::{End, Service, Session, count, serve};
+use crate::server::page_service::{End, Service, Session, serve};
+use crate::server::pq::{Severity, SqlState, put_error};
 use crate::shard::reader::PageBackend;
 
 /// Opens the core's listening socket. All cores may listen at one address (`SO_REUSEPORT`); the
@@ -59,7 +63,7 @@ fn run<B: PageBackend>(
 ) {
     let open = &service.counters.open;
     if open.get() >= CONNECTIONS_PER_CORE_MAX as u64 {
-        tracing::warn!("connection refused: this core has {CONNECTIONS_PER_CORE_MAX}");
+        refuse(stream);
         return;
     }
     open.set(open.get() + 1);
@@ -82,6 +86,20 @@ fn run<B: PageBackend>(
         }
         let open = &service.counters.open;
         open.set(open.get() - 1);
+    })
+    .detach();
+}
+
+/// Says why, as PostgreSQL does. The few bytes always fit into a new socket's buffer.
+fn refuse(mut stream: TcpStream) {
+    let text = format!("too many connections: this core serves {CONNECTIONS_PER_CORE_MAX}");
+    tracing::warn!("{text}");
+    let mut out = BytesMut::new();
+    put_error(&mut out, Severity::Fatal, SqlState::TOO_MANY_CONNECTIONS, &text);
+    let _ = stream.set_write_timeout(Some(Duration::from_millis(CONNECTION_WRITE_MS_MAX)));
+    glommio::spawn_local(async move {
+        // The client may be gone.
+        let _ = stream.write_all(&out).await;
     })
     .detach();
 }

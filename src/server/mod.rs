@@ -8,6 +8,7 @@
 //!    page requests that travel inside it.
 //! 2. [`router`] (pure) says which core owns a tenant shard.
 
+pub mod counters;
 pub mod listener;
 pub mod mesh;
 pub mod node;

@@ -18,7 +18,7 @@ use std::time::Duration;
 
 use async_channel::{Receiver, Sender};
 use futures_channel::oneshot;
-use futures_util::future::LocalBoxFuture;
+use futures_util::future::{FutureExt, LocalBoxFuture};
 use glommio::{ExecutorJoinHandle, Latency, LocalExecutorBuilder, Placement, Shares};
 
 use crate::base::Kind;
@@ -27,9 +27,10 @@ use crate::limits::{
     BACKGROUND_JOBS_MAX, CONNECTION_DRAIN_MS_MAX, EXECUTOR_START_MS_MAX, EXECUTOR_STARTS_MAX,
     HEARTBEAT_INTERVAL_MS, PREEMPT_INTERVAL_US,
 };
+use crate::server::counters::Counters;
 use crate::server::listener;
 use crate::server::mesh::{Control, Mesh, Message, Progress, Pulse, beat};
-use crate::server::page_service::{Counters, Service};
+use crate::server::page_service::Service;
 use crate::shard::control::{CoreControl, CoreMetrics};
 use crate::shard::reader::PageBackend;
 
@@ -470,7 +471,9 @@ async fn run_core<S: CoreService>(
     };
     let (stopper, stop) = async_channel::bounded::<()>(1);
     let counters = Counters::default();
-    let service = Rc::new(Service { backend, core, cores, counters, stop, now: monotonic });
+    let sleep = |time| glommio::timer::sleep(time).boxed_local();
+    let now = monotonic;
+    let service = Rc::new(Service { backend, core, cores, counters, stop, now, sleep });
     let _ = started.try_send(Ok(()));
     drop(started);
     while let Ok(message) = inbox.recv().await {

@@ -12,7 +12,6 @@
 //!
 //! Time-outs are the stream's: an idle or stuck peer shows as [`ErrorKind::TimedOut`].
 
-use std::cell::Cell;
 use std::collections::BTreeMap;
 use std::io::{Error, ErrorKind};
 use std::pin::pin;
@@ -21,15 +20,16 @@ use std::time::Duration;
 
 use async_channel::Receiver;
 use bytes::{Bytes, BytesMut};
-use futures_util::future::{Either, select};
+use futures_util::future::{Either, LocalBoxFuture, select};
 use futures_util::stream::FuturesOrdered;
 use futures_util::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt, StreamExt};
 
 use crate::base::{Kind, TenantShardId, TimelineId};
 use crate::limits::{
     CONNECTION_HOPS_MAX, CONNECTION_READ_BYTES, CONNECTION_REPLY_BYTES_MAX,
-    CONNECTION_STATEMENTS_MAX, PAGE_REQUESTS_CONCURRENT_MAX,
+    CONNECTION_STARTUP_MS_MAX, CONNECTION_STATEMENTS_MAX, PAGE_REQUESTS_CONCURRENT_MAX,
 };
+use crate::server::counters::{Counters, count};
 use crate::server::page_protocol::{
     Answer, Query, Request, Version, decode_request, encode_error, encode_response,
 };
@@ -78,30 +78,6 @@ pub enum End {
     },
 }
 
-/// Counters of one core's page service.
-#[derive(Default)]
-pub struct Counters {
-    /// Connections accepted by this core.
-    pub accepted: Cell<u64>,
-    /// Connections handed to another core.
-    pub moved: Cell<u64>,
-    /// Connections being served; a gauge.
-    pub open: Cell<u64>,
-    /// GetPage requests.
-    pub get_page_requests: Cell<u64>,
-    /// Time spent in them.
-    pub get_page_time: Cell<Duration>,
-    /// Other requests.
-    pub other_requests: Cell<u64>,
-    /// Requests answered with an error.
-    pub request_errors: Cell<u64>,
-}
-
-/// Adds one to a counter.
-pub(crate) fn count(counter: &Cell<u64>) {
-    counter.set(counter.get().wrapping_add(1));
-}
-
 /// What all connections of a core share.
 pub struct Service<B> {
     /// The core's timelines.
@@ -116,6 +92,8 @@ pub struct Service<B> {
     pub stop: Receiver<()>,
     /// The monotonic clock.
     pub now: fn() -> Duration,
+    /// Waits.
+    pub sleep: fn(Duration) -> LocalBoxFuture<'static, ()>,
 }
 
 /// Why a connection ends early.
@@ -194,7 +172,7 @@ where
 {
     /// Returns the core to move to, or `None` at an orderly end.
     async fn run(&mut self) -> Result<Option<usize>, Fault> {
-        if !self.session.started && !self.start_up().await? {
+        if !self.session.started && !self.start_up_in_time().await? {
             return Ok(None);
         }
         loop {
@@ -230,6 +208,19 @@ where
         self.session.pending = Some(wanted);
         self.flush().await?;
         Ok(owner)
+    }
+
+    /// Who sends its start-up packet byte by byte is never idle, and has no more time for it.
+    async fn start_up_in_time(&mut self) -> Result<bool, Fault> {
+        let deadline = (self.service.sleep)(Duration::from_millis(CONNECTION_STARTUP_MS_MAX));
+        let start_up = pin!(self.start_up());
+        match select(start_up, deadline).await {
+            Either::Left((started, _)) => started,
+            Either::Right(_) => {
+                let text = "the connection did not start up in time".to_owned();
+                Err(Fault::Fatal(SqlState::PROTOCOL_VIOLATION, text))
+            }
+        }
     }
 
     /// False when the connection is over.

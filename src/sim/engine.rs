@@ -56,12 +56,18 @@ pub enum Plant {
 pub(super) struct Outside {
     pub(super) primary: RefCell<Primary>,
     pub(super) acknowledged: Cell<Lsn>,
+    /// No layer is closed for its size.
+    pub(super) large_layers: Cell<bool>,
 }
 
 impl Outside {
     pub(super) fn new(seed: u64) -> Rc<Outside> {
         let primary = Primary::new(seed, START, SEGMENT_BYTES, SYSTEM_ID);
-        Rc::new(Outside { primary: RefCell::new(primary), acknowledged: Cell::new(START) })
+        Rc::new(Outside {
+            primary: RefCell::new(primary),
+            acknowledged: Cell::new(START),
+            large_layers: Cell::new(false),
+        })
     }
 }
 
@@ -171,13 +177,15 @@ pub(super) type SimShard = Rc<Shard<SimIo, SimConnector>>;
 pub(super) async fn start_shard(io: &SimIo, outside: &Rc<Outside>) -> Result<SimShard, String> {
     let (background, runner) = background::channel();
     io.spawn(TaskClass::Background, runner.run(io.clone()));
+    let distance = 64 * 1024 + io.random_u64() % (512 * 1024);
+    let large = outside.large_layers.get();
     let context = ShardContext {
         core: 0,
         io: io.clone(),
         background,
         data_dir: PathBuf::from("data"),
         config: TimelineConfig {
-            checkpoint_distance_bytes: 64 * 1024 + io.random_u64() % (512 * 1024),
+            checkpoint_distance_bytes: if large { 1 << 30 } else { distance },
             checkpoint_timeout_s: 1,
             wait_lsn_timeout_ms: 60_000,
             image_layer_bytes: 1 << 20,

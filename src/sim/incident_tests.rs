@@ -12,41 +12,29 @@ use crate::shard::index::INDEX_FILE;
 
 #[test]
 fn a_failed_journal_fails_checkpoints_and_lets_the_node_stop() {
-    let mut failed = 0;
     for seed in 0..20 {
         let options = SimOptions { sync_error_per_million: 1_000_000, ..SimOptions::varied(seed) };
         let mut world = SimWorld::new(seed, options);
         let outside = Outside::new(seed);
+        // With small layers ingest may wait for a checkpoint that fails again and again, and the
+        // journal has nothing to sync.
+        outside.large_layers.set(true);
         let story = move |io: crate::sim::SimIo| async move {
             io.set_faults(false);
             import(io.clone()).await.unwrap();
             let (shard, timeline) = start(&io, &outside).await.unwrap();
             io.sleep(Duration::from_millis(20)).await;
             io.set_faults(true);
-            // Where full layers wait for a checkpoint that fails again and again, ingest waits
-            // too, and the journal has nothing to sync.
-            for _ in 0..2_000 {
-                if timeline.broken().is_some() {
-                    break;
-                }
-                io.sleep(Duration::from_millis(1)).await;
-            }
-            if timeline.broken().is_none() {
-                return 0;
-            }
+            io.sleep(Duration::from_secs(2)).await;
+            assert!(timeline.broken().is_some(), "no sync of the journal failed");
             let failure = shard.checkpoint(TENANT, TIMELINE).await.unwrap_err();
-            // All syncs fail: the journal's, or that of a layer whose WAL the journal has already.
-            let expected = ["journal", "simulated sync error"];
-            let named = expected.iter().any(|text| failure.message.contains(text));
-            assert!(named, "{}", failure.message);
+            assert!(failure.message.contains("journal"), "{}", failure.message);
             let acknowledged = outside.acknowledged.get();
             assert!(acknowledged <= timeline.lsns().journal);
             shard.shutdown().await;
-            1
         };
-        failed += world.run(story).unwrap_or_else(|error| panic!("seed {seed}: {error}"));
+        world.run(story).unwrap_or_else(|error| panic!("seed {seed}: {error}"));
     }
-    assert!(failed >= 10, "the journal failed in {failed} of 20 seeds only");
 }
 
 #[test]

@@ -209,13 +209,6 @@ impl SimWorld {
         state.trace.fold_bytes(b"crash");
     }
 
-    /// Changes the options for what follows, for example to switch faults off.
-    pub fn set_options(&mut self, options: SimOptions) {
-        let mut state = self.shared.state.borrow_mut();
-        state.disk.set_capacity(options.capacity_bytes);
-        state.options = options;
-    }
-
     /// A random number below `bound`, from the test's own stream called `name`.
     pub fn draw(&mut self, name: &str, bound: u64) -> u64 {
         let new = || Stream::new(self.seed, &format!("test.{name}"));

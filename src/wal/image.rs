@@ -103,11 +103,6 @@ impl BlockImage {
         self.header.info & APPLY != 0
     }
 
-    /// The image is compressed.
-    pub fn is_compressed(&self) -> bool {
-        self.header.compressed()
-    }
-
     /// The page, with the hole filled with zeros. Its LSN is what it was before the record.
     pub fn restore(&self) -> Result<Box<Page>, ImageError> {
         let header = &self.header;

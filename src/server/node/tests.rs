@@ -1,13 +1,17 @@
 use std::io::{Read, Write};
 use std::net::TcpStream;
+use std::pin::Pin;
+use std::task::{Context, Poll};
 
 use bytes::{Bytes, BytesMut};
+use futures_util::{AsyncRead, AsyncWrite};
 use postgres_protocol::message::frontend;
 
 use super::*;
 use crate::base::{BlockNumber, Lsn, RelNode, RelTag, SlruKind, TenantId};
 use crate::base::{TenantShardId, TimelineId};
 use crate::server::page_protocol::*;
+use crate::server::page_service::{Session, serve};
 use crate::server::router;
 use crate::shard::control::{ControlError, CreateTimeline, TimelineInfo};
 use crate::shard::reader::{ReadError, RequestLsn, TimelineReader};
@@ -274,4 +278,51 @@ fn an_executor_that_falls_asleep_at_once_is_replaced() {
     let claims = claims.into_inner();
     assert_eq!(claims.len(), 2);
     assert!(!claims[0].take(), "the sleeper must find its place taken");
+}
+
+/// A client that sends nothing and keeps what it gets.
+struct Silent(Vec<u8>);
+
+impl AsyncRead for Silent {
+    fn poll_read(
+        self: Pin<&mut Self>,
+        _: &mut Context<'_>,
+        _: &mut [u8],
+    ) -> Poll<std::io::Result<usize>> {
+        Poll::Pending
+    }
+}
+
+impl AsyncWrite for Silent {
+    fn poll_write(
+        mut self: Pin<&mut Self>,
+        _: &mut Context<'_>,
+        bytes: &[u8],
+    ) -> Poll<std::io::Result<usize>> {
+        self.0.extend_from_slice(bytes);
+        Poll::Ready(Ok(bytes.len()))
+    }
+    fn poll_flush(self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<std::io::Result<()>> {
+        Poll::Ready(Ok(()))
+    }
+    fn poll_close(self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<std::io::Result<()>> {
+        Poll::Ready(Ok(()))
+    }
+}
+
+#[test]
+fn who_does_not_start_up_is_sent_away() {
+    let (_stopper, stop) = async_channel::bounded(1);
+    let service = Service {
+        backend: Rc::new(Fake(0)),
+        core: 0,
+        cores: 1,
+        counters: Counters::default(),
+        stop,
+        now: monotonic,
+        sleep: |_| std::future::ready(()).boxed_local(),
+    };
+    let mut client = Silent(Vec::new());
+    futures_lite::future::block_on(serve(&mut client, Session::default(), &service));
+    assert!(String::from_utf8_lossy(&client.0).contains("did not start up in time"));
 }
