@@ -232,3 +232,8 @@ pub const IMPORT_CANCEL_POLL_MS: u64 = 50;
 pub const EXECUTOR_START_MS_MAX: u64 = 2_000;
 /// Executors that are made for one place before the node gives up.
 pub const EXECUTOR_STARTS_MAX: usize = 5;
+
+/// Findings of damage that a timeline keeps for the admin API.
+pub const DAMAGE_REPORTS_MAX: usize = 100;
+/// Pause before a journal that found no room tries again, in milliseconds.
+pub const NO_SPACE_RETRY_MS: u64 = 500;

@@ -176,6 +176,12 @@ pub fn status(args: StatusArgs) -> Result<(), CommandError> {
         if let Some(error) = info.wal_source_error {
             println!("  WAL source: {error}");
         }
+        if let Some(reason) = info.ingest_paused {
+            println!("  ingest waits: {reason}");
+        }
+        for what in info.damaged {
+            println!("  damaged: {what}");
+        }
     }
     Ok(())
 }

@@ -15,6 +15,7 @@ use std::rc::Rc;
 use std::sync::Arc;
 use std::time::Duration;
 
+use super::health::Part;
 use super::index::{INDEX_FILE, IndexLayer};
 use super::lsns::Advance;
 use super::stored::StoredLayer;
@@ -22,7 +23,9 @@ use super::timeline::Timeline;
 use crate::base::Lsn;
 use crate::io::{Io, TaskClass, durable};
 use crate::layers::{FrozenLayer, LayerDesc, LayerOwner, OpenLayer};
-use crate::limits::{CHECKPOINT_RETRY_MS, FROZEN_LAYERS_MAX, LSN_DISTANCE_FACTOR};
+use crate::limits::{
+    CHECKPOINT_RETRY_MS, FROZEN_LAYERS_MAX, LSN_DISTANCE_FACTOR, NO_SPACE_RETRY_MS,
+};
 use crate::wal::journal::JournalError;
 
 /// Why a checkpoint failed. It is tried again: the layer is still in memory and its WAL in the
@@ -50,25 +53,36 @@ impl<I: Io> Timeline<I> {
             if self.stopping.get() {
                 return;
             }
-            if self.flush_journal().await.is_err() {
-                return;
+            match self.flush_journal().await {
+                Ok(()) => {}
+                Err(JournalError::NoSpace(_)) => {
+                    self.context.io.sleep(Duration::from_millis(NO_SPACE_RETRY_MS)).await;
+                    self.journal_signal.set();
+                }
+                Err(_) => return,
             }
         }
     }
 
     /// Writes and syncs what waits in the journal; whoever needs it synced calls this, and flushes
-    /// take turns. After an error the timeline is broken and every later call fails at once.
+    /// take turns. After an error the timeline is broken and every later call fails at once, unless
+    /// there was just no room: then ingest pauses.
     pub(super) async fn flush_journal(&self) -> Result<(), JournalError> {
         let _turn = self.flush_turn.acquire().await;
         let before = self.journal.counters();
         let synced = match self.journal.flush().await {
             Ok(synced) => synced,
+            Err(error @ JournalError::NoSpace(_)) => {
+                self.part_waits(Part::Journal, format!("the journal cannot be written: {error}"));
+                return Err(error);
+            }
             Err(error) => {
                 let reason = format!("the journal cannot be written: {error}");
                 self.set_broken(error.kind(), reason);
                 return Err(error);
             }
         };
+        self.part_goes_on(Part::Journal);
         let after = self.journal.counters();
         self.context.counters.journal_syncs.add(after.syncs - before.syncs);
         self.context.counters.journal_bytes.add(after.bytes_written - before.bytes_written);
@@ -77,6 +91,19 @@ impl<I: Io> Timeline<I> {
             self.status_signal.set();
         }
         Ok(())
+    }
+
+    fn part_waits(&self, part: Part, reason: String) {
+        let text = reason.clone();
+        if self.health.borrow_mut().pause(part, reason) {
+            tracing::warn!(tenant = %self.tenant, timeline = %self.id, "{text}");
+        }
+    }
+
+    fn part_goes_on(&self, part: Part) {
+        if self.health.borrow_mut().resume(part) {
+            tracing::info!(tenant = %self.tenant, timeline = %self.id, "{part:?} goes on");
+        }
     }
 
     /// Freezes the open layer when it is large or old enough. Between records only.
@@ -127,7 +154,7 @@ impl<I: Io> Timeline<I> {
                     tracing::error!("{error}");
                     return;
                 }
-                tracing::error!("{error}; trying again");
+                self.part_waits(Part::Checkpoint, format!("{error}; trying again"));
                 self.context.io.sleep(Duration::from_millis(CHECKPOINT_RETRY_MS)).await;
                 if self.stopping.get() {
                     return;
@@ -176,6 +203,7 @@ impl<I: Io> Timeline<I> {
         .await
         .map_err(|error| fail(error.to_string()))?;
         self.take_place(&frozen, desc, owner, lsn);
+        self.part_goes_on(Part::Checkpoint);
         self.context.counters.checkpoints.add(1);
         if let Err(error) = self.journal.remove_before(lsn).await {
             // Old segments cost space only; the next checkpoint tries again.

@@ -90,6 +90,10 @@ pub struct TimelineInfo {
     pub wal_source_connected: bool,
     /// Why no WAL comes from the source at the moment; the node goes on trying.
     pub wal_source_error: Option<String>,
+    /// Why ingest waits at the moment; it goes on by itself when that is gone.
+    pub ingest_paused: Option<String>,
+    /// What reads found damaged since the start; not everything, if it is much.
+    pub damaged: Vec<String>,
     pub layer_count: u64,
     pub layer_bytes: u64,
     pub open_layer_bytes: u64,

@@ -16,7 +16,7 @@ use super::lsns::Advance;
 use super::timeline::Timeline;
 use crate::base::{Kind, Lsn};
 use crate::io::Io;
-use crate::limits::{INGEST_PAUSE_MS, STATUS_INTERVAL_MS};
+use crate::limits::{INGEST_PAUSE_MS, NO_SPACE_RETRY_MS, STATUS_INTERVAL_MS};
 use crate::wal;
 use crate::wal::journal::JournalError;
 use crate::wal::receiver::{EndOfStream, StandbyStatus, WalMessage, WalSource};
@@ -228,7 +228,12 @@ impl<I: Io> Timeline<I> {
             return Err(TakeInError::Gap { expected, got: start });
         }
         while self.journal.is_full() {
-            self.flush_journal().await?;
+            match self.flush_journal().await {
+                Err(JournalError::NoSpace(_)) if !self.stopping.get() => {
+                    self.context.io.sleep(Duration::from_millis(NO_SPACE_RETRY_MS)).await;
+                }
+                flushed => flushed?,
+            }
         }
         self.journal.append(start, &bytes)?;
         {
@@ -277,7 +282,7 @@ impl<I: Io> Timeline<I> {
 /// True when trying again cannot help.
 fn breaks(error: &TakeInError) -> bool {
     match error {
-        TakeInError::Gap { .. } => false,
+        TakeInError::Gap { .. } | TakeInError::Journal(JournalError::NoSpace(_)) => false,
         TakeInError::Stopped => false,
         TakeInError::Zeros { .. }
         | TakeInError::Stream(_)

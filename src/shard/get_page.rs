@@ -256,6 +256,9 @@ impl<I: Io> TimelineReader for Timeline<I> {
         let result = self.page(Key::rel_block(rel, block), lsn).await;
         if let Err(error) = &result {
             tracing::error!(tenant = %self.tenant, timeline = %self.id, "{error}");
+            if matches!(error, ReadError::Damaged { .. }) {
+                self.health.borrow_mut().damage(error.to_string());
+            }
         }
         result
     }

@@ -12,6 +12,7 @@ pub mod checkpoint;
 pub mod control;
 pub mod follow;
 pub mod get_page;
+pub mod health;
 pub mod import;
 pub mod index;
 pub mod ingest;

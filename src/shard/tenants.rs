@@ -331,6 +331,8 @@ impl<I: Io, C: Connector> CoreControl for Rc<Shard<I, C>> {
                 wal_source: None,
                 wal_source_connected: false,
                 wal_source_error: None,
+                ingest_paused: None,
+                damaged: Vec::new(),
                 layer_count: 0,
                 layer_bytes: 0,
                 open_layer_bytes: 0,

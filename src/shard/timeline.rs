@@ -11,6 +11,7 @@ use std::sync::Arc;
 
 use super::background::Background;
 use super::control::{ImportProgress, TimelineInfo, TimelineState};
+use super::health::Health;
 use super::index::{ClusterIdentity, IndexLayer, TimelineIndex, WalSourceConfig};
 use super::layer_map::LayerMap;
 use super::lsns::{Advance, LsnWaiters, Lsns};
@@ -87,6 +88,7 @@ pub struct Timeline<I: Io> {
     /// The WAL receiver has ended.
     pub(super) follow_ended: Cell<bool>,
     pub(super) source_connected: Cell<bool>,
+    pub(super) health: RefCell<Health>,
 }
 
 /// The parts of a timeline that change.
@@ -200,6 +202,7 @@ impl<I: Io> Timeline<I> {
             stop_signal: Signal::new(),
             follow_ended: Cell::new(false),
             source_connected: Cell::new(false),
+            health: RefCell::default(),
             context,
         }))
     }
@@ -250,6 +253,7 @@ impl<I: Io> Timeline<I> {
     /// The timeline as the admin API shows it.
     pub fn info(&self, core: usize) -> TimelineInfo {
         let mutable = self.mutable.borrow();
+        let health = self.health.borrow();
         let lsns = mutable.lsns;
         let state = match mutable.broken {
             Some(_) => TimelineState::Broken,
@@ -272,6 +276,8 @@ impl<I: Io> Timeline<I> {
             wal_source: self.source.as_ref().map(|source| redacted(&source.conninfo)),
             wal_source_connected: self.source_connected.get(),
             wal_source_error: mutable.source_error.clone(),
+            ingest_paused: health.paused().map(str::to_owned),
+            damaged: health.damaged().cloned().collect(),
             layer_count: mutable.layers.iter().count() as u64,
             layer_bytes: mutable.layers.iter().map(|(_, layer)| layer.file_bytes()).sum(),
             open_layer_bytes: mutable.open.memory_bytes() as u64 + frozen,

@@ -192,17 +192,18 @@ impl Disk {
         let Some(capacity) = self.capacity_bytes else { return Ok(()) };
         let needed = self.file(inode).needed_bytes(offset, len);
         if needed > 0 {
-            self.collect_garbage();
-            let used: u64 = self
-                .nodes
-                .values()
-                .map(|node| if let Node::File(file) = node { file.used_bytes() } else { 0 })
-                .sum();
-            if used + needed > capacity {
+            if self.used_bytes() + needed > capacity {
                 return Err(IoCause::NoSpace);
             }
         }
         Ok(())
+    }
+
+    /// Bytes that the files take.
+    pub fn used_bytes(&mut self) -> u64 {
+        self.collect_garbage();
+        let used = |node: &Node| if let Node::File(file) = node { file.used_bytes() } else { 0 };
+        self.nodes.values().map(used).sum()
     }
 
     /// Changes the size of the disk.

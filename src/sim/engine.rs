@@ -215,7 +215,7 @@ pub(super) async fn start(
 }
 
 /// Reads one page at an LSN and compares it.
-async fn check_page(
+pub(super) async fn check_page(
     timeline: &Timeline<SimIo>,
     outside: &Outside,
     io: &SimIo,

@@ -35,6 +35,16 @@ impl SimIo {
         self.shared.state.borrow_mut().faults_enabled = enabled;
     }
 
+    /// Changes the size of the disk.
+    pub fn set_capacity(&self, capacity_bytes: Option<u64>) {
+        self.shared.state.borrow_mut().disk.set_capacity(capacity_bytes);
+    }
+
+    /// Bytes that the files take.
+    pub fn used_bytes(&self) -> u64 {
+        self.shared.state.borrow_mut().disk.used_bytes()
+    }
+
     fn sleep_until(&self, until: Duration) -> Sleep {
         Sleep::new(Rc::clone(&self.shared), until)
     }

@@ -41,16 +41,37 @@ pub enum JournalError {
     /// acknowledged any more; the timeline must be opened anew.
     #[error("the journal failed earlier and takes no more WAL: {0}")]
     Failed(IoError),
+    /// No room for what waits. Nothing is lost, nothing is acknowledged, and a later flush may
+    /// succeed.
+    #[error("{0}; free some, and WAL is taken in again by itself")]
+    NoSpace(IoError),
     /// The device or file system.
     #[error(transparent)]
     Io(#[from] IoError),
+}
+
+/// Why bytes did not get to the disk.
+enum WriteError {
+    /// No room, before anything was synced: the same bytes may be written again.
+    NoSpace(IoError),
+    /// What is on disk is unknown.
+    Failed(IoError),
+}
+
+impl From<IoError> for WriteError {
+    fn from(error: IoError) -> Self {
+        match error.cause {
+            IoCause::NoSpace => WriteError::NoSpace(error),
+            _ => WriteError::Failed(error),
+        }
+    }
 }
 
 impl JournalError {
     /// What a caller can do about it.
     pub fn kind(&self) -> Kind {
         match self {
-            JournalError::Gap { .. } => Kind::Retry,
+            JournalError::Gap { .. } | JournalError::NoSpace(_) => Kind::Retry,
             JournalError::Failed(_) => Kind::Corrupt,
             JournalError::Io(error) => error.kind(),
         }
@@ -184,7 +205,9 @@ impl<I: Io> Journal<I> {
     }
 
     /// Writes and syncs all that was appended before the call; returns the new `synced_lsn`.
-    /// After an error nothing is acknowledged and every later call fails.
+    /// After an error nothing is acknowledged, and every later call fails, unless there was just
+    /// no room ([`JournalError::NoSpace`]). A sync that failed is never tried again: the kernel
+    /// may have dropped what it could not write, and report success the next time.
     pub async fn flush(&self) -> Result<Lsn, JournalError> {
         let (start, bytes) = {
             let state = self.state.borrow();
@@ -210,14 +233,15 @@ impl<I: Io> Journal<I> {
                 state.tail_start = keep_from;
                 Ok(end)
             }
-            Err(error) => {
+            Err(WriteError::NoSpace(error)) => Err(JournalError::NoSpace(error)),
+            Err(WriteError::Failed(error)) => {
                 state.failed = Some(error.clone());
                 Err(error.into())
             }
         }
     }
 
-    async fn write_range(&self, start: Lsn, mut bytes: Bytes) -> Result<u64, IoError> {
+    async fn write_range(&self, start: Lsn, mut bytes: Bytes) -> Result<u64, WriteError> {
         let mut at = start;
         let mut written = 0;
         while !bytes.is_empty() {
@@ -235,7 +259,7 @@ impl<I: Io> Journal<I> {
 
     /// The open file of a segment, created if need be. A new file's name and length are durable
     /// before the first byte is written to it.
-    async fn take_segment(&self, number: u64) -> Result<I::File, IoError> {
+    async fn take_segment(&self, number: u64) -> Result<I::File, WriteError> {
         let open = self.current.borrow_mut().take();
         if let Some((open_number, file)) = open {
             if open_number == number {
@@ -258,11 +282,13 @@ impl<I: Io> Journal<I> {
                     Err(error) => {
                         // The first error is the one that counts.
                         let _ = file.close().await;
-                        Err(error)
+                        // Left there, it would be taken for one that was prepared.
+                        self.io.remove(&path).await.map_err(WriteError::Failed)?;
+                        Err(error.into())
                     }
                 }
             }
-            Err(error) => Err(error),
+            Err(error) => Err(error.into()),
         }
     }
 
@@ -328,7 +354,7 @@ impl<I: Io> Journal<I> {
 }
 
 /// Writes `part` at `offset` and syncs; returns the bytes written.
-async fn write_part<F: File>(file: &F, offset: u64, part: &[u8]) -> Result<u64, IoError> {
+async fn write_part<F: File>(file: &F, offset: u64, part: &[u8]) -> Result<u64, WriteError> {
     let mut written = 0;
     for (index, chunk) in part.chunks(JOURNAL_WRITE_BYTES_MAX).enumerate() {
         let mut buf = file.alloc(chunk.len().div_ceil(ALIGNMENT) * ALIGNMENT);
@@ -336,6 +362,6 @@ async fn write_part<F: File>(file: &F, offset: u64, part: &[u8]) -> Result<u64, 
         written += buf.len() as u64;
         file.write_at(offset + (index * JOURNAL_WRITE_BYTES_MAX) as u64, buf).await?;
     }
-    file.sync().await?;
+    file.sync().await.map_err(WriteError::Failed)?;
     Ok(written)
 }
