@@ -4,6 +4,14 @@
 //! baseline and product in turns within one process's lifetime and prints ratios.
 
 #![allow(dead_code, reason = "no benchmark uses everything")]
+#![allow(
+    clippy::disallowed_methods,
+    clippy::disallowed_types,
+    reason = "a benchmark drives other programs and measures time"
+)]
+
+pub mod recorded;
+pub mod shard;
 
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -13,6 +21,8 @@ use nix::sys::resource::{UsageWho, getrusage};
 use nix::unistd::Pid;
 
 pub type Result<T> = std::result::Result<T, Box<dyn std::error::Error + Send + Sync>>;
+
+pub const MB: f64 = 1e6;
 
 /// `PGSTRATA_BENCH_QUICK=1`: small sizes and few rounds, to see that a benchmark runs at all.
 pub fn quick() -> bool {

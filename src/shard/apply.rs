@@ -58,19 +58,20 @@ pub struct Apply<'a, S: Sink> {
     pub skipped: u64,
 }
 
-/// The forks whose size a change needs, or may need.
-pub fn touched_forks(change: &Change) -> Vec<RelTag> {
+/// Calls `visit` with each fork whose size a change needs, or may need.
+pub fn touched_forks(change: &Change, mut visit: impl FnMut(RelTag)) {
     match change {
-        Change::Block(block) => vec![block.rel],
-        Change::VmClear { node, .. } => vec![node.fork(FORK_VM)],
-        Change::RelCreate(rel) => vec![*rel],
+        Change::Block(block) => visit(block.rel),
+        Change::VmClear { node, .. } => visit(node.fork(FORK_VM)),
+        Change::RelCreate(rel) => visit(*rel),
         Change::RelTruncate { node, .. } => {
-            [FORK_MAIN, FORK_FSM, FORK_VM].map(|fork| node.fork(fork)).to_vec()
+            [FORK_MAIN, FORK_FSM, FORK_VM].into_iter().for_each(|fork| visit(node.fork(fork)));
         }
         Change::RelDrop(nodes) => {
-            nodes.iter().flat_map(|node| FORKS.map(|fork| node.fork(fork))).collect()
+            let forks = nodes.iter().flat_map(|node| FORKS.map(|fork| node.fork(fork)));
+            forks.for_each(visit);
         }
-        _ => Vec::new(),
+        _ => {}
     }
 }
 

@@ -106,21 +106,23 @@ impl<I: Io> Timeline<I> {
         }
     }
 
-    /// Freezes the open layer when it is large or old enough. Between records only.
-    pub(super) fn freeze_if_due(&self) {
-        let (bytes, age, distance) = {
+    /// Freezes the open layer when it is large enough. Between records only.
+    pub(super) fn freeze_if_full(&self) {
+        let (bytes, distance) = {
             let mutable = self.mutable.borrow();
-            (
-                mutable.open.memory_bytes() as u64,
-                self.context.io.now() - mutable.open_since,
-                mutable.lsns.last_record.bytes_since(mutable.open.start()),
-            )
+            let distance = mutable.lsns.last_record.bytes_since(mutable.open.start());
+            (mutable.open.memory_bytes() as u64, distance)
         };
-        let config = &self.context.config;
-        let due = bytes >= config.checkpoint_distance_bytes
-            || distance >= config.checkpoint_distance_bytes.saturating_mul(LSN_DISTANCE_FACTOR)
-            || (age >= Duration::from_secs(config.checkpoint_timeout_s) && distance > 0);
-        if due {
+        let limit = self.context.config.checkpoint_distance_bytes;
+        if bytes >= limit || distance >= limit.saturating_mul(LSN_DISTANCE_FACTOR) {
+            self.freeze();
+        }
+    }
+
+    /// Freezes the open layer when it is old enough. Between records only.
+    pub(super) fn freeze_if_old(&self) {
+        let age = self.context.io.now() - self.mutable.borrow().open_since;
+        if age >= Duration::from_secs(self.context.config.checkpoint_timeout_s) {
             self.freeze();
         }
     }

@@ -243,7 +243,7 @@ impl<I: Io> Timeline<I> {
         }
         self.context.counters.wal_bytes.add(bytes.len() as u64);
         self.journal_signal.set();
-        let result = self.ingest_bytes(&bytes).await;
+        let result = self.ingest_bytes(bytes).await;
         let mut mutable = self.mutable.borrow_mut();
         let (end, boundary) = (mutable.lsns.received, mutable.lsns.last_record);
         if mutable.lsns.journal >= end {
@@ -256,7 +256,8 @@ impl<I: Io> Timeline<I> {
     }
 
     /// Ingests every record that is whole with `bytes`, which continue what was given before.
-    pub(super) async fn ingest_bytes(&self, mut bytes: &[u8]) -> Result<(), TakeInError> {
+    pub(super) async fn ingest_bytes(&self, mut bytes: Bytes) -> Result<(), TakeInError> {
+        self.freeze_if_old();
         loop {
             let event = self.mutable.borrow_mut().wal.next(&mut bytes)?;
             let record = match event {
@@ -266,8 +267,8 @@ impl<I: Io> Timeline<I> {
                     return Err(TakeInError::Zeros { at: self.lsns().last_record });
                 }
             };
-            self.ingest(record.start, record.end, &record.bytes).await?;
-            self.freeze_if_due();
+            self.ingest(&record).await?;
+            self.freeze_if_full();
             while self.frozen_is_full() {
                 if self.stopping.get() {
                     return Err(TakeInError::Stopped);

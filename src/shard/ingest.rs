@@ -1,8 +1,9 @@
 //! Taking in WAL records: decode, learn the sizes they need, carry out their changes, publish.
 //!
 //! For each record:
-//! 1. [`decode()`] turns it into changes (pure);
-//! 2. sizes of the forks that it touches are read from the layers, unless they are known;
+//! 1. [`decode_into`] turns it into changes (pure);
+//! 2. sizes of the forks that it touches are read from the layers, unless they are known, as they
+//!    nearly always are: then nothing waits;
 //! 3. [`Apply`] carries the changes out in the open layer, in one synchronous step;
 //! 4. `last_record_lsn` moves, and readers that wait for it wake up.
 //!
@@ -22,7 +23,8 @@ use crate::io::Io;
 use crate::layers::OpenLayer;
 use crate::wal::change::{Change, Parameters};
 use crate::wal::control_file;
-use crate::wal::decode::{DecodeError, decode};
+use crate::wal::decode::{DecodeError, decode_into};
+use crate::wal::stream::StreamRecord;
 
 /// Why a record could not be ingested. Ingest of the timeline stops; nothing is skipped.
 #[derive(Debug, thiserror::Error)]
@@ -72,6 +74,20 @@ impl Sink for CountingSink<'_> {
 }
 
 impl<I: Io> Mutable<I> {
+    /// True when [`Mutable::apply`] can carry out these changes without anything being read.
+    fn is_ready_for(&self, changes: &[Change]) -> bool {
+        changes.iter().all(|change| match change {
+            Change::DatabaseCopy { .. } | Change::DatabaseDrop { .. } | Change::Parameters(_) => {
+                false
+            }
+            other => {
+                let mut known = true;
+                touched_forks(other, |rel| known &= self.sizes.rel(rel).is_some());
+                known
+            }
+        })
+    }
+
     /// Carries out changes at `lsn`; returns values stored and changes skipped.
     fn apply(
         &mut self,
@@ -101,23 +117,25 @@ impl<I: Io> Mutable<I> {
 }
 
 impl<I: Io> Timeline<I> {
-    /// Ingests the record that begins at `start`; `end` is the LSN just after it. Called for one
-    /// record at a time, in WAL order.
-    pub(super) async fn ingest(
-        &self,
-        start: Lsn,
-        end: Lsn,
-        record: &Bytes,
-    ) -> Result<(), IngestError> {
-        let changes =
-            decode(record, start, end).map_err(|cause| IngestError::Decode { start, cause })?;
-        self.ingesting.set(true);
-        let result = self.carry_out(end, changes).await;
-        self.ingesting.set(false);
-        result.map_err(|error| match error {
-            CarryOutError::Apply(error) => IngestError::Apply(error),
-            CarryOutError::Read(cause) => IngestError::Read { start, cause },
-        })?;
+    /// Ingests a record. Called for one record at a time, in WAL order.
+    pub(super) async fn ingest(&self, record: &StreamRecord) -> Result<(), IngestError> {
+        let StreamRecord { start, end, ref bytes } = *record;
+        // The list is kept from record to record, for its memory.
+        let mut changes = self.changes.take();
+        decode_into(bytes, start, end, &mut changes)
+            .map_err(|cause| IngestError::Decode { start, cause })?;
+        if self.mutable.borrow().is_ready_for(&changes) {
+            self.apply_now(end, changes.drain(..)).map_err(IngestError::Apply)?;
+        } else {
+            self.ingesting.set(true);
+            let result = self.carry_out(end, changes.drain(..)).await;
+            self.ingesting.set(false);
+            result.map_err(|error| match error {
+                CarryOutError::Apply(error) => IngestError::Apply(error),
+                CarryOutError::Read(cause) => IngestError::Read { start, cause },
+            })?;
+        }
+        self.changes.set(changes);
         let mut mutable = self.mutable.borrow_mut();
         mutable.lsns.advance(Advance::LastRecord(end));
         mutable.sizes.trim();
@@ -127,32 +145,42 @@ impl<I: Io> Timeline<I> {
         Ok(())
     }
 
-    async fn carry_out(&self, lsn: Lsn, changes: Vec<Change>) -> Result<(), CarryOutError> {
+    async fn carry_out(
+        &self,
+        lsn: Lsn,
+        changes: impl ExactSizeIterator<Item = Change>,
+    ) -> Result<(), CarryOutError> {
         let mut ready = Vec::with_capacity(changes.len());
         for change in changes {
             match change {
                 Change::DatabaseCopy { source, target } => {
-                    self.apply_now(lsn, std::mem::take(&mut ready))?;
+                    self.apply_now(lsn, ready.drain(..))?;
                     self.drop_database(lsn, target.1, &[target.0]).await?;
                     self.copy_database(lsn, source, target).await?;
                 }
                 Change::DatabaseDrop { db, spcs } => {
-                    self.apply_now(lsn, std::mem::take(&mut ready))?;
+                    self.apply_now(lsn, ready.drain(..))?;
                     self.drop_database(lsn, db, &spcs).await?;
                 }
                 Change::Parameters(parameters) => self.set_parameters(lsn, parameters).await?,
                 other => {
-                    for rel in touched_forks(&other) {
+                    let mut forks = Vec::new();
+                    touched_forks(&other, |rel| forks.push(rel));
+                    for rel in forks {
                         self.load_fork_size(rel).await?;
                     }
                     ready.push(other);
                 }
             }
         }
-        self.apply_now(lsn, ready)
+        Ok(self.apply_now(lsn, ready)?)
     }
 
-    fn apply_now(&self, lsn: Lsn, changes: Vec<Change>) -> Result<(), CarryOutError> {
+    fn apply_now(
+        &self,
+        lsn: Lsn,
+        changes: impl IntoIterator<Item = Change>,
+    ) -> Result<(), ApplyError> {
         let (values, skipped) = self.mutable.borrow_mut().apply(lsn, changes)?;
         self.context.counters.values.add(values);
         self.context.counters.changes_skipped.add(skipped);

@@ -23,6 +23,7 @@ use crate::base::{Kind, Lsn, TenantShardId, TimelineId};
 use crate::io::{Instant, Io};
 use crate::layers::{BlockCache, FrozenLayer, OpenLayer};
 use crate::redo::Redo;
+use crate::wal::change::Change;
 use crate::wal::checkpoint::Checkpoint;
 use crate::wal::journal::Journal;
 use crate::wal::page::WalLayout;
@@ -82,6 +83,8 @@ pub struct Timeline<I: Io> {
     pub(super) checkpoint_turn: Turn,
     /// A record is being ingested: the open layer must not be frozen.
     pub(super) ingesting: Cell<bool>,
+    /// Room for the changes of one record.
+    pub(super) changes: Cell<Vec<Change>>,
     pub(super) stopping: Cell<bool>,
     /// Tells the WAL receiver to stop.
     pub(super) stop_signal: Signal,
@@ -198,6 +201,7 @@ impl<I: Io> Timeline<I> {
             flush_turn: Turn::default(),
             checkpoint_turn: Turn::default(),
             ingesting: Cell::new(false),
+            changes: Cell::default(),
             stopping: Cell::new(false),
             stop_signal: Signal::new(),
             follow_ended: Cell::new(false),

@@ -18,7 +18,7 @@
 //! zeros (a segment file that is not full) gives [`Event::EndOfWal`]; anything else that does not
 //! fit is an error, after which the stream gives only that error.
 
-use bytes::Bytes;
+use bytes::{Buf, Bytes};
 
 use super::page::{LONG_HEADER, PageError, PageHeader, WalLayout};
 use super::record::{self, RecordError, RecordHeader, rmgr_id};
@@ -36,6 +36,25 @@ pub struct StreamRecord {
     pub end: Lsn,
     /// The whole record, `xl_tot_len` bytes, checksum verified.
     pub bytes: Bytes,
+}
+
+/// Bytes that a stream takes from the front of. A record that lies whole in [`Bytes`] is given out
+/// as a part of them, without a copy.
+pub trait Input: Buf {
+    /// The first `len` bytes, which are there; they are taken.
+    fn share(&mut self, len: usize) -> Bytes;
+}
+
+impl Input for Bytes {
+    fn share(&mut self, len: usize) -> Bytes {
+        self.split_to(len)
+    }
+}
+
+impl Input for &[u8] {
+    fn share(&mut self, len: usize) -> Bytes {
+        self.copy_to_bytes(len)
+    }
 }
 
 /// What [`WalStream::next`] found.
@@ -152,8 +171,8 @@ enum State {
         /// Bytes left, padding included.
         bytes: u64,
     },
-    /// The rest of a segment after `XLOG_SWITCH`.
-    Switched,
+    /// The rest of a segment after `XLOG_SWITCH`, which is given out behind it.
+    Switched(Bytes),
     /// Nothing: WAL is bad.
     Failed(StreamError),
 }
@@ -245,7 +264,7 @@ impl WalStream {
     /// Takes bytes from the front of `input`, which continues the WAL at
     /// [`WalStream::position`], up to the end of the next record or of the input.
     #[allow(clippy::should_implement_trait, reason = "it is no iterator: it takes input")]
-    pub fn next(&mut self, input: &mut &[u8]) -> Result<Event, StreamError> {
+    pub fn next(&mut self, input: &mut impl Input) -> Result<Event, StreamError> {
         match self.advance(input) {
             Ok(event) => Ok(event),
             Err(error) => {
@@ -255,18 +274,18 @@ impl WalStream {
         }
     }
 
-    fn advance(&mut self, input: &mut &[u8]) -> Result<Event, StreamError> {
+    fn advance(&mut self, input: &mut impl Input) -> Result<Event, StreamError> {
         loop {
             if let State::Failed(error) = &self.state {
                 return Err(error.clone());
             }
-            if matches!(self.state, State::Switched) {
+            if matches!(self.state, State::Switched(_)) {
                 if let Some(event) = self.pass_segment(input) {
                     return Ok(event);
                 }
                 continue;
             }
-            if input.is_empty() {
+            if !input.has_remaining() {
                 return Ok(Event::NeedInput);
             }
             let at_header = self.position.page_offset() == 0 || !self.page_header.is_empty();
@@ -284,14 +303,14 @@ impl WalStream {
         }
     }
 
-    /// Moves `max` bytes of input at most, not over the end of the page.
-    fn take<'a>(&mut self, max: u64, input: &mut &'a [u8]) -> &'a [u8] {
+    /// Moves over `max` bytes of input at most, not over the end of the page; `collect` gets them.
+    fn take(&mut self, max: u64, input: &mut impl Input, mut collect: impl FnMut(&[u8])) -> u64 {
         let in_page = WAL_PAGE_SIZE - self.position.page_offset();
-        let len = (max.min(in_page) as usize).min(input.len());
-        let (taken, rest) = input.split_at_checked(len).unwrap_or((input, &[]));
-        *input = rest;
-        self.position = Lsn(self.position.0.saturating_add(taken.len() as u64));
-        taken
+        let len = (max.min(in_page) as usize).min(input.chunk().len());
+        collect(input.chunk().get(..len).unwrap_or_default());
+        input.advance(len);
+        self.position = Lsn(self.position.0.saturating_add(len as u64));
+        len as u64
     }
 
     /// Goes back to where the next record begins.
@@ -311,12 +330,13 @@ impl WalStream {
         self.taken = 0;
     }
 
-    fn take_page_header(&mut self, input: &mut &[u8]) -> Result<Option<Event>, StreamError> {
+    fn take_page_header(&mut self, input: &mut impl Input) -> Result<Option<Event>, StreamError> {
         let page = Lsn(self.position.0 - self.page_header.len() as u64);
-        let missing = self.layout.header_len(page) - self.page_header.len();
-        let bytes = self.take(missing as u64, input);
-        self.page_header.extend_from_slice(bytes);
-        if bytes.len() < missing {
+        let missing = (self.layout.header_len(page) - self.page_header.len()) as u64;
+        let mut collected = std::mem::take(&mut self.page_header);
+        let taken = self.take(missing, input, |bytes| collected.extend_from_slice(bytes));
+        self.page_header = collected;
+        if taken < missing {
             return Ok(None);
         }
         let header = match PageHeader::parse(&self.page_header, page, &self.layout) {
@@ -355,8 +375,8 @@ impl WalStream {
         };
     }
 
-    fn pass_leftover(&mut self, bytes: u64, input: &mut &[u8]) {
-        let taken = self.take(bytes, input).len() as u64;
+    fn pass_leftover(&mut self, bytes: u64, input: &mut impl Input) {
+        let taken = self.take(bytes, input, |_| ());
         // Where the page ends with bytes left over, the next page header says again how many.
         self.pass_to_record(bytes.saturating_sub(taken));
         if matches!(self.state, State::Record) {
@@ -381,7 +401,7 @@ impl WalStream {
             };
         }
         // The length of a record counts without its padding.
-        let left = (self.record_len()).saturating_sub(self.record.len() as u64);
+        let left = record_len(&self.record).saturating_sub(self.record.len() as u64);
         let rem_len = if header.is_contrecord() { header.rem_len } else { 0 };
         if left == 0 || u64::from(rem_len) != left {
             return Err(StreamError::Continuation { lsn: self.start, page, missing, rem_len });
@@ -389,37 +409,56 @@ impl WalStream {
         Ok(())
     }
 
-    /// `xl_tot_len` of the record that is being collected.
-    fn record_len(&self) -> u64 {
-        let len = self.record.first_chunk().map_or(0, |chunk| u32::from_le_bytes(*chunk));
-        u64::from(len)
-    }
-
-    fn take_record(&mut self, input: &mut &[u8]) -> Result<Option<Event>, StreamError> {
+    fn take_record(&mut self, input: &mut impl Input) -> Result<Option<Event>, StreamError> {
         if self.taken == 0 {
             self.start = self.position;
+            if let Some(record) = self.take_whole_record(input) {
+                self.check_header(&record)?;
+                return self.finish_record(record);
+            }
         }
+        let mut record = std::mem::take(&mut self.record);
         if self.target == 0 {
-            let bytes = self.take(4 - self.taken, input);
-            self.taken += bytes.len() as u64;
-            self.record.extend_from_slice(bytes);
+            self.taken += self.take(4 - self.taken, input, |bytes| record.extend_from_slice(bytes));
+            self.record = record;
             return if self.taken < 4 { Ok(None) } else { self.begin_record() };
         }
-        let bytes = self.take(self.target - self.taken, input);
-        self.taken += bytes.len() as u64;
-        let had_header = self.record.len() >= record::HEADER;
-        // The padding at the end is not part of the record.
-        let data_left = self.record_len() as usize - self.record.len();
-        self.record.extend_from_slice(bytes.get(..data_left).unwrap_or(bytes));
-        if !had_header && self.record.len() >= record::HEADER {
-            self.check_header()?;
+        let had_header = record.len() >= record::HEADER;
+        self.taken += self.take(self.target - self.taken, input, |bytes| {
+            // The padding at the end is not part of the record.
+            let data_left = record_len(&record) as usize - record.len();
+            record.extend_from_slice(bytes.get(..data_left).unwrap_or(bytes));
+        });
+        if !had_header && record.len() >= record::HEADER {
+            self.check_header(&record)?;
         }
-        if self.taken < self.target { Ok(None) } else { self.finish_record() }
+        if self.taken < self.target {
+            self.record = record;
+            return Ok(None);
+        }
+        self.finish_record(Bytes::from(record))
+    }
+
+    /// The record that begins here, if it lies on this page and in the input with its padding, and
+    /// its length is possible. It is not checked otherwise.
+    fn take_whole_record(&mut self, input: &mut impl Input) -> Option<Bytes> {
+        let rest = input.chunk();
+        let len = u32::from_le_bytes(*rest.first_chunk()?);
+        record::check_len(len).ok()?;
+        let padded = Lsn(u64::from(len)).align().0;
+        let in_page = WAL_PAGE_SIZE - self.position.page_offset();
+        if padded > in_page || padded > rest.len() as u64 {
+            return None;
+        }
+        let record = input.share(len as usize);
+        input.advance(padded as usize - len as usize);
+        self.position = Lsn(self.position.0.saturating_add(padded));
+        Some(record)
     }
 
     /// The length field is there.
     fn begin_record(&mut self) -> Result<Option<Event>, StreamError> {
-        let len = self.record_len() as u32;
+        let len = record_len(&self.record) as u32;
         if len == 0 {
             return Ok(Some(self.end_of_wal()));
         }
@@ -432,10 +471,10 @@ impl WalStream {
         Ok(None)
     }
 
-    fn check_header(&self) -> Result<(), StreamError> {
+    fn check_header(&self, record: &[u8]) -> Result<(), StreamError> {
         let lsn = self.start;
-        let header = RecordHeader::parse(&self.record)
-            .map_err(|error| StreamError::Record { lsn, error })?;
+        let header =
+            RecordHeader::parse(record).map_err(|error| StreamError::Record { lsn, error })?;
         let expected = self.previous.unwrap_or(lsn);
         let fits = match self.previous {
             Some(previous) => header.prev == previous,
@@ -447,24 +486,24 @@ impl WalStream {
         }
     }
 
-    fn finish_record(&mut self) -> Result<Option<Event>, StreamError> {
+    fn finish_record(&mut self, record: Bytes) -> Result<Option<Event>, StreamError> {
         let lsn = self.start;
         let damaged = |error| StreamError::Record { lsn, error };
-        record::check_crc(&self.record).map_err(damaged)?;
-        let header = RecordHeader::parse(&self.record).map_err(damaged)?;
+        record::check_crc(&record).map_err(damaged)?;
+        let header = RecordHeader::parse(&record).map_err(damaged)?;
         if header.rmgr == rmgr_id::XLOG && header.operation() == XLOG_OVERWRITE_CONTRECORD {
-            self.check_overwrite()?;
+            self.check_overwrite(&record)?;
         }
         self.overwritten = None;
         if header.rmgr == rmgr_id::XLOG && header.operation() == XLOG_SWITCH {
-            self.state = State::Switched;
+            self.reset_record();
+            self.state = State::Switched(record);
             return Ok(None);
         }
-        Ok(Some(self.emit()))
+        Ok(Some(self.emit(record)))
     }
 
-    fn emit(&mut self) -> Event {
-        let bytes = Bytes::from(std::mem::take(&mut self.record).into_boxed_slice());
+    fn emit(&mut self, bytes: Bytes) -> Event {
         self.reset_record();
         self.previous = Some(self.start);
         self.boundary = self.position;
@@ -472,9 +511,9 @@ impl WalStream {
     }
 
     /// `XLOG_OVERWRITE_CONTRECORD` names the record that was given up just before it.
-    fn check_overwrite(&self) -> Result<(), StreamError> {
+    fn check_overwrite(&self, record: &[u8]) -> Result<(), StreamError> {
         // Main data of a record without block references: two bytes of header, then the data.
-        let named = self.record.get(record::HEADER + 2..).and_then(|data| data.first_chunk());
+        let named = record.get(record::HEADER + 2..).and_then(|data| data.first_chunk());
         let found = Lsn(named.map_or(0, |chunk| u64::from_le_bytes(*chunk)));
         match self.overwritten {
             Some(expected) if found != expected => {
@@ -485,16 +524,24 @@ impl WalStream {
     }
 
     /// Passes over the rest of a segment; gives the switch record at its end.
-    fn pass_segment(&mut self, input: &mut &[u8]) -> Option<Event> {
+    fn pass_segment(&mut self, input: &mut impl Input) -> Option<Event> {
         let offset = self.position.segment_offset(self.layout.segment_bytes);
         if offset != 0 {
-            if input.is_empty() {
+            if !input.has_remaining() {
                 return Some(Event::NeedInput);
             }
-            self.take(self.layout.segment_bytes - offset, input);
+            self.take(self.layout.segment_bytes - offset, input, |_| ());
             return None;
         }
-        self.state = State::Record;
-        Some(self.emit())
+        match std::mem::replace(&mut self.state, State::Record) {
+            State::Switched(record) => Some(self.emit(record)),
+            _ => None,
+        }
     }
+}
+
+/// `xl_tot_len` of a record of which the beginning is there, else 0.
+fn record_len(record: &[u8]) -> u64 {
+    let len = record.first_chunk().map_or(0, |chunk| u32::from_le_bytes(*chunk));
+    u64::from(len)
 }

@@ -1,0 +1,192 @@
+//! A shard on two executors of one CPU, as in a node, that is fed recorded WAL.
+
+use std::cell::Cell;
+use std::fs;
+use std::future::Future;
+use std::path::{Path, PathBuf};
+use std::rc::Rc;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
+
+use bytes::Bytes;
+use futures_util::future::{LocalBoxFuture, select};
+use glommio::{LocalExecutorBuilder, Placement};
+use pgstrata::base::lsn::Lsn;
+use pgstrata::base::{TenantId, TenantShardId, TimelineId};
+use pgstrata::cli::pg::bin_dir;
+use pgstrata::config::Config;
+use pgstrata::io::uring::UringIo;
+use pgstrata::redo::child::{ChildRedo, ChildSettings};
+use pgstrata::redo::{Redo, RedoSettings};
+use pgstrata::shard::background;
+use pgstrata::shard::control::{CoreControl, CoreMetrics, CreateTimeline, TimelineSource};
+use pgstrata::shard::follow::Connector;
+use pgstrata::shard::index::{ClusterIdentity, WalSourceConfig};
+use pgstrata::shard::reader::PageBackend;
+use pgstrata::shard::tenants::{RedoFactory, Shard, ShardContext};
+use pgstrata::shard::timeline::{Timeline, TimelineConfig};
+use pgstrata::wal::receiver::{StandbyStatus, WalMessage, WalSource};
+use pgstrata::wal::source::SourceError;
+
+use super::{Result, recorded::Recorded, walredo_library};
+
+pub const TENANT: TenantShardId = TenantShardId { tenant: TenantId([1; 16]), number: 0, count: 0 };
+pub const TIMELINE: TimelineId = TimelineId([2; 16]);
+/// A wal sender sends so much at a time (`MAX_SEND_SIZE`).
+const CHUNK: usize = 128 * 1024;
+
+/// Hands out recorded WAL, once the gate is open.
+#[derive(Clone)]
+pub struct Replay {
+    from: Lsn,
+    wal: Bytes,
+    open: Rc<Cell<bool>>,
+}
+
+pub struct ReplaySource {
+    replay: Replay,
+    at: Lsn,
+}
+
+impl Connector for Replay {
+    type Source = ReplaySource;
+
+    async fn connect(
+        &self,
+        _: &WalSourceConfig,
+        _: &ClusterIdentity,
+    ) -> std::result::Result<ReplaySource, SourceError> {
+        Ok(ReplaySource { replay: self.clone(), at: Lsn::INVALID })
+    }
+}
+
+impl WalSource for ReplaySource {
+    async fn start(&mut self, from: Lsn) -> std::result::Result<(), SourceError> {
+        assert!(from >= self.replay.from, "asked for WAL from {from}");
+        self.at = from;
+        Ok(())
+    }
+
+    async fn next(&mut self) -> std::result::Result<WalMessage, SourceError> {
+        let done = (self.at.0 - self.replay.from.0) as usize;
+        while !self.replay.open.get() || done >= self.replay.wal.len() {
+            glommio::timer::sleep(Duration::from_millis(5)).await;
+        }
+        let bytes = self.replay.wal.slice(done..self.replay.wal.len().min(done + CHUNK));
+        let start = self.at;
+        self.at = Lsn(start.0 + bytes.len() as u64);
+        let end_of_wal = Lsn(self.replay.from.0 + self.replay.wal.len() as u64);
+        Ok(WalMessage::Data { start, end_of_wal, bytes })
+    }
+
+    async fn send_status(&mut self, _: StandbyStatus) -> std::result::Result<(), SourceError> {
+        Ok(())
+    }
+}
+
+/// Redo as the node has it; its process starts only when a page is asked for, which is never.
+struct Children(PathBuf);
+
+impl RedoFactory for Children {
+    fn start(&self, tenant: TenantShardId, redo: RedoSettings) -> Rc<dyn Redo> {
+        Rc::new(ChildRedo::new(ChildSettings {
+            tenant: tenant.to_string(),
+            postgres_bin: bin_dir().join("postgres"),
+            walredo_so: walredo_library().unwrap_or_default(),
+            scratch_dir: self.0.clone(),
+            cpu: Some(0),
+            redo,
+            timeout: Duration::from_secs(10),
+        }))
+    }
+
+    fn stop_all(&self) -> LocalBoxFuture<'_, ()> {
+        Box::pin(async {})
+    }
+
+    fn metrics(&self, _: &mut CoreMetrics) {}
+}
+
+/// Timers move an executor on that slept over a wake-up by the other one.
+async fn beat_until(done: Arc<AtomicBool>) {
+    while !done.load(Ordering::Acquire) {
+        glommio::timer::sleep(Duration::from_millis(5)).await;
+    }
+}
+
+/// What a benchmark works with.
+pub struct Bed {
+    pub shard: Rc<Shard<UringIo, Replay>>,
+    pub timeline: Rc<Timeline<UringIo>>,
+    /// WAL comes in once this is true.
+    pub gate: Rc<Cell<bool>>,
+}
+
+/// Imports the backup of `recorded` in `dir`, then runs `story`, then shuts the shard down.
+pub fn run<T, F>(
+    dir: &Path,
+    recorded: &Recorded,
+    wal: Bytes,
+    config: TimelineConfig,
+    story: impl FnOnce(Rc<Bed>) -> F + Send + 'static,
+) -> Result<T>
+where
+    T: Send + 'static,
+    F: Future<Output = Result<T>> + 'static,
+{
+    fs::create_dir_all(dir)?;
+    let (background, runner) = background::channel();
+    // Tasks that wait keep their ends of the channel when the serve executor goes.
+    let done = Arc::new(AtomicBool::new(false));
+    let seen = done.clone();
+    let runner = LocalExecutorBuilder::new(Placement::Fixed(0)).spawn(move || async move {
+        let work = std::pin::pin!(runner.run(UringIo::new()));
+        let end = std::pin::pin!(beat_until(seen));
+        select(work, end).await;
+    });
+    let runner = runner.map_err(|error| error.to_string())?;
+    let (data_dir, backup) = (dir.to_owned(), recorded.backup.join("data"));
+    let from = recorded.start()?;
+    let serve = LocalExecutorBuilder::new(Placement::Fixed(0)).spawn(move || async move {
+        glommio::spawn_local(beat_until(Arc::default())).detach();
+        let gate = Rc::new(Cell::new(false));
+        let context = ShardContext {
+            core: 0,
+            io: UringIo::new(),
+            background,
+            data_dir: data_dir.clone(),
+            config,
+            block_cache_bytes: Config::default().block_cache_bytes as usize,
+            connector: Replay { from, wal, open: gate.clone() },
+            redo: Rc::new(Children(data_dir)),
+            owns: Rc::new(|_| true),
+        };
+        let shard = Shard::start(context).await?;
+        let path = backup.to_str().ok_or("path")?.to_owned();
+        let primary = Some("host=recorded user=nobody".to_owned());
+        let source = TimelineSource::Backup { path, primary, slot: None };
+        shard
+            .create_timeline(CreateTimeline { tenant: TENANT, timeline: TIMELINE, source })
+            .await?;
+        let timeline = loop {
+            match shard.timeline(TENANT, TIMELINE).await {
+                Ok(timeline) => break timeline,
+                Err(error) if !error.to_string().contains("being imported") => {
+                    return Err(error.into());
+                }
+                Err(_) => glommio::timer::sleep(Duration::from_millis(5)).await,
+            }
+        };
+        let result = story(Rc::new(Bed { shard: shard.clone(), timeline, gate })).await;
+        shard.shutdown().await;
+        result
+    });
+    let serve = serve.map_err(|error| error.to_string())?;
+    let result = serve.join();
+    done.store(true, Ordering::Release);
+    let result = result.map_err(|error| error.to_string())??;
+    runner.join().map_err(|error| error.to_string())?;
+    fs::remove_dir_all(dir)?;
+    Ok(result)
+}
