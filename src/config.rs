@@ -26,6 +26,9 @@ pub struct Config {
     pub checkpoint_distance_bytes: u64,
     /// The same, when they are so old.
     pub checkpoint_timeout_s: u64,
+    /// Memory of each core for values that are not in layer files yet, of all its timelines. When
+    /// there is more, the timeline with the most writes a layer file.
+    pub memory_budget_bytes: u64,
     /// A read waits so long for WAL that has not arrived.
     pub wait_lsn_timeout_ms: u64,
     /// An import cuts image layers at about this size.
@@ -52,6 +55,7 @@ impl Default for Config {
             cores: Vec::new(),
             checkpoint_distance_bytes: 64 * 1024 * 1024,
             checkpoint_timeout_s: 600,
+            memory_budget_bytes: 512 * 1024 * 1024,
             wait_lsn_timeout_ms: 300_000,
             image_layer_bytes: 128 * 1024 * 1024,
             block_cache_bytes: 64 * 1024 * 1024,
@@ -144,6 +148,9 @@ impl Config {
         sorted.sort_unstable();
         if sorted.windows(2).any(|pair| pair[0] == pair[1]) {
             return fail("cores", "a CPU is named twice");
+        }
+        if self.memory_budget_bytes < 1024 * 1024 {
+            return fail("memory_budget_bytes", "must be at least 1048576");
         }
         if self.checkpoint_distance_bytes < 64 * 1024 {
             return fail("checkpoint_distance_bytes", "must be at least 65536");

@@ -237,3 +237,6 @@ pub const EXECUTOR_STARTS_MAX: usize = 5;
 pub const DAMAGE_REPORTS_MAX: usize = 100;
 /// Pause before a journal that found no room tries again, in milliseconds.
 pub const NO_SPACE_RETRY_MS: u64 = 500;
+/// Ingest waits when open and frozen layers take so much of their budget.
+pub const MEMORY_OVERDRAFT_PERCENT: u64 = 200;
+const _: () = assert!(MEMORY_OVERDRAFT_PERCENT > 100);

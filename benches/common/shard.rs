@@ -158,6 +158,7 @@ where
             data_dir: data_dir.clone(),
             config,
             block_cache_bytes: Config::default().block_cache_bytes as usize,
+            memory_budget_bytes: u64::MAX,
             connector: Replay { from, wal, open: gate.clone() },
             redo: Rc::new(Children(data_dir)),
             owns: Rc::new(|_| true),

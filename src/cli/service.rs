@@ -54,6 +54,7 @@ impl CoreService for NodeShard {
             data_dir: config.data_dir.clone(),
             config: timeline_config(config),
             block_cache_bytes: config.block_cache_bytes as usize,
+            memory_budget_bytes: config.memory_budget_bytes,
             connector: PrimaryConnector,
             redo: Rc::new(ChildFactory::new(config, context.cpu)),
             owns: Rc::new(move |tenant| owner(&tenant, cores) == core),

@@ -1,26 +1,46 @@
 //! The open layer: what came in since the last checkpoint, in memory.
 //!
-//! Keys are ordered, and each has its versions in the order in which they came, which is LSN
-//! order. Nothing here is on disk; the journal covers it. When it is large enough the owner
+//! Values stand one after the other as they came. Each points to the one before it of the same
+//! key, and a table has the newest of every key, so that taking in a value is one look-up and one
+//! append, and a read walks from the newest to the oldest. Keys of relations, nearly all, are in a
+//! hash table, and are sorted when the layer is written; the others are few and are asked for by
+//! range.
+//!
+//! Nothing here is on disk; the journal covers it. When it is large enough the owner
 //! [freezes](OpenLayer::freeze) it, and a background executor writes it out.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashMap};
 use std::sync::Arc;
+
+use foldhash::fast::RandomState;
 
 use crate::base::{Key, KeyRange, Lsn, LsnRange, Value};
 use crate::layers::frozen::FrozenLayer;
 use crate::layers::{Lookup, Newest, keep_newest};
 
-/// Memory that one version takes beside its bytes.
-const VERSION_OVERHEAD_BYTES: usize = size_of::<(Lsn, Value)>();
-/// Memory that one key takes beside its versions: key, vector and its share of the tree.
-const KEY_OVERHEAD_BYTES: usize = 2 * (size_of::<Key>() + size_of::<Vec<(Lsn, Value)>>());
+/// Memory that one key takes beside its versions: its place in a table that is half full.
+const KEY_OVERHEAD_BYTES: usize = 2 * (size_of::<Key>() + size_of::<u32>());
+
+/// "There is no older version."
+const NONE: u32 = u32::MAX;
+
+/// One version.
+#[derive(Debug)]
+struct Version {
+    lsn: Lsn,
+    value: Value,
+    /// Place of the version before, of the same key.
+    previous: u32,
+}
 
 /// Versions by key, in LSN order; several at one LSN stand in the order in which they came.
 #[derive(Debug, Default)]
 pub(super) struct Versions {
-    map: BTreeMap<Key, Vec<(Lsn, Value)>>,
-    value_count: u64,
+    versions: Vec<Version>,
+    /// Places of the newest versions of relation keys; its order must not matter to anybody.
+    relations: HashMap<Key, u32, RandomState>,
+    /// The same of all other keys.
+    others: BTreeMap<Key, u32>,
     memory_bytes: usize,
     /// Highest LSN of all.
     last: Option<Lsn>,
@@ -28,28 +48,41 @@ pub(super) struct Versions {
 
 impl Versions {
     fn put(&mut self, key: Key, lsn: Lsn, value: Value) {
-        self.memory_bytes += VERSION_OVERHEAD_BYTES + value.encoded_len();
-        self.value_count += 1;
+        self.memory_bytes += size_of::<Version>() + value.encoded_len();
         self.last = self.last.max(Some(lsn));
-        let versions = self.map.entry(key).or_insert_with(|| {
-            self.memory_bytes += KEY_OVERHEAD_BYTES;
-            Vec::with_capacity(1)
-        });
-        if let Some((last, _)) = versions.last() {
-            assert!(*last <= lsn, "{key:?}: a value at {lsn} came after one at {last}");
+        let place = u32::try_from(self.versions.len()).unwrap_or(NONE);
+        assert!(place != NONE, "an open layer of 2^32 values does not fit into any memory");
+        let older = match key.is_of_relation() {
+            true => self.relations.insert(key, place),
+            false => self.others.insert(key, place),
+        };
+        match older.and_then(|older| self.versions.get(older as usize)) {
+            None => self.memory_bytes += KEY_OVERHEAD_BYTES,
+            Some(Version { lsn: last, .. }) => {
+                assert!(*last <= lsn, "{key:?}: a value at {lsn} came after one at {last}");
+            }
         }
-        versions.push((lsn, value));
+        self.versions.push(Version { lsn, value, previous: older.unwrap_or(NONE) });
+    }
+
+    /// Versions from this place on, newest first.
+    fn chain(&self, place: u32) -> impl Iterator<Item = &Version> {
+        let newest = self.versions.get(place as usize);
+        std::iter::successors(newest, |version| self.versions.get(version.previous as usize))
     }
 
     pub(super) fn collect(&self, key: Key, lsns: &LsnRange, out: &mut Vec<(Lsn, Value)>) -> Lookup {
-        let versions = self.map.get(&key).map(Vec::as_slice).unwrap_or_default();
-        for (lsn, value) in versions.iter().rev() {
-            if *lsn < lsns.start {
+        let place = match key.is_of_relation() {
+            true => self.relations.get(&key),
+            false => self.others.get(&key),
+        };
+        for version in place.into_iter().flat_map(|place| self.chain(*place)) {
+            if version.lsn < lsns.start {
                 break;
             }
-            if *lsn < lsns.end {
-                out.push((*lsn, value.clone()));
-                if value.is_base() {
+            if version.lsn < lsns.end {
+                out.push((version.lsn, version.value.clone()));
+                if version.value.is_base() {
                     return Lookup::Complete;
                 }
             }
@@ -61,22 +94,33 @@ impl Versions {
         if keys.start >= keys.end {
             return;
         }
-        for (key, versions) in self.map.range(keys.clone()) {
-            let newest = versions.iter().rev().find(|(lsn, _)| *lsn < below);
-            if let Some((lsn, value)) = newest {
-                keep_newest(out, *key, *lsn, value);
+        let mut keep = |key: Key, place: u32| {
+            let newest = self.chain(place).find(|version| version.lsn < below);
+            if let Some(Version { lsn, value, .. }) = newest {
+                keep_newest(out, key, *lsn, value);
             }
+        };
+        if keys.start.is_of_relation() {
+            let wanted = self.relations.iter().filter(|(key, _)| keys.contains(key));
+            wanted.for_each(|(key, place)| keep(*key, *place));
         }
+        self.others.range(keys.clone()).for_each(|(key, place)| keep(*key, *place));
     }
 
+    /// All versions in order of key, then as they came.
     pub(super) fn entries(&self) -> impl Iterator<Item = (Key, Lsn, &Value)> {
-        self.map
-            .iter()
-            .flat_map(|(key, versions)| versions.iter().map(|(lsn, value)| (*key, *lsn, value)))
+        let mut keys: Vec<(Key, u32)> = self.relations.iter().map(|(k, p)| (*k, *p)).collect();
+        keys.sort_unstable();
+        keys.extend(self.others.iter().map(|(key, place)| (*key, *place)));
+        keys.into_iter().flat_map(|(key, place)| {
+            let mut versions: Vec<_> = self.chain(place).collect();
+            versions.reverse();
+            versions.into_iter().map(move |version| (key, version.lsn, &version.value))
+        })
     }
 
     pub(super) fn value_count(&self) -> u64 {
-        self.value_count
+        self.versions.len() as u64
     }
 
     pub(super) fn memory_bytes(&self) -> usize {
@@ -125,12 +169,12 @@ impl OpenLayer {
 
     /// True without values.
     pub fn is_empty(&self) -> bool {
-        self.versions.value_count == 0
+        self.versions.versions.is_empty()
     }
 
     /// Number of values.
     pub fn value_count(&self) -> u64 {
-        self.versions.value_count
+        self.versions.value_count()
     }
 
     /// Estimate of the memory in use, in bytes: values with their overhead.

@@ -154,11 +154,14 @@ impl<S: Sink> Apply<'_, S> {
 
     /// Creates the fork, empty, if it does not exist. PostgreSQL's redo does so for every fork
     /// that a record names (`XLogReadBufferExtended` calls `smgrcreate`).
-    pub fn ensure_fork(&mut self, rel: RelTag) {
-        if !self.sizes.exists(rel) {
-            self.put(Key::rel_dir(rel), Value::Image(EXISTS));
-            self.set_size(rel, 0);
+    /// Returns its size.
+    pub fn ensure_fork(&mut self, rel: RelTag) -> BlockNumber {
+        if let Some(blocks) = self.sizes.rel(rel).and_then(|size| size.blocks) {
+            return blocks;
         }
+        self.put(Key::rel_dir(rel), Value::Image(EXISTS));
+        self.set_size(rel, 0);
+        0
     }
 
     /// Removes a fork, if it exists.
@@ -172,8 +175,7 @@ impl<S: Sink> Apply<'_, S> {
 
     fn block(&mut self, change: BlockChange) -> Result<(), ApplyError> {
         let BlockChange { rel, block, mut value, extends } = change;
-        self.ensure_fork(rel);
-        let blocks = self.sizes.blocks(rel);
+        let blocks = self.ensure_fork(rel);
         if block >= blocks {
             if !extends {
                 self.skipped += 1;
@@ -236,8 +238,7 @@ impl<S: Sink> Apply<'_, S> {
             (None, None) => Vec::new(),
         };
         for (block, heap_blocks) in groups {
-            self.ensure_fork(rel);
-            let blocks = self.sizes.blocks(rel);
+            let blocks = self.ensure_fork(rel);
             if block < blocks {
                 let clear = SmallRecord::VmClear { flags, heap_blocks };
                 self.put(Key::rel_block(rel, block), Value::Small(clear));

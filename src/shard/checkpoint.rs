@@ -11,9 +11,12 @@
 //! A crash before 3 leaves a file that no index names: it is removed at start and made again from
 //! the journal. A crash after 3 finds the new state.
 
+use std::pin::pin;
 use std::rc::Rc;
 use std::sync::Arc;
 use std::time::Duration;
+
+use futures_util::future::select;
 
 use super::health::Part;
 use super::index::{INDEX_FILE, IndexLayer};
@@ -114,7 +117,10 @@ impl<I: Io> Timeline<I> {
             (mutable.open.memory_bytes() as u64, distance)
         };
         let limit = self.context.config.checkpoint_distance_bytes;
-        if bytes >= limit || distance >= limit.saturating_mul(LSN_DISTANCE_FACTOR) {
+        if bytes >= limit
+            || self.memory.is_asked()
+            || distance >= limit.saturating_mul(LSN_DISTANCE_FACTOR)
+        {
             self.freeze();
         }
     }
@@ -140,17 +146,26 @@ impl<I: Io> Timeline<I> {
         mutable.open_since = self.context.io.now();
         mutable.frozen.push(full.freeze(end));
         drop(mutable);
+        self.memory.done();
+        self.note_memory();
         self.checkpoint_signal.set();
     }
 
     /// True when ingest must wait for the checkpoint: memory would grow without bound.
     pub(super) fn frozen_is_full(&self) -> bool {
-        self.mutable.borrow().frozen.len() >= FROZEN_LAYERS_MAX
+        self.mutable.borrow().frozen.len() >= FROZEN_LAYERS_MAX || self.memory.is_overdrawn()
     }
 
     async fn checkpoint_loop(self: Rc<Self>) {
         while !self.stopping.get() {
-            self.checkpoint_signal.wait().await;
+            let timeout = Duration::from_secs(self.context.config.checkpoint_timeout_s);
+            let signal = pin!(self.checkpoint_signal.wait());
+            select(signal, pin!(self.context.io.sleep(timeout))).await;
+            // Nothing may come in that would close the layer of a timeline that is idle.
+            if !self.ingesting.get() && !self.stopping.get() {
+                self.freeze_if_old();
+                self.freeze_if_full();
+            }
             while let Err(error) = self.write_frozen_layers().await {
                 if self.journal.has_failed() {
                     tracing::error!("{error}");
@@ -233,6 +248,8 @@ impl<I: Io> Timeline<I> {
         let first = mutable.frozen.remove(0);
         assert!(Arc::ptr_eq(&first, frozen), "frozen layers are written in order");
         mutable.lsns.advance(Advance::DiskConsistent(lsn));
+        drop(mutable);
+        self.note_memory();
     }
 
     /// Freezes, and waits until all that is ingested by now is in layer files.

@@ -262,7 +262,10 @@ impl<I: Io> Timeline<I> {
             let event = self.mutable.borrow_mut().wal.next(&mut bytes)?;
             let record = match event {
                 wal::stream::Event::Record(record) => record,
-                wal::stream::Event::NeedInput => return Ok(()),
+                wal::stream::Event::NeedInput => {
+                    self.note_memory();
+                    return Ok(());
+                }
                 wal::stream::Event::EndOfWal => {
                     return Err(TakeInError::Zeros { at: self.lsns().last_record });
                 }

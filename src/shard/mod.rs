@@ -19,6 +19,7 @@ pub mod ingest;
 pub mod layer_map;
 pub mod load;
 pub mod lsns;
+pub mod memory;
 pub mod metrics;
 pub mod primary;
 pub mod reader;

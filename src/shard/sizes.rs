@@ -8,6 +8,8 @@
 
 use std::collections::{BTreeMap, HashMap};
 
+use foldhash::fast::RandomState;
+
 use crate::base::{BlockNumber, Lsn, RelTag, SlruKind};
 use crate::limits::REL_SIZE_CACHE_ENTRIES_MAX;
 
@@ -23,7 +25,7 @@ pub struct RelSize {
 /// See the module's text.
 #[derive(Default)]
 pub struct Sizes {
-    rels: HashMap<RelTag, RelSize>,
+    rels: HashMap<RelTag, RelSize, RandomState>,
     slru: BTreeMap<(SlruKind, u32), BlockNumber>,
     origins: BTreeMap<u16, Lsn>,
 }

@@ -24,6 +24,7 @@ use super::follow::Connector;
 use super::import::{self, ImportError, ImportJob, Progress};
 use super::index::INDEX_FILE;
 use super::load::{LoadError, load};
+use super::memory::MemoryBudget;
 use super::metrics::Counters;
 use super::reader::{PageBackend, ReadError};
 use super::timeline::{Timeline, TimelineConfig, TimelineContext};
@@ -57,6 +58,8 @@ pub struct ShardContext<I: Io, C: Connector> {
     pub config: TimelineConfig,
     /// Memory for verified blocks of layer files, in bytes.
     pub block_cache_bytes: usize,
+    /// Memory for open and frozen layers, in bytes.
+    pub memory_budget_bytes: u64,
     /// Connects to WAL sources.
     pub connector: C,
     /// Redo services.
@@ -69,6 +72,7 @@ pub struct ShardContext<I: Io, C: Connector> {
 pub struct Shard<I: Io, C: Connector> {
     context: ShardContext<I, C>,
     cache: Rc<BlockCache>,
+    memory: Rc<MemoryBudget>,
     counters: Rc<Counters>,
     slots: RefCell<BTreeMap<(TenantShardId, TimelineId), Slot<I>>>,
     /// By tenant, and by what redo must know of the cluster: timelines may come from several.
@@ -92,6 +96,7 @@ impl<I: Io, C: Connector> Shard<I, C> {
         let cache = Rc::new(BlockCache::new(context.block_cache_bytes));
         let shard = Rc::new(Shard {
             cache,
+            memory: MemoryBudget::new(context.memory_budget_bytes),
             counters: Rc::new(Counters::default()),
             slots: RefCell::default(),
             redo: RefCell::default(),
@@ -159,6 +164,7 @@ impl<I: Io, C: Connector> Shard<I, C> {
                 background: context.background.clone(),
                 redo: self.redo_of(tenant, settings),
                 cache: self.cache.clone(),
+                memory: self.memory.clone(),
                 counters: self.counters.clone(),
                 config: context.config,
                 dir: dir.clone(),

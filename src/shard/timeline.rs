@@ -15,6 +15,7 @@ use super::health::Health;
 use super::index::{ClusterIdentity, IndexLayer, TimelineIndex, WalSourceConfig};
 use super::layer_map::LayerMap;
 use super::lsns::{Advance, LsnWaiters, Lsns};
+use super::memory::{MemoryBudget, Share};
 use super::metrics::Counters;
 use super::sizes::Sizes;
 use super::stored::StoredLayer;
@@ -52,6 +53,8 @@ pub struct TimelineContext<I: Io> {
     pub redo: Rc<dyn Redo>,
     /// Verified blocks of the core's layer files.
     pub cache: Rc<BlockCache>,
+    /// Memory of all open and frozen layers of the core.
+    pub memory: Rc<MemoryBudget>,
     /// Counters of the core.
     pub counters: Rc<Counters>,
     /// Sizes and times.
@@ -92,6 +95,7 @@ pub struct Timeline<I: Io> {
     pub(super) follow_ended: Cell<bool>,
     pub(super) source_connected: Cell<bool>,
     pub(super) health: RefCell<Health>,
+    pub(super) memory: Share,
 }
 
 /// The parts of a timeline that change.
@@ -172,6 +176,7 @@ impl<I: Io> Timeline<I> {
         let Opened { index, layers, journal } = opened;
         let lsn = index.disk_consistent_lsn;
         let open_since = context.io.now();
+        let checkpoint_signal = Signal::new();
         let wal = WalStream::new(lsn, wal_layout(&index.cluster))?;
         Ok(Rc::new(Timeline {
             tenant: index.tenant,
@@ -195,7 +200,8 @@ impl<I: Io> Timeline<I> {
                 flushed_record: lsn,
             }),
             waiters: LsnWaiters::default(),
-            checkpoint_signal: Signal::new(),
+            memory: context.memory.share(checkpoint_signal.sender.clone()),
+            checkpoint_signal,
             journal_signal: Signal::new(),
             status_signal: Signal::new(),
             flush_turn: Turn::default(),
@@ -209,6 +215,16 @@ impl<I: Io> Timeline<I> {
             health: RefCell::default(),
             context,
         }))
+    }
+
+    /// Tells the core's memory budget what this timeline takes.
+    pub(super) fn note_memory(&self) {
+        let mutable = self.mutable.borrow();
+        if mutable.broken.is_some() {
+            return;
+        }
+        let frozen = mutable.frozen.iter().map(|layer| layer.memory_bytes() as u64).sum();
+        self.memory.set(mutable.open.memory_bytes() as u64, frozen);
     }
 
     /// The milestones.
@@ -231,6 +247,8 @@ impl<I: Io> Timeline<I> {
     pub(super) fn set_broken(&self, kind: Kind, reason: String) {
         tracing::error!(tenant = %self.tenant, timeline = %self.id, ?kind, "ingest stops: {reason}");
         self.mutable.borrow_mut().broken.get_or_insert(reason);
+        // What it holds will never be written, and must not make others wait.
+        self.memory.set(0, 0);
         self.waiters.fail_all();
     }
 

@@ -191,6 +191,7 @@ pub(super) async fn start_shard(io: &SimIo, outside: &Rc<Outside>) -> Result<Sim
             image_layer_bytes: 1 << 20,
         },
         block_cache_bytes: (io.random_u64() % (1 << 20)) as usize,
+        memory_budget_bytes: 256 * 1024 + io.random_u64() % (1 << 20),
         connector: SimConnector { io: io.clone(), outside: outside.clone() },
         redo: Rc::new(ToyRedoFactory),
         owns: Rc::new(|_| true),

@@ -1,0 +1,171 @@
+//! Memory of a core's open and frozen layers, over all of its timelines. Pure.
+//!
+//! Every timeline has a [`Share`] and keeps it up to date. When all shares together exceed the
+//! budget, the largest open layer is asked to become a file; and the next largest, until what
+//! nobody has asked for yet fits. Far above the budget ingest waits, whoever it is for: files
+//! cannot be made as fast as WAL comes in.
+
+use std::cell::{Cell, RefCell};
+use std::rc::{Rc, Weak};
+
+use crate::limits::MEMORY_OVERDRAFT_PERCENT;
+
+/// See the module's text.
+#[derive(Debug)]
+pub struct MemoryBudget {
+    limit_bytes: u64,
+    open_bytes: Cell<u64>,
+    frozen_bytes: Cell<u64>,
+    shares: RefCell<Vec<Weak<Account>>>,
+}
+
+#[derive(Debug)]
+struct Account {
+    open: Cell<u64>,
+    frozen: Cell<u64>,
+    /// The open layer is to be frozen; wakes the task that does it.
+    asked: Cell<bool>,
+    wake: async_channel::Sender<()>,
+}
+
+/// One timeline's part.
+#[derive(Debug)]
+pub struct Share {
+    budget: Rc<MemoryBudget>,
+    account: Rc<Account>,
+}
+
+impl MemoryBudget {
+    /// A budget of `limit_bytes`.
+    pub fn new(limit_bytes: u64) -> Rc<MemoryBudget> {
+        Rc::new(MemoryBudget {
+            limit_bytes,
+            open_bytes: Cell::new(0),
+            frozen_bytes: Cell::new(0),
+            shares: RefCell::default(),
+        })
+    }
+
+    /// A part for one more timeline. `wake` gets a message when its layer should be frozen; a
+    /// full channel counts as told.
+    pub fn share(self: &Rc<Self>, wake: async_channel::Sender<()>) -> Share {
+        let (open, frozen, asked) = Default::default();
+        let account = Rc::new(Account { open, frozen, asked, wake });
+        let mut shares = self.shares.borrow_mut();
+        shares.retain(|share| share.strong_count() > 0);
+        shares.push(Rc::downgrade(&account));
+        drop(shares);
+        Share { budget: self.clone(), account }
+    }
+
+    /// Bytes of all open and frozen layers.
+    pub fn used_bytes(&self) -> u64 {
+        self.open_bytes.get() + self.frozen_bytes.get()
+    }
+
+    /// Ingest must wait.
+    pub fn is_overdrawn(&self) -> bool {
+        let most = u128::from(self.limit_bytes) * u128::from(MEMORY_OVERDRAFT_PERCENT) / 100;
+        u128::from(self.used_bytes()) > most
+    }
+
+    /// Asks for the largest open layers, as many as it takes. Half of the budget is for layers
+    /// that are being written: one after the other they would all be small otherwise.
+    fn ask(&self) {
+        if self.used_bytes() <= self.limit_bytes {
+            return;
+        }
+        let accounts: Vec<_> = self.shares.borrow().iter().filter_map(Weak::upgrade).collect();
+        let asked = accounts.iter().filter(|one| one.asked.get());
+        let mut rest = self.open_bytes.get() - asked.map(|one| one.open.get()).sum::<u64>();
+        let mut others: Vec<_> = accounts.iter().filter(|one| !one.asked.get()).collect();
+        others.sort_by_key(|one| std::cmp::Reverse(one.open.get()));
+        for account in others {
+            if rest <= self.limit_bytes / 2 || account.open.get() == 0 {
+                break;
+            }
+            rest -= account.open.get();
+            account.asked.set(true);
+            // Full: it will look anyway.
+            let _ = account.wake.try_send(());
+        }
+    }
+}
+
+impl Share {
+    /// Says how much the timeline's layers take, in bytes.
+    pub fn set(&self, open: u64, frozen: u64) {
+        let total = &self.budget.open_bytes;
+        total.set(total.get() - self.account.open.replace(open) + open);
+        let total = &self.budget.frozen_bytes;
+        total.set(total.get() - self.account.frozen.replace(frozen) + frozen);
+        self.budget.ask();
+    }
+
+    /// The open layer should be frozen.
+    pub fn is_asked(&self) -> bool {
+        self.account.asked.get()
+    }
+
+    /// The open layer was frozen.
+    pub fn done(&self) {
+        self.account.asked.set(false);
+    }
+
+    /// Ingest must wait.
+    pub fn is_overdrawn(&self) -> bool {
+        self.budget.is_overdrawn()
+    }
+}
+
+impl Drop for Share {
+    fn drop(&mut self) {
+        self.set(0, 0);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn share(budget: &Rc<MemoryBudget>) -> (Share, async_channel::Receiver<()>) {
+        let (wake, woken) = async_channel::bounded(1);
+        (budget.share(wake), woken)
+    }
+
+    #[test]
+    fn the_largest_goes_first_and_only_as_many_as_needed() {
+        let budget = MemoryBudget::new(100);
+        let shares: Vec<_> = (0..4).map(|_| share(&budget)).collect();
+        for ((one, _), bytes) in shares.iter().zip([10, 60, 20, 10]) {
+            one.set(bytes, 0);
+        }
+        let asked = || shares.iter().map(|(one, _)| one.is_asked()).collect::<Vec<_>>();
+        assert_eq!(asked(), [false; 4]);
+        shares[0].0.set(15, 0);
+        assert_eq!(asked(), [false, true, false, false]);
+        assert!(shares[1].1.try_recv().is_ok());
+        // Frozen and on its way out: the others fit.
+        shares[1].0.done();
+        shares[1].0.set(0, 60);
+        assert_eq!(asked(), [false; 4]);
+        shares[2].0.set(30, 0);
+        assert_eq!(asked(), [false, false, true, false]);
+        assert_eq!(budget.used_bytes(), 15 + 60 + 30 + 10);
+    }
+
+    #[test]
+    fn ingest_waits_far_above_the_budget_and_a_share_that_goes_gives_back() {
+        let budget = MemoryBudget::new(100);
+        let (one, _woken) = share(&budget);
+        let (two, _woken) = share(&budget);
+        one.set(40, 60);
+        assert!(!two.is_overdrawn());
+        two.set(0, 300);
+        assert!(one.is_overdrawn());
+        drop(two);
+        assert!(!one.is_overdrawn());
+        assert_eq!(budget.used_bytes(), 100);
+        assert_eq!(budget.shares.borrow().iter().filter(|one| one.strong_count() > 0).count(), 1);
+    }
+}
