@@ -23,7 +23,7 @@ use std::path::{Path, PathBuf};
 use bytes::{Buf, Bytes, BytesMut};
 
 use crate::base::{Kind, Lsn};
-use crate::io::{ALIGNMENT, File, Io, IoCause, IoError, align_down, align_up};
+use crate::io::{File, Io, IoCause, IoError, align_down, align_up};
 use crate::limits::{JOURNAL_BUFFER_BYTES_MAX, JOURNAL_SEGMENT_BYTES, JOURNAL_WRITE_BYTES_MAX};
 
 /// Why the journal cannot be used.
@@ -209,7 +209,7 @@ impl<I: Io> Journal<I> {
     /// no room ([`JournalError::NoSpace`]). A sync that failed is never tried again: the kernel
     /// may have dropped what it could not write, and report success the next time.
     pub async fn flush(&self) -> Result<Lsn, JournalError> {
-        let (start, bytes) = {
+        let (start, end) = {
             let state = self.state.borrow();
             if let Some(error) = &state.failed {
                 return Err(JournalError::Failed(error.clone()));
@@ -217,10 +217,9 @@ impl<I: Io> Journal<I> {
             if state.end() == state.synced {
                 return Ok(state.synced);
             }
-            (state.tail_start, Bytes::copy_from_slice(&state.tail))
+            (state.tail_start, state.end())
         };
-        let end = Lsn(start.0 + bytes.len() as u64);
-        let written = self.write_range(start, bytes).await;
+        let written = self.write_range(start, end).await;
         let mut state = self.state.borrow_mut();
         match written {
             Ok(bytes_written) => {
@@ -241,19 +240,49 @@ impl<I: Io> Journal<I> {
         }
     }
 
-    async fn write_range(&self, start: Lsn, mut bytes: Bytes) -> Result<u64, WriteError> {
+    /// Writes and syncs `start..end` of the tail. Only a flush shortens the tail, and there is one
+    /// at a time, so that the bytes stay while it waits.
+    async fn write_range(&self, start: Lsn, end: Lsn) -> Result<u64, WriteError> {
         let mut at = start;
         let mut written = 0;
-        while !bytes.is_empty() {
+        while at < end {
             let offset = at.segment_offset(JOURNAL_SEGMENT_BYTES);
-            let in_segment = (JOURNAL_SEGMENT_BYTES - offset) as usize;
-            let part = bytes.split_to(bytes.len().min(in_segment));
+            let part = (JOURNAL_SEGMENT_BYTES - offset).min(end.bytes_since(at));
+            let part = at..Lsn(at.0 + part);
             let file = self.take_segment(at.segment_number(JOURNAL_SEGMENT_BYTES)).await?;
-            let result = write_part(&file, offset, &part).await;
-            *self.current.borrow_mut() = Some((at.segment_number(JOURNAL_SEGMENT_BYTES), file));
+            at = part.end;
+            let result = self.write_part(&file, offset, part.clone()).await;
+            let number = part.start.segment_number(JOURNAL_SEGMENT_BYTES);
+            *self.current.borrow_mut() = Some((number, file));
             written += result?;
-            at = Lsn(at.0 + part.len() as u64);
         }
+        Ok(written)
+    }
+
+    /// Writes a part of the tail at `offset` of its segment and syncs; returns the bytes written.
+    async fn write_part(
+        &self,
+        file: &I::File,
+        mut offset: u64,
+        part: std::ops::Range<Lsn>,
+    ) -> Result<u64, WriteError> {
+        let (mut at, mut written) = (part.start, 0);
+        while at < part.end {
+            let len = (part.end.bytes_since(at) as usize).min(JOURNAL_WRITE_BYTES_MAX);
+            let mut buf = file.alloc(align_up(len as u64) as usize);
+            {
+                let state = self.state.borrow();
+                let first = at.bytes_since(state.tail_start) as usize;
+                let bytes = state.tail.get(first..first + len).unwrap_or_default();
+                buf.iter_mut().zip(bytes).for_each(|(to, from)| *to = *from);
+            }
+            let len_written = buf.len() as u64;
+            file.write_at(offset, buf).await?;
+            written += len_written;
+            offset += len_written;
+            at = Lsn(at.0 + len as u64);
+        }
+        file.sync().await.map_err(WriteError::Failed)?;
         Ok(written)
     }
 
@@ -351,17 +380,4 @@ impl<I: Io> Journal<I> {
         let per_id = (1u64 << 32) / JOURNAL_SEGMENT_BYTES;
         format!("{:08X}{:08X}{:08X}", self.tli, number / per_id, number % per_id)
     }
-}
-
-/// Writes `part` at `offset` and syncs; returns the bytes written.
-async fn write_part<F: File>(file: &F, offset: u64, part: &[u8]) -> Result<u64, WriteError> {
-    let mut written = 0;
-    for (index, chunk) in part.chunks(JOURNAL_WRITE_BYTES_MAX).enumerate() {
-        let mut buf = file.alloc(chunk.len().div_ceil(ALIGNMENT) * ALIGNMENT);
-        buf[..chunk.len()].copy_from_slice(chunk);
-        written += buf.len() as u64;
-        file.write_at(offset + (index * JOURNAL_WRITE_BYTES_MAX) as u64, buf).await?;
-    }
-    file.sync().await.map_err(WriteError::Failed)?;
-    Ok(written)
 }
