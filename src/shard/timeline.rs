@@ -272,7 +272,7 @@ impl<I: Io> Timeline<I> {
             wal_source: self.source.as_ref().map(|source| redacted(&source.conninfo)),
             wal_source_connected: self.source_connected.get(),
             wal_source_error: mutable.source_error.clone(),
-            layer_count: mutable.layers.iter().count() as u64,
+            layer_count: mutable.layers.len() as u64,
             layer_bytes: mutable.layers.iter().map(|(_, layer)| layer.file_bytes()).sum(),
             open_layer_bytes: mutable.open.memory_bytes() as u64 + frozen,
             journal_bytes: lsns.received.bytes_since(lsns.disk_consistent),
