@@ -221,6 +221,15 @@ impl<L: Clone> LayerMap<L> {
     }
 }
 
+/// Size of the tree over the keys.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct TreeSize {
+    /// Nodes on the longest path from the root to a leaf.
+    pub depth: usize,
+    /// Entries in the lists of all nodes.
+    pub list_entries: usize,
+}
+
 impl<L> LayerMap<L> {
     /// Two delta layers that share keys and LSNs, if there are any. O(n log n). Between
     /// compactions there are none.
@@ -247,8 +256,8 @@ impl<L> LayerMap<L> {
     }
 
     /// Compares the map's parts with each other, for tests and the simulator; what is wrong where
-    /// they do not fit. Layers may overlap. O(n log² n).
-    pub fn check_invariants(&self) -> Result<(), String> {
+    /// they do not fit, the tree's size where they do. Layers may overlap. O(n log² n).
+    pub fn check_invariants(&self) -> Result<TreeSize, String> {
         let mut boundaries: BTreeMap<Key, u32> = BTreeMap::new();
         let mut l0_count = 0;
         for (span, id) in &self.by_span {
@@ -290,15 +299,7 @@ impl<L> LayerMap<L> {
                 return Err(format!("{span:?} is in {found:?} lists instead of {expected}"));
             }
         }
-        Ok(())
-    }
-
-    /// Nodes on the longest path of the tree, and entries in all its lists.
-    #[cfg(test)]
-    fn tree_size(&self) -> (usize, usize) {
-        let place_of = |id: LayerId| self.slots[id as usize].as_ref().map(|(s, _)| s.place(id));
-        let census = self.cover.census(&place_of).unwrap();
-        (census.depth, census.lists.values().sum())
+        Ok(TreeSize { depth: census.depth, list_entries: census.lists.values().sum() })
     }
 }
 

@@ -101,6 +101,8 @@ const KEYS: [Key; 10] = [
     Key::MAX,
 ];
 const LSN_END: u64 = 12;
+/// The tree without layers.
+const EMPTY: TreeSize = TreeSize { depth: 1, list_entries: 0 };
 
 #[derive(Clone, Debug)]
 enum Op {
@@ -221,7 +223,7 @@ proptest! {
             map.check_invariants().unwrap();
         }
         prop_assert!(map.is_empty());
-        prop_assert_eq!(map.tree_size(), (1, 0));
+        prop_assert_eq!(map.check_invariants(), Ok(EMPTY));
     }
 }
 
@@ -359,7 +361,7 @@ fn fill_and_search(mut spans: Vec<LayerSpan>, key_end: u32) -> (LayerMap<u32>, T
 fn a_search_among_many_layers_takes_few_steps() {
     // The same 200 key ranges at each of 25 steps.
     let (map, _, steps) = fill_and_search(grid(200, 25, |_, n| 1_000 * n), 200_000);
-    let (depth, entries) = map.tree_size();
+    let TreeSize { depth, list_entries: entries } = map.check_invariants().unwrap();
     assert!(depth <= 24, "depth {depth}");
     assert!(entries < 3 * map.len(), "{entries} list entries");
     assert!(steps.nodes <= 48 && steps.layers <= 20, "{steps:?}");
@@ -371,7 +373,7 @@ fn a_search_among_many_layers_takes_few_steps() {
         n => 1_000 * n + (step as u32 * 379) % 997,
     };
     let (map, mut twin, steps) = fill_and_search(grid(200, 25, cut), 200_000);
-    let (depth, entries) = map.tree_size();
+    let TreeSize { depth, list_entries: entries } = map.check_invariants().unwrap();
     assert!(depth <= 36, "depth {depth}");
     assert!(entries < 16 * map.len(), "{entries} list entries");
     assert!(steps.nodes <= 72 && steps.layers <= 30, "{steps:?}");
@@ -398,12 +400,12 @@ fn rising_keys_keep_the_tree_shallow() {
     for n in 0..20_000 {
         map.insert(span(8 * n..8 * n + 8, 1..100, false), n);
     }
-    let (depth, entries) = map.tree_size();
+    let TreeSize { depth, list_entries: entries } = map.check_invariants().unwrap();
     assert!(depth <= 45, "depth {depth}");
     assert_eq!(entries, 20_000);
     assert!(map.overlapping_deltas().is_none());
     for n in 0..20_000 {
         assert_eq!(map.remove(&span(8 * n..8 * n + 8, 1..100, false)), Some(n));
     }
-    assert_eq!(map.tree_size(), (1, 0));
+    assert_eq!(map.check_invariants(), Ok(EMPTY));
 }
