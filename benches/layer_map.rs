@@ -3,6 +3,8 @@
 //! Besides times it counts what a search looks at: counts depend on the layers alone, not on the
 //! machine. See `docs/benchmarks.md`.
 
+#![allow(clippy::disallowed_methods, reason = "what the benchmarks share touches files")]
+
 mod common;
 
 use std::collections::BTreeSet;
