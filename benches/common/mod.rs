@@ -69,12 +69,6 @@ pub fn cpu_time(who: UsageWho) -> Result<Duration> {
     let part = |time: nix::sys::time::TimeVal| {
         Duration::from_micros((time.tv_sec() * 1_000_000 + time.tv_usec()).unsigned_abs())
     };
-    eprintln!(
-        "DBG {:?} {:?} faults {}",
-        part(usage.user_time()),
-        part(usage.system_time()),
-        usage.minor_page_faults()
-    );
     Ok(part(usage.user_time()) + part(usage.system_time()))
 }
 

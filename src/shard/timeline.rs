@@ -300,7 +300,7 @@ impl<I: Io> Timeline<I> {
             wal_source_error: mutable.source_error.clone(),
             ingest_paused: health.paused().map(str::to_owned),
             damaged: health.damaged().cloned().collect(),
-            layer_count: mutable.layers.iter().count() as u64,
+            layer_count: mutable.layers.len() as u64,
             layer_bytes: mutable.layers.iter().map(|(_, layer)| layer.file_bytes()).sum(),
             open_layer_bytes: mutable.open.memory_bytes() as u64 + frozen,
             journal_bytes: lsns.received.bytes_since(lsns.disk_consistent),

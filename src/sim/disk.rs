@@ -191,10 +191,8 @@ impl Disk {
     pub fn check_space(&mut self, inode: Inode, offset: u64, len: u64) -> Result<(), IoCause> {
         let Some(capacity) = self.capacity_bytes else { return Ok(()) };
         let needed = self.file(inode).needed_bytes(offset, len);
-        if needed > 0 {
-            if self.used_bytes() + needed > capacity {
-                return Err(IoCause::NoSpace);
-            }
+        if needed > 0 && self.used_bytes() + needed > capacity {
+            return Err(IoCause::NoSpace);
         }
         Ok(())
     }
