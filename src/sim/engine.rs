@@ -178,6 +178,7 @@ pub(super) async fn start_shard(io: &SimIo, outside: &Rc<Outside>) -> Result<Sim
     let (background, runner) = background::channel();
     io.spawn(TaskClass::Background, runner.run(io.clone()));
     let distance = 64 * 1024 + io.random_u64() % (512 * 1024);
+    let budget = 256 * 1024 + io.random_u64() % (1 << 20);
     let large = outside.large_layers.get();
     let context = ShardContext {
         core: 0,
@@ -191,7 +192,7 @@ pub(super) async fn start_shard(io: &SimIo, outside: &Rc<Outside>) -> Result<Sim
             image_layer_bytes: 1 << 20,
         },
         block_cache_bytes: (io.random_u64() % (1 << 20)) as usize,
-        memory_budget_bytes: 256 * 1024 + io.random_u64() % (1 << 20),
+        memory_budget_bytes: if large { 1 << 30 } else { budget },
         connector: SimConnector { io: io.clone(), outside: outside.clone() },
         redo: Rc::new(ToyRedoFactory),
         owns: Rc::new(|_| true),
