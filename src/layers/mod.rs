@@ -25,6 +25,7 @@
 
 pub mod block_cache;
 pub mod delta;
+pub mod dump;
 pub mod error;
 pub mod filter;
 pub mod format;
@@ -38,6 +39,8 @@ pub mod verify;
 mod file;
 mod writer;
 
+#[cfg(test)]
+mod campaign_tests;
 #[cfg(test)]
 mod tests;
 
