@@ -4,6 +4,7 @@
 #![allow(clippy::disallowed_methods, reason = "a test that runs programs")]
 
 mod common;
+mod corpus;
 
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -75,6 +76,9 @@ fn a_real_directory_is_checked() {
         dump_is_complete(layer);
     }
     let journal = files(&timeline.join("wal"), |_| true);
+    if std::env::var_os("RECORD_FUZZ_CORPUS").is_some() {
+        corpus::record(&layers, &journal);
+    }
     let mut victims = layers.clone();
     victims.push(timeline.join("index"));
     for victim in &victims {

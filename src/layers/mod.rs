@@ -30,6 +30,8 @@ pub mod error;
 pub mod filter;
 pub mod format;
 pub mod frozen;
+#[doc(hidden)]
+pub mod fuzzing;
 pub mod image;
 pub mod index;
 pub mod name;

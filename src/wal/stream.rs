@@ -498,3 +498,6 @@ impl WalStream {
         Some(self.emit())
     }
 }
+
+#[cfg(test)]
+mod tests;
