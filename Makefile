@@ -4,12 +4,16 @@
 #   make test    everything that must hold: format, lints, unit, simulation, real PostgreSQL
 #   make bench   figures, as ratios to a baseline of the same run
 #   make soak    the long runs
+#   make fuzz    searches with cargo-fuzz (TARGET=..., SECONDS=...); needs a nightly compiler
 
 SEEDS ?= 20000
+MUTATIONS ?= 100000
+TARGET ?= layer_index
+SECONDS ?= 60
 WALREDO_DIR := target/walredo
 WALREDO := $(WALREDO_DIR)/neon_walredo.so
 
-.PHONY: deps walredo build release demo test bench soak fmt lint
+.PHONY: deps walredo build release demo test bench soak fuzz fmt lint
 
 deps:
 	@scripts/install-deps.sh
@@ -44,3 +48,12 @@ bench: release
 
 soak: build
 	target/debug/pgstrata simulate --seeds $(SEEDS)
+	LAYER_MUTATIONS=$(MUTATIONS) cargo test --locked --release --lib \
+		damage_is_always_detected_and_never_served -- --nocapture
+	FUZZ_RUNS=$(MUTATIONS) cargo test --locked --release --test fuzz_corpus -- --nocapture
+
+# What it finds is added to test_data/fuzz, where every run of the tests tries it again.
+fuzz:
+	mkdir -p fuzz/corpus/$(TARGET)
+	cargo +nightly fuzz run $(TARGET) fuzz/corpus/$(TARGET) test_data/fuzz/$(TARGET) \
+		-- -max_total_time=$(SECONDS)

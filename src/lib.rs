@@ -25,6 +25,8 @@ pub mod admin;
 pub mod base;
 pub mod cli;
 pub mod config;
+#[doc(hidden)]
+pub mod fuzz;
 pub mod io;
 pub mod layers;
 pub mod limits;

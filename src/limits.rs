@@ -240,3 +240,17 @@ pub const NO_SPACE_RETRY_MS: u64 = 500;
 /// Ingest waits when open and frozen layers take so much of their budget.
 pub const MEMORY_OVERDRAFT_PERCENT: u64 = 200;
 const _: () = assert!(MEMORY_OVERDRAFT_PERCENT > 100);
+// Check.
+
+/// Bytes that `pgstrata check` reads at once where it reads on.
+pub const READ_AHEAD_BYTES: usize = 1024 * 1024;
+const _: () = assert!(READ_AHEAD_BYTES.is_multiple_of(crate::io::ALIGNMENT));
+/// Times that `pgstrata check` looks at something before it calls it damaged: a running node may
+/// be changing it.
+pub const CHECK_LOOKS: usize = 3;
+/// Pause between two such looks, in milliseconds.
+pub const CHECK_LOOK_PAUSE_MS: u64 = 30;
+/// Times that `pgstrata check` goes through a timeline for layers that are new since it began.
+pub const CHECK_ROUNDS_MAX: usize = 5;
+/// Contradictions of one timeline's index that `pgstrata check` names.
+pub const CHECK_PROBLEMS_MAX: usize = 100;

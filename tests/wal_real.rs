@@ -12,6 +12,7 @@ use std::process::Command;
 use pgstrata::base::Lsn;
 use pgstrata::wal::control_file::ControlFile;
 use pgstrata::wal::decode::decode;
+use pgstrata::wal::names::record_name;
 use pgstrata::wal::page::WalLayout;
 use pgstrata::wal::record::{RecordHeader, check_crc};
 use pgstrata::wal::stream::{Event, WalStream};
@@ -110,6 +111,10 @@ fn compare(data: &Path) {
                         let header = RecordHeader::parse(&record.bytes).unwrap();
                         let line =
                             lines.next().unwrap_or_else(|| panic!("{} is too many", record.start));
+                        let name = record_name(&header);
+                        let (rmgr, operation) = name.split_once(' ').unwrap();
+                        assert!(line.starts_with(&format!("rmgr: {rmgr} ")), "{line} {name}");
+                        assert!(line.contains(&format!("desc: {operation}")), "{line} {name}");
                         let mut changes = decode(&record.bytes, record.start, record.end).unwrap();
                         changes.retain(|c| matches!(c, pgstrata::wal::change::Change::Block(_)));
                         let high =

@@ -17,8 +17,10 @@ use clap::{Parser, Subcommand};
 
 pub mod admin_client;
 pub mod attach;
+pub mod check;
 pub mod demo;
 pub mod demo_node;
+pub mod layer;
 pub mod oracle;
 pub mod page_client;
 pub mod pg;
@@ -55,6 +57,11 @@ enum Command {
     Simulate(simulate::SimulateArgs),
     /// Compare a data directory with what a node serves.
     Verify(verify_command::VerifyArgs),
+    /// Check every file of a node's data directory; the node may be running.
+    Check(check::CheckArgs),
+    /// Look into a layer file.
+    #[command(subcommand)]
+    Layer(layer::LayerCommand),
     /// Show the timelines of a running node.
     Status(attach::StatusArgs),
 }
@@ -68,6 +75,8 @@ pub fn main() -> ExitCode {
         Command::Demo(args) => demo::demo(args),
         Command::Simulate(args) => simulate::simulate(args),
         Command::Verify(args) => verify_command::run(args),
+        Command::Check(args) => return check::run(&args),
+        Command::Layer(command) => layer::run(command),
         Command::Status(args) => attach::status(args),
     };
     match result {

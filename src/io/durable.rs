@@ -16,7 +16,7 @@
 
 use std::path::{Path, PathBuf};
 
-use super::{ALIGNMENT, File, Io, IoCause, IoError};
+use super::{ALIGNMENT, File, Io, IoCause, IoError, align_up};
 use crate::base::Kind;
 use crate::base::checksum::crc32c;
 use crate::limits::{DEVICE_IO_BYTES_MAX, SMALL_FILE_BYTES_MAX};
@@ -115,6 +115,16 @@ pub async fn read_file<I: Io>(io: &I, path: &Path) -> Result<Vec<u8>, DurableErr
     let result = read.await;
     file.close().await?;
     result
+}
+
+/// Length of the file of a small file whose body has this length, in bytes.
+pub fn file_bytes(body: usize) -> u64 {
+    align_up(HEADER_BYTES.saturating_add(body) as u64)
+}
+
+/// True if a file that begins with these bytes is a container.
+pub fn is_container(begin: &[u8]) -> bool {
+    begin.starts_with(MAGIC)
 }
 
 fn encode(body: &[u8]) -> Vec<u8> {

@@ -1,10 +1,11 @@
 //! The only door to disk, clock, randomness and tasks.
 //!
-//! Everything that has an effect goes through [`Io`] and [`File`], which have two
+//! Everything that has an effect goes through [`Io`] and [`File`], which have three
 //! implementations:
 //!
 //! 1. [`uring`]: glommio, io_uring and `O_DIRECT`; what runs in production;
-//! 2. `sim`: a seeded simulator that keeps live and durable state apart, so that a missing sync
+//! 2. [`read_only`]: what looks at a node's files from outside, and cannot change them;
+//! 3. `sim`: a seeded simulator that keeps live and durable state apart, so that a missing sync
 //!    is found at the first seeds instead of at the first power loss.
 //!
 //! Types that perform I/O carry one type parameter, always named `I`. Pure modules never do; a
@@ -31,6 +32,7 @@ use crate::base::Kind;
 mod conformance;
 pub mod durable;
 pub mod foreign;
+pub mod read_only;
 pub mod uring;
 
 /// Offsets and lengths of direct I/O are multiples of this many bytes.

@@ -242,6 +242,10 @@ impl<I: Io> DeltaLayer<I> {
         &self.file
     }
 
+    pub(super) fn index(&self) -> &[BlockRef] {
+        &self.index
+    }
+
     /// Name of the layer.
     pub fn name(&self) -> &LayerName {
         self.file.name()

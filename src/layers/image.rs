@@ -207,6 +207,10 @@ impl<I: Io> ImageLayer<I> {
         &self.file
     }
 
+    pub(super) fn index(&self) -> &ImageIndex {
+        &self.index
+    }
+
     /// Name of the layer.
     pub fn name(&self) -> &LayerName {
         self.file.name()

@@ -25,10 +25,13 @@
 
 pub mod block_cache;
 pub mod delta;
+pub mod dump;
 pub mod error;
 pub mod filter;
 pub mod format;
 pub mod frozen;
+#[doc(hidden)]
+pub mod fuzzing;
 pub mod image;
 pub mod index;
 pub mod name;
@@ -38,6 +41,8 @@ pub mod verify;
 mod file;
 mod writer;
 
+#[cfg(test)]
+mod campaign_tests;
 #[cfg(test)]
 mod tests;
 

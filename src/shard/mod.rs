@@ -8,6 +8,7 @@
 
 pub mod apply;
 pub mod background;
+pub mod check;
 pub mod checkpoint;
 pub mod control;
 pub mod follow;

@@ -324,21 +324,7 @@ impl<I: Io> Journal<I> {
     /// Up to `len` bytes from `start` on, within one segment; fewer where the file is shorter,
     /// none where it is missing. What is above `synced_lsn` may be zeros or rubbish.
     pub async fn read(&self, start: Lsn, len: usize) -> Result<Bytes, JournalError> {
-        let offset = start.segment_offset(JOURNAL_SEGMENT_BYTES);
-        let len = (len as u64).min(JOURNAL_SEGMENT_BYTES - offset);
-        let path = self.segment_path(start.segment_number(JOURNAL_SEGMENT_BYTES));
-        let file = match self.io.open(&path).await {
-            Ok(file) => file,
-            Err(error) if error.cause == IoCause::NotFound => return Ok(Bytes::new()),
-            Err(error) => return Err(error.into()),
-        };
-        let from = align_down(offset);
-        let result = file.read_at(from, (align_up(offset + len) - from) as usize).await;
-        file.close().await?;
-        let block = result?;
-        let skip = (offset - from) as usize;
-        let end = block.len().min(skip + len as usize);
-        Ok(Bytes::copy_from_slice(block.get(skip..end).unwrap_or_default()))
+        Ok(read_segment(&self.io, &self.dir, self.tli, start, len).await?)
     }
 
     /// Removes segments that lie wholly before `lsn`; returns how many.
@@ -375,9 +361,52 @@ impl<I: Io> Journal<I> {
         self.dir.join(self.segment_name(number))
     }
 
-    /// PostgreSQL's `XLogFileName` for segments of 16 MiB.
+    /// The name of a segment.
     pub fn segment_name(&self, number: u64) -> String {
-        let per_id = (1u64 << 32) / JOURNAL_SEGMENT_BYTES;
-        format!("{:08X}{:08X}{:08X}", self.tli, number / per_id, number % per_id)
+        segment_name(self.tli, number)
     }
+}
+
+/// Segments per log number: a log is 4 GiB of WAL.
+const SEGMENTS_PER_LOG: u64 = (1 << 32) / JOURNAL_SEGMENT_BYTES;
+
+/// PostgreSQL's `XLogFileName` for segments of 16 MiB.
+pub fn segment_name(tli: u32, number: u64) -> String {
+    format!("{tli:08X}{:08X}{:08X}", number / SEGMENTS_PER_LOG, number % SEGMENTS_PER_LOG)
+}
+
+/// PostgreSQL's timeline and the number of the segment with this name; `None` if it is no name
+/// of a segment of 16 MiB.
+pub fn parse_segment_name(name: &str) -> Option<(u32, u64)> {
+    let number = |at: usize| u32::from_str_radix(name.get(at..at + 8)?, 16).ok();
+    let (tli, log, segment) = (number(0)?, u64::from(number(8)?), u64::from(number(16)?));
+    let number = log * SEGMENTS_PER_LOG + segment;
+    // Only the exact printed form is a name.
+    (segment_name(tli, number) == name).then_some((tli, number))
+}
+
+/// Up to `len` bytes from `start` on out of the journal in `dir`, within one segment; fewer where
+/// the file is shorter, none where it is missing.
+pub async fn read_segment<I: Io>(
+    io: &I,
+    dir: &Path,
+    tli: u32,
+    start: Lsn,
+    len: usize,
+) -> Result<Bytes, IoError> {
+    let offset = start.segment_offset(JOURNAL_SEGMENT_BYTES);
+    let len = (len as u64).min(JOURNAL_SEGMENT_BYTES - offset);
+    let path = dir.join(segment_name(tli, start.segment_number(JOURNAL_SEGMENT_BYTES)));
+    let file = match io.open(&path).await {
+        Ok(file) => file,
+        Err(error) if error.cause == IoCause::NotFound => return Ok(Bytes::new()),
+        Err(error) => return Err(error),
+    };
+    let from = align_down(offset);
+    let result = file.read_at(from, (align_up(offset + len) - from) as usize).await;
+    file.close().await?;
+    let block = result?;
+    let skip = (offset - from) as usize;
+    let end = block.len().min(skip + len as usize);
+    Ok(Bytes::copy_from_slice(block.get(skip..end).unwrap_or_default()))
 }

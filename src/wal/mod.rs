@@ -15,6 +15,7 @@ pub mod control_file;
 pub mod decode;
 pub mod image;
 pub mod journal;
+pub mod names;
 pub mod page;
 mod pglz;
 pub mod receiver;

@@ -545,3 +545,6 @@ fn record_len(record: &[u8]) -> u64 {
     let len = record.first_chunk().map_or(0, |chunk| u32::from_le_bytes(*chunk));
     u64::from(len)
 }
+
+#[cfg(test)]
+mod tests;

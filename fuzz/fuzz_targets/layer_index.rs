@@ -1,0 +1,5 @@
+//! The index of a layer file.
+
+#![no_main]
+
+libfuzzer_sys::fuzz_target!(|data: &[u8]| pgstrata::fuzz::run("layer_index", data));
