@@ -232,3 +232,10 @@ pub const IMPORT_CANCEL_POLL_MS: u64 = 50;
 pub const EXECUTOR_START_MS_MAX: u64 = 2_000;
 /// Executors that are made for one place before the node gives up.
 pub const EXECUTOR_STARTS_MAX: usize = 5;
+// Native redo.
+
+/// WAL records that one redo request applies natively before other tasks of the core get their
+/// turn.
+pub const REDO_NATIVE_SLICE_RECORDS: usize = 256;
+/// Redo requests that `pgstrata redo compare` has under way.
+pub const REDO_COMPARE_DEPTH: usize = 2 * REDO_BATCH_REQUESTS;

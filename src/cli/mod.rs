@@ -22,6 +22,8 @@ pub mod demo_node;
 pub mod oracle;
 pub mod page_client;
 pub mod pg;
+pub mod redo_command;
+pub mod redo_compare;
 pub mod serve;
 mod service;
 pub mod simulate;
@@ -51,6 +53,8 @@ enum Command {
     Import(attach::ImportArgs),
     /// Show it all: a node, a primary, load, and a byte-for-byte proof.
     Demo(demo::DemoArgs),
+    /// Check redo.
+    Redo(redo_command::RedoArgs),
     /// Run the engine in the simulator.
     Simulate(simulate::SimulateArgs),
     /// Compare a data directory with what a node serves.
@@ -66,6 +70,7 @@ pub fn main() -> ExitCode {
         Command::Attach(args) => attach::attach(args),
         Command::Import(args) => attach::import(args),
         Command::Demo(args) => demo::demo(args),
+        Command::Redo(args) => redo_command::run(args),
         Command::Simulate(args) => simulate::simulate(args),
         Command::Verify(args) => verify_command::run(args),
         Command::Status(args) => attach::status(args),
