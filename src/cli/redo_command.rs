@@ -88,8 +88,8 @@ pub struct CompareArgs {
     #[arg(long = "set", value_name = "NAME=VALUE")]
     settings: Vec<String>,
     /// The wal-redo library; as a rule it is found beside this program.
-    #[arg(long, value_name = "FILE", default_value = "")]
-    library: PathBuf,
+    #[arg(long, value_name = "FILE")]
+    library: Option<PathBuf>,
 }
 
 /// Runs `pgstrata redo`.
@@ -176,11 +176,12 @@ fn compare_wal(
 ) -> Result<CompareReport, CommandError> {
     let redo = RedoSettings { hint_bits_logged };
     let scratch = root.join("redo");
-    make_dir(&scratch)?;
+    // The child's user has to get through.
+    std::fs::create_dir_all(&scratch)?;
     let child = ChildRedo::new(ChildSettings {
         tenant: "compare".to_owned(),
         postgres_bin: bin_dir().join("postgres"),
-        walredo_so: find_library(&args.library)?,
+        walredo_so: std::path::absolute(find_library(&args.library.clone().unwrap_or_default())?)?,
         scratch_dir: scratch,
         cpu: None,
         redo,

@@ -334,7 +334,11 @@ fn dedup(at: &mut Redoing<'_>) -> Fit<()> {
         append(&mut pending)?;
         pending.restart(tuple, number)?;
     }
+    done += usize::from(pending.tuples > 1);
     append(&mut pending)?;
+    if done != count {
+        return Err("not all intervals were found");
+    }
     *at.page = new;
     change_flags(at.page, 0, HAS_GARBAGE)?;
     at.set_lsn();
