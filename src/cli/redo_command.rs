@@ -136,17 +136,14 @@ fn make_wal(args: &CompareArgs, root: &Path) -> Result<(PgCluster, PathBuf, Lsn)
         "autovacuum_naptime = 2s".to_owned(),
     ];
     for setting in &args.settings {
-        let (name, value) = setting
-            .split_once('=')
-            .ok_or_else(|| format!("--set {setting}: write NAME=VALUE"))?;
+        let (name, value) =
+            setting.split_once('=').ok_or_else(|| format!("--set {setting}: write NAME=VALUE"))?;
         settings.push(format!("{} = '{}'", name.trim(), value.trim()));
     }
     let mut primary = PgCluster::init(&root.join("primary"), args.data_checksums, &settings)?;
     let base = root.join("base");
-    let copied = std::process::Command::new("cp")
-        .arg("-a")
-        .args([primary.data(), &base])
-        .status()?;
+    let copied =
+        std::process::Command::new("cp").arg("-a").args([primary.data(), &base]).status()?;
     if !copied.success() {
         return Err("the data directory could not be copied".into());
     }
@@ -161,6 +158,7 @@ fn make_wal(args: &CompareArgs, root: &Path) -> Result<(PgCluster, PathBuf, Lsn)
     }
     if args.workload != Load::Pgbench {
         workload::mixed(&primary, args.size, &say)?;
+        workload::rare(&primary)?;
     }
     primary.stop(StopMode::Fast)?;
     Ok((primary, base, from))

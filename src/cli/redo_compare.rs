@@ -29,11 +29,11 @@ use futures_util::{FutureExt, future};
 use super::admin_client::CommandError;
 use super::verify::{describe, differences};
 use super::verify_files::DataDirectory;
-use crate::base::page::{PAGE_SIZE, Page, page_is_new};
 use crate::base::key::FORK_VM;
+use crate::base::page::{PAGE_SIZE, Page, page_is_new};
 use crate::base::{BlockNumber, Lsn, RelTag, SmallRecord};
 use crate::limits::{REDO_COMPARE_DEPTH, VERIFY_DETAILS_MAX};
-use crate::redo::native::{Applied, NotNative, apply};
+use crate::redo::native::{Applied, NotNative, apply, apply_bytes};
 use crate::redo::small::{self, heap_block_to_map_block};
 use crate::redo::{Redo, RedoError, RedoRequest, RedoSettings};
 use crate::wal::change::Change;
@@ -252,6 +252,18 @@ impl<'a> Compare<'a> {
         let before = self.current(rel, number)?;
         let mut page: Box<Page> = before[..].try_into().map(Box::new)?;
         let done = apply(&mut page, record, block, lsn, &self.settings);
+        // The way that chains take finds its data in the record by itself.
+        let mut other: Box<Page> = before[..].try_into().map(Box::new)?;
+        let target = (rel, number);
+        let same = match apply_bytes(&mut other, &found.bytes, target, lsn, &self.settings) {
+            Ok(_) => done.is_ok() && other == page,
+            Err(NotNative::Unsupported { .. }) => done.is_err() || block.image.is_some(),
+            Err(NotNative::Misfit(_)) => done.is_err(),
+        };
+        if !same {
+            self.report.kinds.entry(kind).or_default().different += 1;
+            self.report.detail(|| format!("{rel} block {number} at {lsn}: two ways differ"));
+        }
         let base = (!block.will_init).then_some(before);
         let records = vec![(lsn, found.bytes.clone())];
         let request = RedoRequest { rel, block: number, base, records };
@@ -316,7 +328,10 @@ impl<'a> Compare<'a> {
         let (rmgr, operation) = *kind;
         self.report.kinds.entry(*kind).or_default().different += 1;
         self.report.detail(|| {
-            format!("{} {operation:02X}: {rel} block {block} at {lsn}: {problem}", manager_name(rmgr))
+            format!(
+                "{} {operation:02X}: {rel} block {block} at {lsn}: {problem}",
+                manager_name(rmgr)
+            )
         });
     }
 
@@ -334,8 +349,7 @@ impl<'a> Compare<'a> {
                 let heap_blocks = [Some(heap_block), None];
                 small::apply(&mut page, &SmallRecord::VmClear { flags, heap_blocks });
                 let page: Box<[u8]> = page;
-                let child =
-                    self.pages.get(&(rel, block)).is_some_and(|current| current.child);
+                let child = self.pages.get(&(rel, block)).is_some_and(|current| current.child);
                 self.pages.insert((rel, block), Current { page: Bytes::from(page), child });
             }
         }

@@ -135,7 +135,11 @@ fn fork_name(fork: u8) -> &'static str {
 }
 
 /// Byte ranges in which two pages differ, `pd_checksum` left out where asked for.
-pub(super) fn differences(ours: &[u8], oracle: &[u8], ignore_checksum: bool) -> Vec<std::ops::Range<usize>> {
+pub(super) fn differences(
+    ours: &[u8],
+    oracle: &[u8],
+    ignore_checksum: bool,
+) -> Vec<std::ops::Range<usize>> {
     let mut ranges: Vec<std::ops::Range<usize>> = Vec::new();
     for offset in 0..ours.len().max(oracle.len()) {
         if ours.get(offset) == oracle.get(offset)

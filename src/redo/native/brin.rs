@@ -38,7 +38,7 @@ const NO_SUCH_BLOCK: &str = "the record has more blocks than its kind";
 
 /// All records of the resource manager.
 pub(super) fn redo(at: &mut Redoing<'_>) -> Fit<()> {
-    match (at.record.header.info & OPERATION_MASK, at.block.id) {
+    match (at.view.info & OPERATION_MASK, at.view.id) {
         (CREATE_INDEX, 0) => create(at),
         (INSERT, 0 | 1) => insert(at, 0),
         // xl_brin_update: u16 old offset, u16 padding, xl_brin_insert
@@ -63,7 +63,7 @@ fn init_page(at: &mut Redoing<'_>, kind: u16) -> Fit<()> {
 
 /// `xl_brin_createidx`: u32 pages per range, u16 version.
 fn create(at: &mut Redoing<'_>) -> Fit<()> {
-    let main = &at.record.main_data;
+    let main = at.view.main;
     let (pages_per_range, version) = (u32_at(main, 0)?, u16_at(main, 4)?);
     init_page(at, TYPE_META)?;
     put_u32(at.page, HEADER, META_MAGIC)?;
@@ -77,25 +77,25 @@ fn create(at: &mut Redoing<'_>) -> Fit<()> {
 /// `xl_brin_insert` at `from`: u32 heap block, u32 pages per range, u16 offset. Reference 0 is the
 /// page of the tuple, reference 1 that of the map.
 fn insert(at: &mut Redoing<'_>, from: usize) -> Fit<()> {
-    let main = &at.record.main_data;
+    let main = at.view.main;
     let number = u16_at(main, from + 8)?;
-    if at.block.id == 1 {
+    if at.view.id == 1 {
         if !at.needs_redo()? {
             return Ok(());
         }
-        let block = at.other_block(0).ok_or("the record names no page for the tuple")?;
+        let block = at.view.other_block(0).ok_or("the record names no page for the tuple")?;
         let pointer = match number {
             0 => item_pointer(u32::MAX, 0),
             _ => item_pointer(block, number),
         };
         return set_pointer(at, u32_at(main, from + 4)?, u32_at(main, from)?, pointer);
     }
-    if at.record.header.info & INIT_PAGE != 0 {
+    if at.view.info & INIT_PAGE != 0 {
         init_page(at, TYPE_REGULAR)?;
     } else if !at.needs_redo()? {
         return Ok(());
     }
-    add_item(at.page, &at.block.data, usize::from(number), Add::Overwrite)?;
+    add_item(at.page, at.view.data, usize::from(number), Add::Overwrite)?;
     at.set_lsn();
     Ok(())
 }
@@ -111,7 +111,7 @@ fn set_pointer(at: &mut Redoing<'_>, per_range: u32, heap: u32, pointer: [u8; 6]
 
 /// Removes the tuple whose offset stands at `from`.
 fn remove(at: &mut Redoing<'_>, from: usize) -> Fit<()> {
-    let number = size_at(&at.record.main_data, from)?;
+    let number = size_at(at.view.main, from)?;
     if !at.needs_redo()? {
         return Ok(());
     }
@@ -122,19 +122,19 @@ fn remove(at: &mut Redoing<'_>, from: usize) -> Fit<()> {
 
 /// `xl_brin_samepage_update`: u16 offset.
 fn overwrite(at: &mut Redoing<'_>) -> Fit<()> {
-    let number = size_at(&at.record.main_data, 0)?;
+    let number = size_at(at.view.main, 0)?;
     if !at.needs_redo()? {
         return Ok(());
     }
-    index_overwrite(at.page, number, &at.block.data)?;
+    index_overwrite(at.page, number, at.view.data)?;
     at.set_lsn();
     Ok(())
 }
 
 /// `xl_brin_revmap_extend`: u32 new map page. Reference 0 is the meta page, reference 1 the new one.
 fn extend(at: &mut Redoing<'_>) -> Fit<()> {
-    let target = u32_at(&at.record.main_data, 0)?;
-    if at.block.id == 1 {
+    let target = u32_at(at.view.main, 0)?;
+    if at.view.id == 1 {
         init_page(at, TYPE_REVMAP)?;
     } else if at.needs_redo()? {
         put_u32(at.page, META_LAST_REVMAP, target)?;
@@ -148,7 +148,7 @@ fn extend(at: &mut Redoing<'_>) -> Fit<()> {
 
 /// Removes the map's entry for a heap block.
 fn forget(at: &mut Redoing<'_>) -> Fit<()> {
-    let main = &at.record.main_data;
+    let main = at.view.main;
     let (per_range, heap) = (u32_at(main, 0)?, u32_at(main, 4)?);
     if !at.needs_redo()? {
         return Ok(());

@@ -11,8 +11,8 @@ use super::btree_posting::{
 use super::compact::{index_delete, index_multi_delete, index_overwrite};
 use super::page::{
     Add, Fit, HEADER, INDEX_LINES_MAX, Line, add_item, bounds, empty_like, init, item,
-    item_pointer, line, lines, max_align, pointer_block, put, put_u16, put_u32, rest_at,
-    set_lower, set_upper, size_at, slice_at, special, u8_at, u16_at, u32_at,
+    item_pointer, line, lines, max_align, pointer_block, put, put_u16, put_u32, rest_at, set_lower,
+    set_upper, size_at, slice_at, special, u8_at, u16_at, u32_at,
 };
 use crate::base::page::{PAGE_SIZE, Page};
 
@@ -59,8 +59,8 @@ const META_BYTES: usize = 48;
 
 /// All records of the resource manager.
 pub(super) fn redo(at: &mut Redoing<'_>) -> Fit<()> {
-    let info = at.record.header.operation();
-    match (info, at.block.id) {
+    let info = at.view.operation();
+    match (info, at.view.id) {
         (INSERT_LEAF | INSERT_UPPER | INSERT_META, 0) => insert(at),
         (INSERT_POST, 0) => insert_posting(at),
         (INSERT_UPPER | INSERT_META | NEWROOT, 1) => clear_incomplete_split(at),
@@ -68,7 +68,7 @@ pub(super) fn redo(at: &mut Redoing<'_>) -> Fit<()> {
         (SPLIT_L | SPLIT_R, 0) => split_left(at, info == SPLIT_L),
         (SPLIT_L | SPLIT_R, 1) => split_right(at),
         (SPLIT_L | SPLIT_R, 2) => {
-            let right = at.other_block(1).ok_or("a split names no right page")?;
+            let right = at.view.other_block(1).ok_or("a split names no right page")?;
             link(at, PREV, right)
         }
         (SPLIT_L | SPLIT_R, 3) => clear_incomplete_split(at),
@@ -141,7 +141,7 @@ fn link(at: &mut Redoing<'_>, field: usize, sibling: u32) -> Fit<()> {
 /// The meta page, made anew. Block data (`xl_btree_metadata`): u32 version, root, level, fast
 /// root, fast level, pages deleted at the last cleanup, u8 "equal is identical".
 fn meta(at: &mut Redoing<'_>) -> Fit<()> {
-    let data = &at.block.data;
+    let data = at.view.data;
     init_page(at, &Opaque { prev: 0, next: 0, level: 0, flags: META })?;
     put_u32(at.page, HEADER, MAGIC)?;
     put(at.page, HEADER + 4, slice_at(data, 0, 24)?)?;
@@ -154,11 +154,11 @@ fn meta(at: &mut Redoing<'_>) -> Fit<()> {
 
 /// `xl_btree_insert`: u16 offset; block data: the tuple.
 fn insert(at: &mut Redoing<'_>) -> Fit<()> {
-    let number = size_at(&at.record.main_data, 0)?;
+    let number = size_at(at.view.main, 0)?;
     if !at.needs_redo()? {
         return Ok(());
     }
-    add_item(at.page, &at.block.data, number, Add::Shift)?;
+    add_item(at.page, at.view.data, number, Add::Shift)?;
     at.set_lsn();
     Ok(())
 }
@@ -178,12 +178,12 @@ fn copy_tuple<'a>(bytes: &[u8], buffer: &'a mut Page) -> Fit<&'a mut [u8]> {
 /// `xl_btree_insert`: u16 offset; block data: u16 entry at which the list of the tuple before is
 /// split, the new tuple.
 fn insert_posting(at: &mut Redoing<'_>) -> Fit<()> {
-    let number = size_at(&at.record.main_data, 0)?;
+    let number = size_at(at.view.main, 0)?;
     if !at.needs_redo()? {
         return Ok(());
     }
-    let entry = size_at(&at.block.data, 0)?;
-    let data = rest_at(&at.block.data, 2)?;
+    let entry = size_at(at.view.data, 0)?;
+    let data = rest_at(at.view.data, 2)?;
     let (mut old_buffer, mut new_buffer) = ([0; PAGE_SIZE], [0; PAGE_SIZE]);
     let new = copy_tuple(data, &mut new_buffer)?;
     if new.len() != data.len() {
@@ -220,15 +220,15 @@ fn restore_items(page: &mut Page, data: &[u8]) -> Fit<()> {
 /// The new page of a split. `xl_btree_split`: u32 level, u16 first item of the right page, u16
 /// offset of the new item, u16 entry at which a list is split, 0 if none is.
 fn split_right(at: &mut Redoing<'_>) -> Fit<()> {
-    let level = u32_at(&at.record.main_data, 0)?;
+    let level = u32_at(at.view.main, 0)?;
     let opaque = Opaque {
-        prev: at.other_block(0).ok_or("a split names no left page")?,
-        next: at.other_block(2).unwrap_or(NO_BLOCK),
+        prev: at.view.other_block(0).ok_or("a split names no left page")?,
+        next: at.view.other_block(2).unwrap_or(NO_BLOCK),
         level,
         flags: if level == 0 { LEAF } else { 0 },
     };
     init_page(at, &opaque)?;
-    restore_items(at.page, &at.block.data)?;
+    restore_items(at.page, at.view.data)?;
     at.set_lsn();
     Ok(())
 }
@@ -236,15 +236,15 @@ fn split_right(at: &mut Redoing<'_>) -> Fit<()> {
 /// The page that is split: what stays on it, in the order of numbers. Block data: the new tuple if
 /// it goes here or splits a list, the new high key.
 fn split_left(at: &mut Redoing<'_>, new_on_left: bool) -> Fit<()> {
-    let main = &at.record.main_data;
+    let main = at.view.main;
     let level = u32_at(main, 0)?;
     let (first_right, new_number, entry) =
         (size_at(main, 4)?, size_at(main, 6)?, size_at(main, 8)?);
-    let right = at.other_block(1).ok_or("a split names no right page")?;
+    let right = at.view.other_block(1).ok_or("a split names no right page")?;
     if !at.needs_redo()? {
         return Ok(());
     }
-    let mut data: &[u8] = &at.block.data;
+    let mut data = at.view.data;
     let (mut old_buffer, mut new_buffer) = ([0; PAGE_SIZE], [0; PAGE_SIZE]);
     let (mut new_item, mut replaced): (&[u8], Option<(usize, &[u8])>) = (&[], None);
     if new_on_left || entry != 0 {
@@ -295,12 +295,12 @@ fn split_left(at: &mut Redoing<'_>, new_on_left: bool) -> Fit<()> {
 
 /// `xl_btree_dedup`: u16 intervals; block data: u16 first tuple, u16 tuples, for each interval.
 fn dedup(at: &mut Redoing<'_>) -> Fit<()> {
-    let count = size_at(&at.record.main_data, 0)?;
+    let count = size_at(at.view.main, 0)?;
     if !at.needs_redo()? {
         return Ok(());
     }
     let page: &Page = at.page;
-    let data = &at.block.data;
+    let data = at.view.data;
     let interval = |index: usize| -> Fit<Option<(usize, usize)>> {
         match index < count {
             true => Ok(Some((size_at(data, 4 * index)?, size_at(data, 4 * index + 2)?))),
@@ -349,12 +349,12 @@ fn dedup(at: &mut Redoing<'_>) -> Fit<()> {
 /// deleted item, u16 offset of each updated one, then for each updated one u16 count and so many
 /// u16 entries of its list that are gone.
 fn delete(at: &mut Redoing<'_>, from: usize) -> Fit<()> {
-    let main = &at.record.main_data;
+    let main = at.view.main;
     let (deleted, updated) = (size_at(main, from)?, size_at(main, from + 2)?);
     if !at.needs_redo()? {
         return Ok(());
     }
-    let data: &[u8] = &at.block.data;
+    let data = at.view.data;
     let mut entries = 2 * (deleted + updated);
     if updated > 0 {
         let mut made = Made::new();
@@ -389,13 +389,13 @@ fn half_dead(at: &mut Redoing<'_>, prev: u32, next: u32, top_parent: u32) -> Fit
 /// `xl_btree_mark_page_halfdead`: u16 offset in the parent, u16 padding, u32 leaf, u32 left
 /// sibling, u32 right sibling, u32 top parent.
 fn half_dead_leaf(at: &mut Redoing<'_>) -> Fit<()> {
-    let main = &at.record.main_data;
+    let main = at.view.main;
     half_dead(at, u32_at(main, 8)?, u32_at(main, 12)?, u32_at(main, 16)?)
 }
 
 /// The parent: the link to the leaf becomes that to its right sibling, whose own goes.
 fn half_dead_parent(at: &mut Redoing<'_>) -> Fit<()> {
-    let number = size_at(&at.record.main_data, 0)?;
+    let number = size_at(at.view.main, 0)?;
     if !at.needs_redo()? {
         return Ok(());
     }
@@ -411,7 +411,7 @@ fn half_dead_parent(at: &mut Redoing<'_>) -> Fit<()> {
 /// `xl_btree_unlink_page`: u32 left sibling, u32 right sibling, u32 level, u32 padding, u64 xid, u32
 /// left sibling and u32 right sibling and u32 top parent of the leaf.
 fn unlink(at: &mut Redoing<'_>, id: u8) -> Fit<()> {
-    let main = &at.record.main_data;
+    let main = at.view.main;
     let (prev, next, level) = (u32_at(main, 0)?, u32_at(main, 4)?, u32_at(main, 8)?);
     match id {
         0 => {
@@ -435,11 +435,11 @@ fn unlink(at: &mut Redoing<'_>, id: u8) -> Fit<()> {
 
 /// `xl_btree_newroot`: u32 block, u32 level; block data: the items, unless the root is a leaf.
 fn new_root(at: &mut Redoing<'_>) -> Fit<()> {
-    let level = u32_at(&at.record.main_data, 4)?;
+    let level = u32_at(at.view.main, 4)?;
     let flags = if level == 0 { ROOT | LEAF } else { ROOT };
     init_page(at, &Opaque { prev: NO_BLOCK, next: NO_BLOCK, level, flags })?;
     if level > 0 {
-        restore_items(at.page, &at.block.data)?;
+        restore_items(at.page, at.view.data)?;
     }
     at.set_lsn();
     Ok(())

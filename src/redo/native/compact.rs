@@ -188,10 +188,12 @@ pub(super) fn index_delete_keep_lines(page: &mut Page, number: usize) -> Fit<()>
 
 /// Removes items from an index page; `numbers` ascend (`PageIndexMultiDelete`).
 pub(super) fn index_multi_delete(page: &mut Page, numbers: &[u8]) -> Fit<()> {
-    let numbers = || numbers.chunks_exact(2).map(|pair| match pair {
-        [low, high] => usize::from(u16::from_le_bytes([*low, *high])),
-        _ => 0,
-    });
+    let numbers = || {
+        numbers.chunks_exact(2).map(|pair| match pair {
+            [low, high] => usize::from(u16::from_le_bytes([*low, *high])),
+            _ => 0,
+        })
+    };
     let wanted = numbers().count();
     if wanted <= 2 {
         // PostgreSQL takes few items out one by one, which leaves other bytes in the hole.

@@ -11,8 +11,8 @@ use super::heap_tuple::{
     clear_hot_updated, is_only_locked, set_ctid, set_prunable, set_xmax_bits, write_header,
 };
 use super::page::{
-    ALL_VISIBLE, Add, Fit, Line, change_flags, init, item, item_pointer, normal_item, put,
-    put_u32, reserve, rest_at, size_at, slice_at, u8_at, u16_at, u32_at,
+    ALL_VISIBLE, Add, Fit, Line, change_flags, init, item, item_pointer, normal_item, put, put_u32,
+    reserve, rest_at, size_at, slice_at, u8_at, u16_at, u32_at,
 };
 use crate::base::page::PAGE_SIZE;
 
@@ -48,7 +48,7 @@ const MOVED_PARTITIONS: (u32, u16) = (u32::MAX, 0xFFFD);
 
 /// All records of resource manager `Heap`.
 pub(super) fn redo(at: &mut Redoing<'_>) -> Fit<()> {
-    match at.record.header.info & OPERATION_MASK {
+    match at.view.info & OPERATION_MASK {
         INSERT => insert(at),
         DELETE => delete(at),
         UPDATE => update(at, false),
@@ -62,7 +62,7 @@ pub(super) fn redo(at: &mut Redoing<'_>) -> Fit<()> {
 }
 
 fn only_first_block(at: &Redoing<'_>) -> Fit<()> {
-    match at.block.id {
+    match at.view.id {
         0 => Ok(()),
         _ => Err("the record has more blocks than its kind"),
     }
@@ -70,7 +70,7 @@ fn only_first_block(at: &Redoing<'_>) -> Fit<()> {
 
 /// The common rules for a page to which tuples are added.
 fn prepare(at: &mut Redoing<'_>) -> Fit<bool> {
-    if at.record.header.info & INIT_PAGE == 0 {
+    if at.view.info & INIT_PAGE == 0 {
         return at.needs_redo();
     }
     at.will_init()?;
@@ -98,8 +98,8 @@ fn add_tuple(
         return Err("a tuple is too long");
     }
     let place = reserve(at.page, len, usize::from(number), Add::Heap)?;
-    let xids = (at.record.header.xid, xmax);
-    write_header(at.page, place, header, xids, item_pointer(at.block.block, number))?;
+    let xids = (at.view.xid, xmax);
+    write_header(at.page, place, header, xids, item_pointer(at.view.number, number))?;
     let mut end = place + TUPLE_HEADER;
     for part in parts {
         put(at.page, end, part)?;
@@ -119,12 +119,12 @@ fn logged_header(data: &[u8], from: usize) -> Fit<LoggedHeader> {
 /// `xl_heap_insert`: u16 offset, u8 flags; block data: header, tuple.
 fn insert(at: &mut Redoing<'_>) -> Fit<()> {
     only_first_block(at)?;
-    let main = &at.record.main_data;
+    let main = at.view.main;
     let (number, flags) = (u16_at(main, 0)?, u8_at(main, 2)?);
     if !prepare(at)? {
         return Ok(());
     }
-    let data = &at.block.data;
+    let data = at.view.data;
     let header = logged_header(data, 0)?;
     add_tuple(at, number, header, 0, &[rest_at(data, LOGGED_HEADER)?])?;
     at.set_lsn();
@@ -135,13 +135,13 @@ fn insert(at: &mut Redoing<'_>) -> Fit<()> {
 /// anew; block data: tuples, each aligned to 2: u16 length, header, tuple.
 pub(super) fn multi_insert(at: &mut Redoing<'_>) -> Fit<()> {
     only_first_block(at)?;
-    let main = &at.record.main_data;
+    let main = at.view.main;
     let (flags, count) = (u8_at(main, 0)?, size_at(main, 2)?);
     if !prepare(at)? {
         return Ok(());
     }
-    let is_init = at.record.header.info & INIT_PAGE != 0;
-    let data = &at.block.data;
+    let is_init = at.view.info & INIT_PAGE != 0;
+    let data = at.view.data;
     let mut from = 0;
     for index in 0..count {
         let number = match is_init {
@@ -174,7 +174,7 @@ fn tuple(at: &Redoing<'_>, number: u16) -> Fit<Line> {
 /// `xl_heap_delete`: u32 xmax, u16 offset, u8 infobits, u8 flags.
 fn delete(at: &mut Redoing<'_>) -> Fit<()> {
     only_first_block(at)?;
-    let main = &at.record.main_data;
+    let main = at.view.main;
     let (xmax, number) = (u32_at(main, 0)?, u16_at(main, 4)?);
     let (infobits, flags) = (u8_at(main, 6)?, u8_at(main, 7)?);
     if !at.needs_redo()? {
@@ -187,10 +187,10 @@ fn delete(at: &mut Redoing<'_>) -> Fit<()> {
         _ => put_u32(at.page, place + XMIN, 0)?,
     }
     clear_cmax(at.page, place)?;
-    set_prunable(at.page, at.record.header.xid)?;
+    set_prunable(at.page, at.view.xid)?;
     clear_all_visible(at, flags, ALL_VISIBLE_CLEARED)?;
     let (block, offset) = match flags & DELETE_IS_PARTITION_MOVE {
-        0 => (at.block.block, number),
+        0 => (at.view.number, number),
         _ => MOVED_PARTITIONS,
     };
     set_ctid(at.page, place, block, offset)?;
@@ -202,12 +202,12 @@ fn delete(at: &mut Redoing<'_>) -> Fit<()> {
 /// offset. Reference 0 is the page of the new version, reference 1 that of the old one if it is
 /// another.
 fn update(at: &mut Redoing<'_>, hot: bool) -> Fit<()> {
-    let new_block = at.other_block(0).ok_or("an update names no page")?;
-    let old_block = at.other_block(1);
-    if old_block == Some(new_block) || at.block.id > 1 {
+    let new_block = at.view.other_block(0).ok_or("an update names no page")?;
+    let old_block = at.view.other_block(1);
+    if old_block == Some(new_block) || at.view.id > 1 {
         return Err("an update names its pages in a wrong way");
     }
-    if at.block.id == 1 {
+    if at.view.id == 1 {
         return match at.needs_redo()? {
             true => update_old(at, hot, new_block).map(drop),
             false => Ok(()),
@@ -228,7 +228,7 @@ fn update(at: &mut Redoing<'_>, hot: bool) -> Fit<()> {
 
 /// Marks the old version; gives its place.
 fn update_old(at: &mut Redoing<'_>, hot: bool, new_block: u32) -> Fit<Line> {
-    let main = &at.record.main_data;
+    let main = at.view.main;
     let (xmax, number) = (u32_at(main, 0)?, u16_at(main, 4)?);
     let (infobits, flags, new_number) = (u8_at(main, 6)?, u8_at(main, 7)?, u16_at(main, 12)?);
     let old = tuple(at, number)?;
@@ -237,7 +237,7 @@ fn update_old(at: &mut Redoing<'_>, hot: bool, new_block: u32) -> Fit<Line> {
     put_u32(at.page, old.offset + XMAX, xmax)?;
     clear_cmax(at.page, old.offset)?;
     set_ctid(at.page, old.offset, new_block, new_number)?;
-    set_prunable(at.page, at.record.header.xid)?;
+    set_prunable(at.page, at.view.xid)?;
     clear_all_visible(at, flags, ALL_VISIBLE_CLEARED)?;
     at.set_lsn();
     Ok(old)
@@ -247,9 +247,9 @@ fn update_old(at: &mut Redoing<'_>, hot: bool, new_block: u32) -> Fit<Line> {
 /// page. Block data: u16 prefix length and u16 suffix length if there are such, header, bytes up
 /// to `t_hoff`, then what stands between prefix and suffix.
 fn update_new(at: &mut Redoing<'_>, old: Option<Line>) -> Fit<()> {
-    let main = &at.record.main_data;
+    let main = at.view.main;
     let (flags, xmax, number) = (u8_at(main, 7)?, u32_at(main, 8)?, u16_at(main, 12)?);
-    let data = &at.block.data;
+    let data = at.view.data;
     let mut from = 0;
     let mut shared = |flag: u8| -> Fit<usize> {
         if flags & flag == 0 {
@@ -294,12 +294,12 @@ fn update_new(at: &mut Redoing<'_>, old: Option<Line>) -> Fit<()> {
 /// `xl_heap_confirm`: u16 offset. A speculative insertion has come true.
 fn confirm(at: &mut Redoing<'_>) -> Fit<()> {
     only_first_block(at)?;
-    let number = u16_at(&at.record.main_data, 0)?;
+    let number = u16_at(at.view.main, 0)?;
     if !at.needs_redo()? {
         return Ok(());
     }
     let place = tuple(at, number)?.offset;
-    set_ctid(at.page, place, at.block.block, number)?;
+    set_ctid(at.page, place, at.view.number, number)?;
     at.set_lsn();
     Ok(())
 }
@@ -307,7 +307,7 @@ fn confirm(at: &mut Redoing<'_>) -> Fit<()> {
 /// `xl_heap_lock`: u32 xmax, u16 offset, i8 infobits, u8 flags.
 fn lock(at: &mut Redoing<'_>) -> Fit<()> {
     only_first_block(at)?;
-    let main = &at.record.main_data;
+    let main = at.view.main;
     let (xmax, number, infobits) = (u32_at(main, 0)?, u16_at(main, 4)?, u8_at(main, 6)?);
     if !at.needs_redo()? {
         return Ok(());
@@ -316,7 +316,7 @@ fn lock(at: &mut Redoing<'_>) -> Fit<()> {
     set_xmax_bits(at.page, place, infobits, HotUpdated::Keep)?;
     if is_only_locked(at.page, place)? {
         clear_hot_updated(at.page, place)?;
-        set_ctid(at.page, place, at.block.block, number)?;
+        set_ctid(at.page, place, at.view.number, number)?;
     }
     put_u32(at.page, place + XMAX, xmax)?;
     clear_cmax(at.page, place)?;
@@ -327,7 +327,7 @@ fn lock(at: &mut Redoing<'_>) -> Fit<()> {
 /// `xl_heap_lock_updated`: u32 xmax, u16 offset, u8 infobits, u8 flags.
 pub(super) fn lock_updated(at: &mut Redoing<'_>) -> Fit<()> {
     only_first_block(at)?;
-    let main = &at.record.main_data;
+    let main = at.view.main;
     let (xmax, number, infobits) = (u32_at(main, 0)?, u16_at(main, 4)?, u8_at(main, 6)?);
     if !at.needs_redo()? {
         return Ok(());
@@ -342,17 +342,16 @@ pub(super) fn lock_updated(at: &mut Redoing<'_>) -> Fit<()> {
 /// `xl_heap_inplace`: u16 offset; block data: the tuple's data, of the same length.
 fn inplace(at: &mut Redoing<'_>) -> Fit<()> {
     only_first_block(at)?;
-    let number = u16_at(&at.record.main_data, 0)?;
+    let number = u16_at(at.view.main, 0)?;
     if !at.needs_redo()? {
         return Ok(());
     }
     let found = tuple(at, number)?;
     let data = usize::from(u8_at(at.page, found.offset + HOFF)?);
-    if found.len.checked_sub(data) != Some(at.block.data.len()) {
+    if found.len.checked_sub(data) != Some(at.view.data.len()) {
         return Err("a tuple is overwritten by one of another length");
     }
-    put(at.page, found.offset + data, &at.block.data)?;
+    put(at.page, found.offset + data, at.view.data)?;
     at.set_lsn();
     Ok(())
 }
-

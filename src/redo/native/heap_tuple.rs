@@ -46,8 +46,7 @@ const MOVED: u16 = 0xC000;
 /// `HEAP_LOCK_MASK`.
 const LOCK_MASK: u16 = XMAX_KEYSHR_LOCK | XMAX_EXCL_LOCK;
 /// `HEAP_XMAX_BITS`.
-const XMAX_BITS: u16 =
-    XMAX_COMMITTED | XMAX_INVALID | XMAX_IS_MULTI | LOCK_MASK | XMAX_LOCK_ONLY;
+const XMAX_BITS: u16 = XMAX_COMMITTED | XMAX_INVALID | XMAX_IS_MULTI | LOCK_MASK | XMAX_LOCK_ONLY;
 
 const KEYS_UPDATED: u16 = 0x2000;
 const HOT_UPDATED: u16 = 0x4000;
@@ -114,8 +113,7 @@ pub(super) fn set_xmax_bits(page: &mut Page, at: usize, infobits: u8, hot: HotUp
 /// `HEAP_XMAX_IS_LOCKED_ONLY`.
 pub(super) fn is_only_locked(page: &Page, at: usize) -> Fit<bool> {
     let infomask = u16_at(page, at + INFOMASK)?;
-    Ok(infomask & XMAX_LOCK_ONLY != 0
-        || infomask & (XMAX_IS_MULTI | LOCK_MASK) == XMAX_EXCL_LOCK)
+    Ok(infomask & XMAX_LOCK_ONLY != 0 || infomask & (XMAX_IS_MULTI | LOCK_MASK) == XMAX_EXCL_LOCK)
 }
 
 /// `HeapTupleHeaderClearHotUpdated`.

@@ -29,28 +29,28 @@ const FREEZE_TUPLE: usize = 12;
 /// `VISIBILITYMAP_VALID_BITS`.
 const MAP_BITS: u8 = 0x03;
 
-/// Operations that do not concern pages, and are not expected for one.
-pub(super) fn is_foreign(operation: u8) -> bool {
-    operation & OPERATION_MASK == REWRITE
+/// False for what does not concern pages and is not expected for one.
+pub(super) fn is_known(operation: u8) -> bool {
+    operation & OPERATION_MASK != REWRITE
 }
 
-/// All records of resource manager `Heap2`; `None` for those that do not concern pages.
-pub(super) fn redo(at: &mut Redoing<'_>) -> Option<Fit<()>> {
-    Some(match at.record.header.info & OPERATION_MASK {
+/// All records of resource manager `Heap2` that concern pages.
+pub(super) fn redo(at: &mut Redoing<'_>) -> Fit<()> {
+    match at.view.info & OPERATION_MASK {
         PRUNE => prune(at),
         VACUUM => vacuum(at),
         FREEZE_PAGE => freeze(at),
         VISIBLE => visible(at),
         MULTI_INSERT => multi_insert(at),
         LOCK_UPDATED => lock_updated(at),
-        REWRITE => return None,
+        REWRITE => Err("the record does not concern pages"),
         // XLOG_HEAP2_NEW_CID serves logical decoding alone.
         _ => Ok(()),
-    })
+    }
 }
 
 fn only_first_block(at: &Redoing<'_>) -> Fit<()> {
-    match at.block.id {
+    match at.view.id {
         0 => Ok(()),
         _ => Err("the record has more blocks than its kind"),
     }
@@ -60,12 +60,12 @@ fn only_first_block(at: &Redoing<'_>) -> Fit<()> {
 /// …, u16 unused up to the end.
 fn prune(at: &mut Redoing<'_>) -> Fit<()> {
     only_first_block(at)?;
-    let main = &at.record.main_data;
+    let main = at.view.main;
     let (redirected, dead) = (size_at(main, 4)?, size_at(main, 6)?);
     if !at.needs_redo()? {
         return Ok(());
     }
-    let data = &at.block.data;
+    let data = at.view.data;
     let mut from = 0;
     for _ in 0..redirected {
         let (number, target) = (size_at(data, from)?, size_at(data, from + 2)?);
@@ -89,12 +89,12 @@ fn prune(at: &mut Redoing<'_>) -> Fit<()> {
 /// `xl_heap_vacuum`: u16 count; block data: u16 unused ….
 fn vacuum(at: &mut Redoing<'_>) -> Fit<()> {
     only_first_block(at)?;
-    let count = size_at(&at.record.main_data, 0)?;
+    let count = size_at(at.view.main, 0)?;
     if !at.needs_redo()? {
         return Ok(());
     }
     for index in 0..count {
-        set_line(at.page, size_at(&at.block.data, 2 * index)?, Line::UNUSED)?;
+        set_line(at.page, size_at(at.view.data, 2 * index)?, Line::UNUSED)?;
     }
     truncate_lines(at.page)?;
     at.set_lsn();
@@ -105,11 +105,11 @@ fn vacuum(at: &mut Redoing<'_>) -> Fit<()> {
 /// offset, u16 infomask2, u16 infomask, u8 flags.
 fn freeze(at: &mut Redoing<'_>) -> Fit<()> {
     only_first_block(at)?;
-    let count = size_at(&at.record.main_data, 4)?;
+    let count = size_at(at.view.main, 4)?;
     if !at.needs_redo()? {
         return Ok(());
     }
-    let data = &at.block.data;
+    let data = at.view.data;
     for index in 0..count {
         let entry = index * FREEZE_TUPLE;
         let number = size_at(data, entry + 4)?;
@@ -132,9 +132,9 @@ fn freeze(at: &mut Redoing<'_>) -> Fit<()> {
 /// `xl_heap_visible`: u32 xid, u8 flags. Reference 0 is the visibility map's page, reference 1 the
 /// heap page.
 fn visible(at: &mut Redoing<'_>) -> Fit<()> {
-    let flags = u8_at(&at.record.main_data, 4)?;
-    let heap_block = at.other_block(1).ok_or("the record names no heap page")?;
-    match at.block.id {
+    let flags = u8_at(at.view.main, 4)?;
+    let heap_block = at.view.other_block(1).ok_or("the record names no heap page")?;
+    match at.view.id {
         0 => visible_in_map(at, flags, heap_block),
         1 => {
             if at.needs_redo()? {
@@ -152,10 +152,10 @@ fn visible(at: &mut Redoing<'_>) -> Fit<()> {
 /// Sets bits in the map. The page may be new, and gets its header then; its LSN changes with the
 /// bits only.
 fn visible_in_map(at: &mut Redoing<'_>, flags: u8, heap_block: u32) -> Fit<()> {
-    if heap_block_to_map_block(heap_block) != at.block.block {
+    if heap_block_to_map_block(heap_block) != at.view.number {
         return Err("the heap page belongs to another page of the map");
     }
-    if page_is_new(&at.page[..]) && !at.block.replaces_page() {
+    if page_is_new(&at.page[..]) && !at.replaces_page() {
         if at.lsn <= crate::base::page::page_lsn(&at.page[..]) {
             return Ok(());
         }

@@ -19,12 +19,16 @@
 
 #![forbid(unsafe_code)]
 
+use bytes::Bytes;
+
 use crate::base::page::{Page, page_is_new, page_lsn, set_page_lsn};
 use crate::base::{BlockNumber, Lsn, RelTag};
+use crate::wal::image::BlockImage;
 use crate::wal::record::{BlockRef, Record, rmgr_id};
 
 use super::RedoSettings;
 use page::Fit;
+use view::{Found, View};
 
 mod brin;
 mod btree;
@@ -36,6 +40,7 @@ mod heap_vacuum;
 mod page;
 pub mod run;
 mod simple;
+mod view;
 
 #[cfg(test)]
 mod tests;
@@ -80,72 +85,116 @@ pub fn apply(
     lsn: Lsn,
     settings: &RedoSettings,
 ) -> Result<Applied, NotNative> {
-    let info = record.header.operation();
-    let rmid = record.header.rmgr;
-    let unsupported = Err(NotNative::Unsupported { rmid, info });
-    let mut at = Redoing { page, record, block, lsn, settings, applied: Applied::Skipped };
-    let done = match rmid {
-        rmgr_id::XLOG if info == XLOG_FPI || info == XLOG_FPI_FOR_HINT => at.full_page(info),
-        rmgr_id::HEAP => heap::redo(&mut at),
-        rmgr_id::HEAP2 => match heap_vacuum::redo(&mut at) {
-            Some(done) => done,
-            None => return unsupported,
-        },
-        rmgr_id::BTREE => btree::redo(&mut at),
-        rmgr_id::SEQ => simple::sequence(&mut at),
-        rmgr_id::BRIN => brin::redo(&mut at),
-        rmgr_id::GENERIC => simple::generic(&mut at),
-        rmgr_id::GIN | rmgr_id::SPGIST if is_image(block) => at.needs_redo().map(drop),
-        _ => return unsupported,
-    };
-    match done {
+    apply_view(page, &View::of(record, block), lsn, settings)
+}
+
+/// Applies a record, as it stands in the WAL, to the page of one block. A record that does not
+/// name the block changes nothing. The checksum is not looked at.
+///
+/// A record that carries an image of the page for comparison (`wal_consistency_checking`) is not
+/// supported here: the child compares, masked as PostgreSQL masks.
+///
+/// # Errors
+/// As [`apply`].
+pub fn apply_bytes(
+    page: &mut Page,
+    bytes: &Bytes,
+    target: (RelTag, BlockNumber),
+    lsn: Lsn,
+    settings: &RedoSettings,
+) -> Result<Applied, NotNative> {
+    match view::find(bytes, target.0, target.1) {
+        Found::View(view) => return apply_view(page, &view, lsn, settings),
+        Found::Absent => return Ok(Applied::Skipped),
+        Found::Other => {}
+    }
+    let record = Record::parse(bytes).map_err(|_| NotNative::Misfit("the record is malformed"))?;
+    let is_target = |found: &&BlockRef| found.block == target.1 && found.rel == target.0;
+    let mut named = record.blocks.iter().filter(is_target);
+    match (named.next(), named.next()) {
+        (None, _) => Ok(Applied::Skipped),
+        (Some(found), None) if found.image.as_ref().is_none_or(BlockImage::apply) => {
+            apply(page, &record, found, lsn, settings)
+        }
+        (Some(found), None) => Err(unsupported(&View::of(&record, found))),
+        (Some(_), Some(_)) => Err(NotNative::Misfit("the record names the block twice")),
+    }
+}
+
+/// True for records that [`apply_bytes`] never applies to this block, whatever the page: a row of
+/// them need not be tried one by one.
+pub fn is_foreign(bytes: &Bytes, target: (RelTag, BlockNumber)) -> bool {
+    match view::find(bytes, target.0, target.1) {
+        Found::View(view) => return manager(&view).is_none(),
+        Found::Absent => return false,
+        Found::Other => {}
+    }
+    let Ok(record) = Record::parse(bytes) else { return true };
+    let mut blocks = record.blocks.iter();
+    blocks.find(|found| found.block == target.1 && found.rel == target.0).is_some_and(|found| {
+        found.image.as_ref().is_some_and(|image| !image.apply())
+            || manager(&View::of(&record, found)).is_none()
+    })
+}
+
+fn unsupported(view: &View<'_>) -> NotNative {
+    NotNative::Unsupported { rmid: view.rmgr, info: view.operation() }
+}
+
+fn apply_view(
+    page: &mut Page,
+    view: &View<'_>,
+    lsn: Lsn,
+    settings: &RedoSettings,
+) -> Result<Applied, NotNative> {
+    let redo = manager(view).ok_or_else(|| unsupported(view))?;
+    let mut at = Redoing { page, view, lsn, settings, applied: Applied::Skipped };
+    match redo(&mut at) {
         Ok(()) => Ok(at.applied),
         Err(what) => Err(NotNative::Misfit(what)),
     }
 }
 
-/// Applies a record to the page of one block; a record that does not name the block changes
-/// nothing.
-///
-/// # Errors
-/// As [`apply`].
-pub fn apply_to(
-    page: &mut Page,
-    record: &Record,
-    rel: RelTag,
-    block: BlockNumber,
-    lsn: Lsn,
-    settings: &RedoSettings,
-) -> Result<Applied, NotNative> {
-    let mut named = record.blocks.iter().filter(|found| found.block == block && found.rel == rel);
-    match (named.next(), named.next()) {
-        (None, _) => Ok(Applied::Skipped),
-        (Some(found), None) => apply(page, record, found, lsn, settings),
-        (Some(_), Some(_)) => Err(NotNative::Misfit("the record names the block twice")),
+/// Redo of one resource manager.
+type Manager = fn(&mut Redoing<'_>) -> Fit<()>;
+
+/// Who applies a record to this block; `None` if the child is to do it.
+fn manager(view: &View<'_>) -> Option<Manager> {
+    let is_image = || view.applied_image().is_some() && !view.will_init;
+    Some(match view.rmgr {
+        rmgr_id::HEAP => heap::redo,
+        rmgr_id::HEAP2 if heap_vacuum::is_known(view.operation()) => heap_vacuum::redo,
+        rmgr_id::BTREE => btree::redo,
+        rmgr_id::SEQ => simple::sequence,
+        rmgr_id::BRIN => brin::redo,
+        rmgr_id::GENERIC => simple::generic,
+        rmgr_id::XLOG if matches!(view.operation(), XLOG_FPI | XLOG_FPI_FOR_HINT) => full_page,
+        rmgr_id::GIN | rmgr_id::SPGIST if is_image() => image_only,
+        _ => return None,
+    })
+}
+
+/// `XLOG_FPI` and `XLOG_FPI_FOR_HINT`. The latter has no images while `full_page_writes` is off,
+/// and then means nothing.
+fn full_page(at: &mut Redoing<'_>) -> Fit<()> {
+    if at.view.image.is_none() && at.view.operation() == XLOG_FPI_FOR_HINT {
+        return Ok(());
+    }
+    match at.view.applied_image() {
+        Some(_) => image_only(at),
+        None => Err("a full-page image record has no image"),
     }
 }
 
-/// False for records that [`apply`] never takes for this block, whatever the page; a chain need
-/// not try them.
-pub fn may_apply(record: &Record, block: &BlockRef) -> bool {
-    match record.header.rmgr {
-        rmgr_id::GIN | rmgr_id::SPGIST => is_image(block),
-        rmgr_id::HEAP | rmgr_id::BTREE | rmgr_id::SEQ | rmgr_id::BRIN | rmgr_id::GENERIC => true,
-        rmgr_id::HEAP2 => !heap_vacuum::is_foreign(record.header.operation()),
-        rmgr_id::XLOG => matches!(record.header.operation(), XLOG_FPI | XLOG_FPI_FOR_HINT),
-        _ => false,
-    }
-}
-
-fn is_image(block: &BlockRef) -> bool {
-    block.applied_image().is_some() && !block.will_init
+/// A block whose image is all that redo looks at.
+fn image_only(at: &mut Redoing<'_>) -> Fit<()> {
+    at.needs_redo().map(drop)
 }
 
 /// A record that is being applied to a page.
 struct Redoing<'a> {
     page: &'a mut Page,
-    record: &'a Record,
-    block: &'a BlockRef,
+    view: &'a View<'a>,
     lsn: Lsn,
     settings: &'a RedoSettings,
     applied: Applied,
@@ -155,10 +204,10 @@ impl Redoing<'_> {
     /// The common rules for a page that is changed, not made anew. True if the change is still to
     /// be made.
     fn needs_redo(&mut self) -> Fit<bool> {
-        if self.block.will_init {
+        if self.view.will_init {
             return Err("the page is to be made anew, but this record cannot do that");
         }
-        if let Some(image) = self.block.applied_image() {
+        if let Some(image) = self.view.applied_image() {
             image.restore_into(self.page).map_err(|_| "the page image cannot be restored")?;
             if !page_is_new(&self.page[..]) {
                 set_page_lsn(&mut self.page[..], self.lsn);
@@ -175,7 +224,7 @@ impl Redoing<'_> {
 
     /// The common rules for a page that is made anew, by an initialisation that follows.
     fn will_init(&mut self) -> Fit<()> {
-        if !self.block.will_init || self.block.applied_image().is_some() {
+        if !self.view.will_init || self.view.applied_image().is_some() {
             return Err("the page is not marked as to be made anew");
         }
         self.applied = Applied::Changed;
@@ -187,20 +236,8 @@ impl Redoing<'_> {
         set_page_lsn(&mut self.page[..], self.lsn);
     }
 
-    /// The number of another block that the record names.
-    fn other_block(&self, id: u8) -> Option<BlockNumber> {
-        self.record.block(id).map(|block| block.block)
-    }
-
-    /// `XLOG_FPI` and `XLOG_FPI_FOR_HINT`. The latter has no images while `full_page_writes` is
-    /// off, and then means nothing.
-    fn full_page(&mut self, info: u8) -> Fit<()> {
-        if self.block.image.is_none() && info == XLOG_FPI_FOR_HINT {
-            return Ok(());
-        }
-        match self.block.applied_image() {
-            Some(_) => self.needs_redo().map(drop),
-            None => Err("a full-page image record has no image"),
-        }
+    /// Redo does not need the page as it was.
+    fn replaces_page(&self) -> bool {
+        self.view.will_init || self.view.applied_image().is_some()
     }
 }

@@ -19,12 +19,12 @@ use futures_lite::future::yield_now;
 use futures_util::FutureExt;
 use futures_util::future::LocalBoxFuture;
 
-use super::{NotNative, apply_to, may_apply};
+use super::{NotNative, apply_bytes, is_foreign};
 use crate::base::page::{PAGE_SIZE, Page};
 use crate::base::{BlockNumber, Lsn, RelTag};
 use crate::limits::REDO_NATIVE_SLICE_RECORDS;
 use crate::redo::{Redo, RedoError, RedoRequest, RedoSettings, record as check};
-use crate::wal::record::{Record, rmgr_id};
+use crate::wal::record::rmgr_id;
 
 /// Resource managers that have counters of their own: the built-in ones.
 pub const MANAGERS: usize = rmgr_id::BUILTIN_MAX as usize + 1;
@@ -82,6 +82,17 @@ struct Foreign {
 struct Target {
     rel: RelTag,
     block: BlockNumber,
+}
+
+impl Target {
+    fn pair(self) -> (RelTag, BlockNumber) {
+        (self.rel, self.block)
+    }
+}
+
+/// The counter of a record's resource manager (`xl_rmid`).
+fn counter<'a>(counters: &'a [Cell<u64>], record: &[u8]) -> Option<&'a Cell<u64>> {
+    record.get(17).and_then(|rmgr| counters.get(usize::from(*rmgr)))
 }
 
 impl<R: Redo> NativeRedo<R> {
@@ -150,18 +161,14 @@ impl<R: Redo> NativeRedo<R> {
     ) -> Result<Option<Foreign>, RedoError> {
         for (at, (lsn, bytes)) in records.iter().enumerate() {
             check::check(*lsn, target.rel, target.block, bytes)?;
-            let Some(record) = native_record(target, bytes) else {
-                return Ok(Some(Foreign { at, misfit: false }));
-            };
-            match apply_to(page, &record, target.rel, target.block, *lsn, &self.settings) {
-                Ok(_) => add(self.counters.native.get(usize::from(record.header.rmgr))),
+            match apply_bytes(page, bytes, target.pair(), *lsn, &self.settings) {
+                Ok(_) => add(counter(&self.counters.native, bytes)),
                 Err(NotNative::Unsupported { .. }) => {
                     return Ok(Some(Foreign { at, misfit: false }));
                 }
                 Err(NotNative::Misfit(what)) => {
                     let Target { rel, block } = target;
-                    let rmgr = record.header.rmgr;
-                    tracing::warn!(%rel, block, %lsn, rmgr, what, "left to the wal-redo process");
+                    tracing::warn!(%rel, block, %lsn, what, "left to the wal-redo process");
                     add(Some(&self.counters.misfits));
                     return Ok(Some(Foreign { at, misfit: true }));
                 }
@@ -180,8 +187,7 @@ impl<R: Redo> NativeRedo<R> {
         for (lsn, bytes) in records {
             let Target { rel, block } = target;
             let bad = |problem| RedoError::BadRecord { lsn: *lsn, rel, block, problem };
-            let record = Record::parse(bytes).map_err(|error| bad(error.to_string()))?;
-            apply_to(page, &record, rel, block, *lsn, &self.settings)
+            apply_bytes(page, bytes, target.pair(), *lsn, &self.settings)
                 .map_err(|error| bad(error.to_string()))?;
         }
         Ok(())
@@ -190,11 +196,10 @@ impl<R: Redo> NativeRedo<R> {
     /// How many records of a row that begins with a foreign one are to go to the other service:
     /// up to the next one that may be applied here. Counts them.
     fn foreign_run(&self, target: Target, records: &[(Lsn, Bytes)]) -> usize {
-        let own = |bytes: &Bytes| native_record(target, bytes).is_some();
-        let len = records.iter().skip(1).take_while(|(_, bytes)| !own(bytes)).count() + 1;
+        let foreign = |bytes: &Bytes| is_foreign(bytes, target.pair());
+        let len = records.iter().skip(1).take_while(|(_, bytes)| foreign(bytes)).count() + 1;
         for (_, bytes) in records.iter().take(len) {
-            // The resource manager's place in the header: `xl_rmid`.
-            add(bytes.get(17).and_then(|rmgr| self.counters.child.get(usize::from(*rmgr))));
+            add(counter(&self.counters.child, bytes));
         }
         len
     }
@@ -204,17 +209,6 @@ impl<R: Redo> Redo for NativeRedo<R> {
     fn redo(&self, request: RedoRequest) -> LocalBoxFuture<'_, Result<Bytes, RedoError>> {
         self.rebuild(request).boxed_local()
     }
-}
-
-/// The record taken apart, if it may be applied natively.
-fn native_record(target: Target, bytes: &Bytes) -> Option<Record> {
-    let record = Record::parse(bytes).ok()?;
-    let mut blocks = record.blocks.iter();
-    let block = blocks.find(|found| found.rel == target.rel && found.block == target.block);
-    let native = block.is_none_or(|block| {
-        may_apply(&record, block) && block.image.as_ref().is_none_or(|image| image.apply())
-    });
-    native.then_some(record)
 }
 
 fn start(target: Target, base: Option<&Bytes>) -> Result<Box<Page>, RedoError> {

@@ -2,7 +2,9 @@
 //! `src/backend/access/transam/generic_xlog.c`).
 
 use super::Redoing;
-use super::page::{Add, Fit, add_item, bounds, init, put, put_u32, rest_at, size_at, slice_at, special};
+use super::page::{
+    Add, Fit, add_item, bounds, init, put, put_u32, rest_at, size_at, slice_at, special,
+};
 
 /// Size of `sequence_magic`.
 const SEQUENCE_SPECIAL: usize = 4;
@@ -13,14 +15,14 @@ const SEQUENCE_HEADER: usize = 12;
 
 /// A sequence's only page, made anew. Main data: 12 bytes of relation, the tuple.
 pub(super) fn sequence(at: &mut Redoing<'_>) -> Fit<()> {
-    if at.record.header.operation() != 0 || at.block.id != 0 {
+    if at.view.operation() != 0 || at.view.id != 0 {
         return Err("sequences have no such record");
     }
     at.will_init()?;
     init(at.page, SEQUENCE_SPECIAL)?;
     let magic = special(at.page, SEQUENCE_SPECIAL)?;
     put_u32(at.page, magic, SEQUENCE_MAGIC)?;
-    add_item(at.page, rest_at(&at.record.main_data, SEQUENCE_HEADER)?, 1, Add::Shift)?;
+    add_item(at.page, rest_at(at.view.main, SEQUENCE_HEADER)?, 1, Add::Shift)?;
     at.set_lsn();
     Ok(())
 }
@@ -30,7 +32,7 @@ pub(super) fn generic(at: &mut Redoing<'_>) -> Fit<()> {
     if !at.needs_redo()? {
         return Ok(());
     }
-    let data = &at.block.data;
+    let data = at.view.data;
     let mut from = 0;
     while from < data.len() {
         let (offset, len) = (size_at(data, from)?, size_at(data, from + 2)?);

@@ -69,13 +69,9 @@ impl Make {
         bytes.into()
     }
 
-    fn record(&self) -> Record {
-        Record::parse(&self.bytes()).unwrap()
-    }
-
     /// Applies the record to the page of block 7.
     fn apply(&self, page: &mut Page, lsn: u64) -> Result<Applied, NotNative> {
-        apply_to(page, &self.record(), REL, 7, Lsn(lsn), &HINTS_OFF)
+        apply_bytes(page, &self.bytes(), (REL, 7), Lsn(lsn), &HINTS_OFF)
     }
 
     fn changes(&self, page: &mut Page, lsn: u64) {
@@ -103,7 +99,7 @@ fn items(page: &Page) -> Vec<Vec<u8>> {
 }
 
 /// An image of a page that is to be applied, without hole or compression, in an `XLOG_FPI`.
-fn image_record(page: &Page) -> Record {
+fn image_record(page: &Page) -> Bytes {
     let mut bytes = vec![0; 24];
     bytes.extend_from_slice(&[0, 0x10, 0, 0, 0, 32, 0, 0, 0x02]);
     for number in [1663, 5, 16384, 7u32] {
@@ -113,7 +109,7 @@ fn image_record(page: &Page) -> Record {
     let len = bytes.len() as u32;
     bytes[0..4].copy_from_slice(&len.to_le_bytes());
     (bytes[16], bytes[17]) = (XLOG_FPI, rmgr_id::XLOG);
-    Record::parse(&bytes.into()).unwrap()
+    bytes.into()
 }
 
 #[test]
@@ -124,11 +120,12 @@ fn an_image_is_the_page_but_for_its_lsn() {
     image[8] = 9;
     let mut page = [0xEE; PAGE_SIZE];
     let record = image_record(&image);
-    let done = apply_to(&mut page, &record, REL, 7, Lsn(0x1_0000_0050), &HINTS_OFF);
+    let done = apply_bytes(&mut page, &record, (REL, 7), Lsn(0x1_0000_0050), &HINTS_OFF);
     assert_eq!(done, Ok(Applied::Changed));
     set_page_lsn(&mut image[..], Lsn(0x1_0000_0050));
     assert_eq!(page, image);
-    let done = apply_to(&mut page, &image_record(&[0; PAGE_SIZE]), REL, 7, Lsn(80), &HINTS_OFF);
+    let empty = image_record(&[0; PAGE_SIZE]);
+    let done = apply_bytes(&mut page, &empty, (REL, 7), Lsn(80), &HINTS_OFF);
     assert_eq!((done, page), (Ok(Applied::Changed), [0; PAGE_SIZE]), "a new page has no LSN");
 }
 
@@ -144,8 +141,8 @@ fn common_rules() {
     assert_eq!(heap::insert(3, 0).apply(&mut page, 100), Ok(Applied::Skipped));
     assert_eq!(page, before, "the page has seen the record");
     heap::insert(3, 0).changes(&mut page, 101);
-    let other = heap::insert(3, 0).record();
-    let done = apply_to(&mut page, &other, REL, 8, Lsn(300), &HINTS_OFF);
+    let other = heap::insert(3, 0).bytes();
+    let done = apply_bytes(&mut page, &other, (REL, 8), Lsn(300), &HINTS_OFF);
     assert_eq!(done, Ok(Applied::Skipped), "another block");
     // Marks that contradict the kind of record.
     let mut marked = heap::insert(1, 0);
@@ -161,12 +158,12 @@ fn common_rules() {
 #[test]
 fn foreign_kinds_are_refused_before_the_page_is_touched() {
     for rmgr in [rmgr_id::HASH, rmgr_id::GIN, rmgr_id::GIST, rmgr_id::SPGIST, rmgr_id::XACT, 130] {
-        let record = make(rmgr, 0x30, b"main").block(0, 7, b"data").record();
+        let record = make(rmgr, 0x30, b"main").block(0, 7, b"data").bytes();
         let (mut page, before) = (heap::page(), heap::page());
-        let done = apply_to(&mut page, &record, REL, 7, Lsn(900), &HINTS_OFF);
+        let done = apply_bytes(&mut page, &record, (REL, 7), Lsn(900), &HINTS_OFF);
         assert_eq!(done, Err(NotNative::Unsupported { rmid: rmgr, info: 0x30 }));
         assert_eq!(page, before);
-        assert!(!may_apply(&record, &record.blocks[0]));
+        assert!(is_foreign(&record, (REL, 7)));
     }
 }
 
@@ -234,26 +231,58 @@ fn brin() {
     make(BRIN, 0x30, &u16s(&[1])).block(1, 7, b"").misfits(&map);
 }
 
+/// Both ways to look at a record agree, and lead to the same page.
+#[test]
+fn plain_records_are_seen_as_taken_apart_ones() {
+    let record = heap::insert(3, 1).block(1, 70, b"other").block(4, 80, b"");
+    let bytes = record.bytes();
+    let whole = Record::parse(&bytes).unwrap();
+    let Found::View(lean) = view::find(&bytes, REL, 7) else { panic!("not found") };
+    let full = View::of(&whole, &whole.blocks[0]);
+    assert_eq!((lean.data, lean.main, lean.id), (full.data, full.main, full.id));
+    assert_eq!((lean.rmgr, lean.info, lean.xid), (full.rmgr, full.info, full.xid));
+    assert_eq!((lean.number, lean.will_init), (full.number, full.will_init));
+    for id in 0..10 {
+        assert_eq!(lean.other_block(id), full.other_block(id));
+    }
+    assert_eq!((lean.other_block(1), lean.other_block(4)), (Some(70), Some(80)));
+    assert!(matches!(view::find(&bytes, REL, 8), Found::Absent));
+    for cut in 0..bytes.len() {
+        assert!(matches!(view::find(&bytes[..cut], REL, 7), Found::Other), "{cut}");
+    }
+    let image = image_record(&[0; PAGE_SIZE]);
+    assert!(matches!(view::find(&image, REL, 7), Found::Other));
+    assert!(!is_foreign(&image, (REL, 7)));
+    let mut for_comparison = image.to_vec();
+    for_comparison[24 + 8] = 0;
+    let for_comparison = Bytes::from(for_comparison);
+    assert!(is_foreign(&for_comparison, (REL, 7)), "the child compares");
+    let done = apply_bytes(&mut heap::page(), &for_comparison, (REL, 7), Lsn(99), &HINTS_OFF);
+    assert!(matches!(done, Err(NotNative::Unsupported { .. })));
+}
+
 fn any_page() -> impl Strategy<Value = Box<Page>> {
     let line = (24u16..8192, 0u32..4, 0u32..300);
     let lines = proptest::collection::vec(line, 0..40);
-    (lines, any::<u16>(), any::<bool>(), any::<[u8; 32]>()).prop_map(|(found, upper, sane, fill)| {
-        let mut page = Box::new([0; PAGE_SIZE]);
-        for (at, byte) in page.iter_mut().enumerate() {
-            *byte = fill[at % 32].wrapping_mul((at / 32) as u8);
-        }
-        let lower = 24 + 4 * found.len() as u16;
-        let upper = if sane { lower + upper % (8176 - lower) } else { upper };
-        let header = [lower, if sane { upper & !7 } else { upper }, 8176, 8196];
-        page[12..20].copy_from_slice(&u16s(&header));
-        page[0..8].fill(0);
-        for (index, (offset, state, len)) in found.into_iter().enumerate() {
-            let offset = if sane { offset & !7 } else { offset };
-            let word = u32::from(offset) | state << 15 | len << 17;
-            page[24 + 4 * index..28 + 4 * index].copy_from_slice(&word.to_le_bytes());
-        }
-        page
-    })
+    (lines, any::<u16>(), any::<bool>(), any::<[u8; 32]>()).prop_map(
+        |(found, upper, sane, fill)| {
+            let mut page = Box::new([0; PAGE_SIZE]);
+            for (at, byte) in page.iter_mut().enumerate() {
+                *byte = fill[at % 32].wrapping_mul((at / 32) as u8);
+            }
+            let lower = 24 + 4 * found.len() as u16;
+            let upper = if sane { lower + upper % (8176 - lower) } else { upper };
+            let header = [lower, if sane { upper & !7 } else { upper }, 8176, 8196];
+            page[12..20].copy_from_slice(&u16s(&header));
+            page[0..8].fill(0);
+            for (index, (offset, state, len)) in found.into_iter().enumerate() {
+                let offset = if sane { offset & !7 } else { offset };
+                let word = u32::from(offset) | state << 15 | len << 17;
+                page[24 + 4 * index..28 + 4 * index].copy_from_slice(&word.to_le_bytes());
+            }
+            page
+        },
+    )
 }
 
 /// Small numbers mostly, as offsets and counts are.

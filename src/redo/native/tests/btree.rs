@@ -103,7 +103,8 @@ fn inserted_tuples() {
 
 #[test]
 fn split_pages() {
-    let old = leaf(&[tuple(0, 9), tuple(1, 1), posting(2, &[20, 22, 24]), tuple(3, 3), tuple(4, 4)]);
+    let old =
+        leaf(&[tuple(0, 9), tuple(1, 1), posting(2, &[20, 22, 24]), tuple(3, 3), tuple(4, 4)]);
     // Item 4 and what follows goes right; the new one (offset 4) stays and splits item 3.
     let main = |number: u16, entry: u16| [u32s(&[0]), u16s(&[4, number, entry])].concat();
     let data = [tuple(21, 2), tuple(0, 3)].concat();
@@ -117,7 +118,10 @@ fn split_pages() {
     split(0x30, &main(2, 0)).changes(&mut page, 20);
     assert_eq!(items(&page), [&[tuple(0, 3), tuple(21, 2)], &items(&old)[1..3]].concat());
     let mut page = old;
-    make(BTREE, 0x40, &main(5, 0)).block(0, 7, &tuple(0, 3)).fresh(1, 50, b"x").changes(&mut page, 20);
+    make(BTREE, 0x40, &main(5, 0))
+        .block(0, 7, &tuple(0, 3))
+        .fresh(1, 50, b"x")
+        .changes(&mut page, 20);
     assert_eq!(items(&page), [&[tuple(0, 3)], &items(&old)[1..3]].concat());
     for main in [main(0, 1), main(3, 1), main(4, 9), main(9, 1)] {
         split(0x30, &main).misfits(&old);

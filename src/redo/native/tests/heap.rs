@@ -43,7 +43,8 @@ fn inserted_tuples() {
     init(&mut expected, 0).unwrap();
     set_page_lsn(&mut expected[..], Lsn(20));
     expected[12..16].copy_from_slice(&u16s(&[32, 8112]));
-    expected[24..32].copy_from_slice(&u32s(&[8152 | 1 << 15 | 34 << 17, 8112 | 1 << 15 | 34 << 17]));
+    expected[24..32]
+        .copy_from_slice(&u32s(&[8152 | 1 << 15 | 34 << 17, 8112 | 1 << 15 | 34 << 17]));
     for (at, number) in [(8152, 1), (8112, 2u8)] {
         expected[at..at + 4].copy_from_slice(&XID.to_le_bytes());
         expected[at + 12..at + 18].copy_from_slice(&[0, 0, 7, 0, number, 0]);
@@ -231,7 +232,7 @@ fn visibility() {
     assert_eq!(record.apply(&mut heap, 90), Ok(Applied::Changed));
     assert_eq!((heap[10], page_lsn(&heap[..])), (4, Lsn(20)), "no hint bits in the WAL, no LSN");
     let logged = RedoSettings { hint_bits_logged: true };
-    apply_to(&mut heap, &record.record(), REL, 7, Lsn(90), &logged).unwrap();
+    apply_bytes(&mut heap, &record.bytes(), (REL, 7), Lsn(90), &logged).unwrap();
     assert_eq!(page_lsn(&heap[..]), Lsn(90));
 
     let map = |heap_block: u32| make(HEAP2, 0x40, &main).block(0, 7, b"").block(1, heap_block, b"");
