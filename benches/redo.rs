@@ -1,8 +1,9 @@
 //! Redo of a page in the wal-redo process, against a bare pipe round trip of the same bytes.
 //!
 //! All on one CPU: a bare child (this program again) that reads as many bytes and answers as
-//! many, the wal-redo process over blocking pipes, and the wal-redo process as the node uses it
-//! ([`ChildRedo`] from an executor). See `docs/benchmarks.md`.
+//! many, the wal-redo process over blocking pipes, the wal-redo process as the node uses it
+//! ([`ChildRedo`] from an executor), and native redo ([`NativeRedo`]), which needs no process.
+//! See `docs/benchmarks.md`.
 
 #![allow(
     clippy::disallowed_methods,
@@ -21,7 +22,8 @@ use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use common::{Result, Rounds, Scratch, sized};
-use futures_util::future::join_all;
+use futures_lite::future::block_on;
+use futures_util::future::{LocalBoxFuture, join_all};
 use glommio::{LocalExecutorBuilder, Placement};
 use nix::fcntl::{FcntlArg, OFlag, fcntl};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
@@ -30,8 +32,9 @@ use pgstrata::base::wal_record::wal_record_crc;
 use pgstrata::base::{Lsn, RelNode};
 use pgstrata::cli::pg::bin_dir;
 use pgstrata::redo::child::{ChildRedo, ChildSettings};
+use pgstrata::redo::native::run::NativeRedo;
 use pgstrata::redo::protocol::{encode_ping, encode_request};
-use pgstrata::redo::{Redo, RedoRequest, RedoSettings};
+use pgstrata::redo::{Redo, RedoError, RedoRequest, RedoSettings};
 
 const CPU: usize = 0;
 const DEPTH: usize = 16;
@@ -256,12 +259,40 @@ fn through_executor(scratch: &Path, request: &RedoRequest, count: usize) -> Resu
     executor.join().map_err(|error| error.to_string())?
 }
 
+/// What stands behind native redo where no record needs it.
+struct Nobody;
+
+impl Redo for Nobody {
+    fn redo(&self, _: RedoRequest) -> LocalBoxFuture<'_, std::result::Result<Bytes, RedoError>> {
+        Box::pin(async { Err(RedoError::Shutdown) })
+    }
+}
+
+fn native(request: &RedoRequest, expected: &Bytes, count: usize) -> Result<Figures> {
+    let redo = NativeRedo::new(Nobody, RedoSettings { hint_bits_logged: false });
+    for _ in 0..count / 10 + 1 {
+        if block_on(redo.redo(request.clone()))? != expected {
+            return Err("native redo made another page than PostgreSQL".into());
+        }
+    }
+    let alone = timed(count, || Ok(drop(block_on(redo.redo(request.clone()))?)))?;
+    let batch = timed(count / 4, || {
+        for _ in 0..DEPTH {
+            block_on(redo.redo(request.clone()))?;
+        }
+        Ok(())
+    })?;
+    Ok(Figures { alone, deep: batch / DEPTH as f64 })
+}
+
 struct Case {
     name: &'static str,
     frame: Vec<u8>,
     reply: usize,
     /// None for a ping, which the node sends only once.
     request: Option<RedoRequest>,
+    /// The page after the request.
+    page: Bytes,
 }
 
 /// What a page looks like after `request`.
@@ -284,7 +315,13 @@ fn cases(scratch: &Path) -> Result<Vec<Case>> {
     process.round_trip(&ping, &mut head)?;
     let text = u32::from_be_bytes([head[0], head[1], head[2], head[3]]) as usize;
     process.stdout.read_exact(&mut vec![0; text])?;
-    let mut cases = vec![Case { name: "ping", frame: ping, reply: 5 + text, request: None }];
+    let mut cases = vec![Case {
+        name: "ping",
+        frame: ping,
+        reply: 5 + text,
+        request: None,
+        page: Bytes::new(),
+    }];
     let base = page_of(&mut process, &request(None, (1..=10).map(|n| insert(n, 8, 0))))?;
     let requests = [
         ("short: 2 records", request(None, (1..=2).map(|n| insert(n, 462, 0)))),
@@ -293,12 +330,13 @@ fn cases(scratch: &Path) -> Result<Vec<Case>> {
     ];
     for (name, request) in requests {
         let last = request.records.last().map(|(lsn, _)| *lsn).unwrap_or_default();
-        if page_lsn(&page_of(&mut process, &request)?) != last {
+        let page = page_of(&mut process, &request)?;
+        if page_lsn(&page) != last {
             return Err(format!("{name}: wrong page").into());
         }
         let mut frame = Vec::new();
         encode_request(&request, &mut frame)?;
-        cases.push(Case { name, frame, reply: 5 + 8192, request: Some(request) });
+        cases.push(Case { name, frame, reply: 5 + 8192, request: Some(request), page });
     }
     Ok(cases)
 }
@@ -338,7 +376,7 @@ fn benchmark() -> Result<()> {
     common::pin(CPU)?;
     for case in cases(scratch.path())? {
         println!("{}: {} bytes there, {} back", case.name, case.frame.len(), case.reply);
-        let [mut bare, mut direct, mut ours] = std::array::from_fn(|_| Way::default());
+        let [mut bare, mut direct, mut ours, mut here] = std::array::from_fn(|_| Way::default());
         let count = sized(50, if case.frame.len() > 16_384 { 2_000 } else { 5_000 });
         for _ in 0..sized(2, 5) {
             let mut echo = Piped::echo(case.frame.len(), case.reply)?;
@@ -350,12 +388,16 @@ fn benchmark() -> Result<()> {
             drop(process);
             if let Some(request) = &case.request {
                 ours.add(through_executor(scratch.path(), request, count)?, pipe);
+                here.add(native(request, &case.page, count)?, pipe);
             }
         }
         bare.print("bare pipe");
         direct.print("wal-redo, blocking pipe");
         if case.request.is_some() {
             ours.print("wal-redo in the node");
+            here.print("native");
+            let [alone, deep] = [0, 1].map(|n| ours.figures[n].median() / here.figures[n].median());
+            println!("  the wal-redo process in the node takes {alone:.1} x, {deep:.1} x as long");
         }
     }
     Ok(())

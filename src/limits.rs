@@ -254,3 +254,10 @@ pub const CHECK_LOOK_PAUSE_MS: u64 = 30;
 pub const CHECK_ROUNDS_MAX: usize = 5;
 /// Contradictions of one timeline's index that `pgstrata check` names.
 pub const CHECK_PROBLEMS_MAX: usize = 100;
+// Native redo.
+
+/// WAL records that one redo request applies natively before other tasks of the core get their
+/// turn.
+pub const REDO_NATIVE_SLICE_RECORDS: usize = 256;
+/// Redo requests that `pgstrata redo compare` has under way.
+pub const REDO_COMPARE_DEPTH: usize = 2 * REDO_BATCH_REQUESTS;

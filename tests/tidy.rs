@@ -20,7 +20,7 @@ const IMPORTS: &[(&str, &[&str])] = &[
     ("io", &["io", "base", "limits"]),
     ("wal", &["wal", "io", "base", "limits"]),
     ("layers", &["layers", "io", "base", "limits"]),
-    ("redo", &["redo", "io", "base", "limits"]),
+    ("redo", &["redo", "wal", "io", "base", "limits"]),
     ("remote", &["remote", "layers", "io", "base", "limits"]),
     ("shard", &["shard", "layers", "redo", "remote", "wal", "io", "base", "limits", "config"]),
     ("server", &["server", "shard", "redo", "wal", "io", "base", "limits", "config"]),

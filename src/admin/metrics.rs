@@ -16,6 +16,13 @@ struct CoreLabel {
 }
 
 #[derive(Clone, Debug, Hash, PartialEq, Eq, EncodeLabelSet)]
+struct ManagerLabel {
+    core: u64,
+    manager: u64,
+    by: &'static str,
+}
+
+#[derive(Clone, Debug, Hash, PartialEq, Eq, EncodeLabelSet)]
 struct TimelineLabel {
     tenant: String,
     timeline: String,
@@ -41,13 +48,16 @@ const COUNTERS: &[(&str, &str, Number)] = &[
     ("checkpoints", "Layers written by checkpoints", |m| m.checkpoints),
     ("redo_requests", "Pages rebuilt from WAL records", |m| m.redo_requests),
     ("redo_records", "WAL records applied", |m| m.redo_records),
+    ("redo_pages_native", "Pages rebuilt without a wal-redo process", |m| m.redo_pages_native),
+    ("redo_records_native", "WAL records applied natively", |m| m.redo_records_native),
+    ("redo_misfits", "Records that did not fit their page natively", |m| m.redo_misfits),
     ("redo_children_started", "Wal-redo processes started", |m| m.redo_children_started),
     ("redo_failures", "Failed redo requests", |m| m.redo_failures),
 ];
 
 const SECONDS: &[(&str, &str, Seconds)] = &[
     ("get_page_seconds", "Time spent on GetPage requests", |m| m.get_page_seconds),
-    ("redo_seconds", "Time spent on redo", |m| m.redo_seconds),
+    ("redo_seconds", "Time that wal-redo processes were busy", |m| m.redo_seconds),
 ];
 
 const TIMELINE_GAUGES: &[(&str, &str, TimelineNumber)] = &[
@@ -83,6 +93,18 @@ pub(super) fn text(cores: &[CoreMetrics], timelines: &[TimelineInfo]) -> String 
         }
         registry.register(name, help, family);
     }
+    let managers = Family::<ManagerLabel, Counter>::default();
+    for metrics in cores {
+        let core = metrics.core as u64;
+        for (manager, split) in &metrics.redo_managers {
+            for (by, count) in [("native", split.native), ("child", split.child)] {
+                let label = ManagerLabel { core, manager: u64::from(*manager), by };
+                managers.get_or_create(&label).inc_by(count);
+            }
+        }
+    }
+    let help = "WAL records applied to pages, by resource manager and by whom";
+    registry.register("redo_manager_records", help, managers);
     let open = Family::<CoreLabel, Gauge<u64, AtomicU64>>::default();
     for metrics in cores {
         open.get_or_create(&label(metrics)).set(metrics.connections_open);

@@ -24,6 +24,8 @@ pub mod layer;
 pub mod oracle;
 pub mod page_client;
 pub mod pg;
+pub mod redo_command;
+pub mod redo_compare;
 pub mod serve;
 mod service;
 pub mod simulate;
@@ -53,6 +55,8 @@ enum Command {
     Import(attach::ImportArgs),
     /// Show it all: a node, a primary, load, and a byte-for-byte proof.
     Demo(demo::DemoArgs),
+    /// Check redo.
+    Redo(redo_command::RedoArgs),
     /// Run the engine in the simulator.
     Simulate(simulate::SimulateArgs),
     /// Compare a data directory with what a node serves.
@@ -73,6 +77,7 @@ pub fn main() -> ExitCode {
         Command::Attach(args) => attach::attach(args),
         Command::Import(args) => attach::import(args),
         Command::Demo(args) => demo::demo(args),
+        Command::Redo(args) => redo_command::run(args),
         Command::Simulate(args) => simulate::simulate(args),
         Command::Verify(args) => verify_command::run(args),
         Command::Check(args) => return check::run(&args),

@@ -12,6 +12,7 @@ use crate::base::TenantShardId;
 use crate::config::Config;
 use crate::io::uring::UringIo;
 use crate::redo::child::{ChildRedo, ChildSettings};
+use crate::redo::native::run::NativeRedo;
 use crate::redo::{Redo, RedoSettings};
 use crate::server::node::{CoreContext, CoreService};
 use crate::server::router::owner;
@@ -64,10 +65,10 @@ impl CoreService for NodeShard {
     }
 }
 
-/// Gives every tenant a wal-redo child of its own, on the core's CPU.
+/// Gives every tenant native redo, and behind it a wal-redo child of its own, on the core's CPU.
 pub struct ChildFactory {
     settings: ChildSettings,
-    children: RefCell<Vec<Rc<ChildRedo>>>,
+    tenants: RefCell<Vec<Rc<NativeRedo<ChildRedo>>>>,
 }
 
 impl ChildFactory {
@@ -82,7 +83,7 @@ impl ChildFactory {
             redo: RedoSettings { hint_bits_logged: false },
             timeout: Duration::from_millis(config.redo_timeout_ms),
         };
-        ChildFactory { settings, children: RefCell::default() }
+        ChildFactory { settings, tenants: RefCell::default() }
     }
 }
 
@@ -90,29 +91,41 @@ impl RedoFactory for ChildFactory {
     fn start(&self, tenant: TenantShardId, redo: RedoSettings) -> Rc<dyn Redo> {
         let tenant = tenant.to_string();
         let settings = ChildSettings { tenant, redo, ..self.settings.clone() };
-        let child = Rc::new(ChildRedo::new(settings));
-        self.children.borrow_mut().push(child.clone());
-        child
+        let redo = Rc::new(NativeRedo::new(ChildRedo::new(settings), redo));
+        self.tenants.borrow_mut().push(redo.clone());
+        redo
     }
 
     fn stop_all(&self) -> LocalBoxFuture<'_, ()> {
         Box::pin(async {
-            let children = std::mem::take(&mut *self.children.borrow_mut());
-            for child in children {
-                child.shutdown().await;
+            let tenants = std::mem::take(&mut *self.tenants.borrow_mut());
+            for redo in tenants {
+                redo.inner().shutdown().await;
             }
         })
     }
 
     fn metrics(&self, metrics: &mut CoreMetrics) {
-        for child in self.children.borrow().iter() {
-            let counters = child.counters();
-            metrics.redo_requests += counters.requests.load(Ordering::Relaxed);
-            metrics.redo_records += counters.records.load(Ordering::Relaxed);
-            metrics.redo_children_started += counters.started.load(Ordering::Relaxed);
-            metrics.redo_failures += counters.failures.load(Ordering::Relaxed);
-            let micros = counters.busy_micros.load(Ordering::Relaxed);
+        for redo in self.tenants.borrow().iter() {
+            let (native, child) = (redo.counters(), redo.inner().counters());
+            metrics.redo_requests += native.pages_native.get() + native.pages_child.get();
+            metrics.redo_records += native.native_records() + native.child_records();
+            metrics.redo_pages_native += native.pages_native.get();
+            metrics.redo_records_native += native.native_records();
+            metrics.redo_misfits += native.misfits.get();
+            metrics.redo_children_started += child.started.load(Ordering::Relaxed);
+            metrics.redo_failures += child.failures.load(Ordering::Relaxed);
+            let micros = child.busy_micros.load(Ordering::Relaxed);
             metrics.redo_seconds += micros as f64 / 1e6;
+            let managers = native.native.iter().zip(&native.child).zip(0u8..);
+            for ((native, child), manager) in managers {
+                let (native, child) = (native.get(), child.get());
+                if native + child > 0 {
+                    let split = metrics.redo_managers.entry(manager).or_default();
+                    split.native += native;
+                    split.child += child;
+                }
+            }
         }
     }
 }

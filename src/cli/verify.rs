@@ -135,7 +135,11 @@ fn fork_name(fork: u8) -> &'static str {
 }
 
 /// Byte ranges in which two pages differ, `pd_checksum` left out where asked for.
-fn differences(ours: &[u8], oracle: &[u8], ignore_checksum: bool) -> Vec<std::ops::Range<usize>> {
+pub(super) fn differences(
+    ours: &[u8],
+    oracle: &[u8],
+    ignore_checksum: bool,
+) -> Vec<std::ops::Range<usize>> {
     let mut ranges: Vec<std::ops::Range<usize>> = Vec::new();
     for offset in 0..ours.len().max(oracle.len()) {
         if ours.get(offset) == oracle.get(offset)
@@ -152,7 +156,7 @@ fn differences(ours: &[u8], oracle: &[u8], ignore_checksum: bool) -> Vec<std::op
 }
 
 /// Says how two pages differ: page LSNs, byte ranges, the line pointers of the first range.
-fn describe(ours: &[u8], oracle: &[u8], ranges: &[std::ops::Range<usize>]) -> String {
+pub(super) fn describe(ours: &[u8], oracle: &[u8], ranges: &[std::ops::Range<usize>]) -> String {
     let mut text = format!("LSN {} here, {} in the file; bytes", page_lsn(ours), page_lsn(oracle));
     for range in ranges.iter().take(6) {
         let hex = |page: &[u8]| {

@@ -9,22 +9,16 @@
 //! many equal their image byte for byte.
 
 use std::collections::BTreeMap;
-use std::fs::File;
-use std::io::{Read, Seek, SeekFrom};
 use std::path::Path;
 
 use super::admin_client::CommandError;
 use super::page_client::PageClient;
+use super::redo_compare::read_wal;
 use crate::base::checksum::{crc32c, crc32c_append};
 use crate::base::{Lsn, RelTag};
 use crate::limits::{VERIFY_DETAILS_MAX, VERIFY_PIPELINE_DEPTH};
 use crate::server::page_protocol::{Answer, Query};
-use crate::wal::page::WalLayout;
 use crate::wal::record::Record;
-use crate::wal::stream::{Event, WalStream};
-
-const SEGMENT_BYTES: u64 = 16 * 1024 * 1024;
-const READ_BYTES: usize = 1024 * 1024;
 
 /// A row of records of one page, from a base to before the next.
 #[derive(Clone, Copy)]
@@ -108,34 +102,17 @@ fn collect(
     to: Lsn,
     report: &mut ImageReport,
 ) -> Result<Vec<Chain>, CommandError> {
-    let layout = WalLayout { segment_bytes: SEGMENT_BYTES, system_id: None };
-    let mut stream = WalStream::new(from, layout)?;
     let mut chains = Chains::default();
-    let mut buffer = vec![0; READ_BYTES];
-    while stream.boundary() < to {
-        let at = stream.position();
-        let number = at.segment_number(SEGMENT_BYTES);
-        let name = format!("00000001{:08X}{:08X}", number / 256, number % 256);
-        let path = wal.join(&name);
-        let mut file = File::open(&path).map_err(|error| format!("{}: {error}", path.display()))?;
-        file.seek(SeekFrom::Start(at.segment_offset(SEGMENT_BYTES)))?;
-        let got = file.read(&mut buffer)?;
-        let mut input = buffer.get(..got).unwrap_or_default();
-        loop {
-            match stream.next(&mut input)? {
-                Event::Record(record) if record.end <= to => {
-                    report.records += 1;
-                    chains.add(&record.bytes, record.end)?;
-                }
-                Event::Record(_) => return Ok(chains.finish()),
-                Event::NeedInput if got > 0 => break,
-                Event::NeedInput | Event::EndOfWal => {
-                    return Err(
-                        format!("the WAL ends at {}, before {to}", stream.boundary()).into()
-                    );
-                }
-            }
+    let end = read_wal(wal, from, |record| {
+        if record.end > to {
+            return Ok(false);
         }
+        report.records += 1;
+        chains.add(&record.bytes, record.end)?;
+        Ok(record.end < to)
+    })?;
+    if end < to {
+        return Err(format!("the WAL ends at {end}, before {to}").into());
     }
     Ok(chains.finish())
 }

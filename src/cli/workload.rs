@@ -258,6 +258,66 @@ fn two_phase(primary: &PgCluster) -> Result<(), PgError> {
     primary.psql(DATABASE, sql).map(drop)
 }
 
+/// The database that [`rare`] lives in.
+pub const RARE_DATABASE: &str = "rare";
+
+/// Kinds of WAL records that [`mixed`] does not bring about, or not reliably: B-tree pages and
+/// whole levels that empty, posting lists that are split and thinned, generic WAL, changes of
+/// BRIN tuples and ranges, locks on versions that another transaction has updated.
+pub fn rare(primary: &PgCluster) -> Result<(), PgError> {
+    primary.psql("postgres", &format!("CREATE DATABASE {RARE_DATABASE}"))?;
+    primary.psql(RARE_DATABASE, RARE).map(drop)
+}
+
+const RARE: &str = "
+CREATE TABLE wide (id int, k text, n int) WITH (autovacuum_enabled = off);
+INSERT INTO wide SELECT i, repeat(md5(i::text), 20), i FROM generate_series(1, 12000) i;
+CREATE INDEX wide_k ON wide (k);
+CREATE INDEX wide_id ON wide (id);
+DELETE FROM wide WHERE id BETWEEN 1000 AND 9000;
+VACUUM wide;
+INSERT INTO wide SELECT i, repeat(md5(i::text), 20), i FROM generate_series(20000, 23000) i;
+DELETE FROM wide WHERE id <> 22000;
+VACUUM wide; VACUUM wide;
+INSERT INTO wide SELECT i, repeat(md5(i::text), 20), i FROM generate_series(30000, 36000) i;
+DELETE FROM wide; VACUUM wide; VACUUM wide;
+INSERT INTO wide SELECT i, repeat(md5(i::text), 20), i FROM generate_series(1, 3000) i;
+CREATE TABLE dup (id int, k int) WITH (autovacuum_enabled = off, fillfactor = 50);
+CREATE INDEX dup_k ON dup (k);
+INSERT INTO dup SELECT i, i % 10 FROM generate_series(1, 20000) i;
+DELETE FROM dup WHERE id % 3 = 0;
+VACUUM dup;
+INSERT INTO dup SELECT i, i % 10 FROM generate_series(1, 8000) i;
+UPDATE dup SET k = k + 1 WHERE id % 7 = 0; VACUUM dup;
+CREATE EXTENSION bloom;
+CREATE TABLE filtered (a int, b int) WITH (autovacuum_enabled = off);
+CREATE INDEX filtered_bloom ON filtered USING bloom (a, b);
+INSERT INTO filtered SELECT i, i * 7 FROM generate_series(1, 6000) i;
+DELETE FROM filtered WHERE a % 3 = 0; VACUUM filtered;
+INSERT INTO filtered SELECT i, i * 7 FROM generate_series(1, 3000) i;
+CREATE TABLE ranged (id int, v text) WITH (autovacuum_enabled = off, fillfactor = 50);
+CREATE INDEX ranged_v ON ranged USING brin (v) WITH (pages_per_range = 1);
+INSERT INTO ranged SELECT i, 'a' FROM generate_series(1, 8000) i;
+SELECT brin_summarize_new_values('ranged_v') IS NULL;
+UPDATE ranged SET v = 'w' || (SELECT string_agg(md5(id::text || j), '')
+    FROM generate_series(1, 25) j) WHERE id % 200 = 0;
+SELECT brin_desummarize_range('ranged_v', i) IS NULL FROM generate_series(0, 20, 3) i;
+SELECT brin_summarize_new_values('ranged_v') IS NULL;
+INSERT INTO ranged SELECT i, repeat('z', 1900) FROM generate_series(1, 100) i;
+CREATE TABLE versions (id int PRIMARY KEY, v int);
+INSERT INTO versions SELECT i, 0 FROM generate_series(1, 200) i;
+BEGIN; UPDATE versions SET v = 1; PREPARE TRANSACTION 'holds versions';
+BEGIN; SELECT count(*) FROM (SELECT 1 FROM versions FOR KEY SHARE) q; COMMIT;
+COMMIT PREPARED 'holds versions';
+BEGIN; SELECT count(*) FROM (SELECT 1 FROM versions FOR KEY SHARE) q;
+    PREPARE TRANSACTION 'shares versions';
+UPDATE versions SET v = 2 WHERE id % 2 = 0;
+BEGIN; SELECT count(*) FROM (SELECT 1 FROM versions FOR KEY SHARE) q; SAVEPOINT s;
+    UPDATE versions SET v = 3 WHERE id % 3 = 0; ROLLBACK TO s; COMMIT;
+COMMIT PREPARED 'shares versions';
+VACUUM (FREEZE) versions;
+";
+
 /// Fills pgbench's tables and runs pgbench with progress lines every five seconds.
 pub fn pgbench(
     primary: &PgCluster,

@@ -2,8 +2,8 @@
 //!
 //! A request names a block, the newest page image at or below the wanted LSN (if there is one)
 //! and the records after it. [`plan`] cuts the records into runs; our own small records and
-//! images are applied here, whole WAL records by a child process: unmodified PostgreSQL with
-//! `pgxn/neon_walredo` loaded ([`child`]).
+//! images are applied there. WAL records are applied in Rust where that goes ([`native`]), else
+//! by a child process: unmodified PostgreSQL with `pgxn/neon_walredo` loaded ([`child`]).
 
 use bytes::Bytes;
 use futures_util::future::LocalBoxFuture;
@@ -11,6 +11,7 @@ use futures_util::future::LocalBoxFuture;
 use crate::base::{BlockNumber, Kind, Lsn, RelTag};
 
 pub mod child;
+pub mod native;
 pub mod plan;
 pub mod protocol;
 pub mod record;

@@ -1,5 +1,7 @@
 //! What the admin API asks of a core, and what a core tells about itself.
 
+use std::collections::BTreeMap;
+
 use serde::{Deserialize, Serialize};
 
 use crate::base::{Kind, Lsn, TenantShardId, TimelineId};
@@ -124,8 +126,22 @@ pub struct CoreMetrics {
     pub redo_requests: u64,
     pub redo_seconds: f64,
     pub redo_records: u64,
+    pub redo_pages_native: u64,
+    pub redo_records_native: u64,
+    pub redo_misfits: u64,
     pub redo_children_started: u64,
     pub redo_failures: u64,
+    /// By resource manager (`xl_rmid`).
+    pub redo_managers: BTreeMap<u8, RedoSplit>,
+}
+
+/// WAL records applied to pages, by who applied them.
+#[derive(Clone, Copy, Debug, Default, Serialize, Deserialize)]
+pub struct RedoSplit {
+    /// In this process.
+    pub native: u64,
+    /// By a wal-redo process.
+    pub child: u64,
 }
 
 /// Why an admin command failed.

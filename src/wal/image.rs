@@ -105,31 +105,37 @@ impl BlockImage {
 
     /// The page, with the hole filled with zeros. Its LSN is what it was before the record.
     pub fn restore(&self) -> Result<Box<Page>, ImageError> {
-        let header = &self.header;
-        let hole_offset = usize::from(header.hole_offset);
-        let hole_end = hole_offset + usize::from(header.hole_len);
-        let full = PAGE_SIZE.saturating_sub(usize::from(header.hole_len));
-        let mut buffer = [0u8; PAGE_SIZE];
-        let fail = |method| ImageError { method, len: self.bytes.len(), expected: full };
-        let packed: &[u8] = if header.compressed() {
-            let target = buffer.get_mut(..full).ok_or_else(|| fail("nothing"))?;
-            let (method, len) = self.decompress(target);
-            if len != Some(full) {
-                return Err(fail(method));
-            }
-            target
-        } else {
-            &self.bytes
-        };
         let mut page = Box::new([0u8; PAGE_SIZE]);
-        let mut fill = || -> Option<()> {
-            let (head, tail) = packed.split_at_checked(hole_offset)?;
-            page.get_mut(..hole_offset)?.copy_from_slice(head);
-            let target = page.get_mut(hole_end..)?;
-            (target.len() == tail.len()).then(|| target.copy_from_slice(tail))
-        };
-        fill().ok_or_else(|| fail("nothing"))?;
+        self.restore_into(&mut page)?;
         Ok(page)
+    }
+
+    /// As [`BlockImage::restore`], over a page that is there. After an error the page is of no
+    /// use.
+    pub fn restore_into(&self, page: &mut Page) -> Result<(), ImageError> {
+        let full = PAGE_SIZE.saturating_sub(usize::from(self.header.hole_len));
+        let fail = |method| ImageError { method, len: self.bytes.len(), expected: full };
+        if !self.header.compressed() {
+            return self.spread(&self.bytes, page).ok_or_else(|| fail("nothing"));
+        }
+        let mut buffer = [0u8; PAGE_SIZE];
+        let packed = buffer.get_mut(..full).ok_or_else(|| fail("nothing"))?;
+        let (method, len) = self.decompress(packed);
+        if len != Some(full) {
+            return Err(fail(method));
+        }
+        self.spread(packed, page).ok_or_else(|| fail(method))
+    }
+
+    /// Puts what is before and behind the hole in its place, and zeros between.
+    fn spread(&self, packed: &[u8], page: &mut Page) -> Option<()> {
+        let hole_offset = usize::from(self.header.hole_offset);
+        let hole_end = hole_offset + usize::from(self.header.hole_len);
+        let (head, tail) = packed.split_at_checked(hole_offset)?;
+        page.get_mut(..hole_offset)?.copy_from_slice(head);
+        page.get_mut(hole_offset..hole_end)?.fill(0);
+        let target = page.get_mut(hole_end..)?;
+        (target.len() == tail.len()).then(|| target.copy_from_slice(tail))
     }
 
     /// Decompresses into `target`; gives the method and how many bytes came out.

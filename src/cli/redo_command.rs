@@ -1,0 +1,203 @@
+//! `pgstrata redo compare`: native redo against the wal-redo child, on WAL of a load of its own or
+//! on WAL that is there.
+//!
+//! With a load: a stock primary is made, its data directory copied before it ever starts, the load
+//! runs, the primary is stopped, and all WAL since the copy is compared
+//! ([`super::redo_compare`]).
+
+#![allow(
+    clippy::disallowed_methods,
+    reason = "a command-line tool that drives other programs: no data path, nothing to simulate"
+)]
+
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+
+use futures_lite::future::block_on;
+
+use super::admin_client::CommandError;
+use super::pg::{PgCluster, StopMode, bin_dir, control_data, make_dir};
+use super::redo_compare::{Compare, CompareReport, read_wal};
+use super::service::find_library;
+use super::verify_files::{DataDirectory, scan};
+use super::workload;
+use crate::base::Lsn;
+use crate::redo::RedoSettings;
+use crate::redo::child::{ChildRedo, ChildSettings};
+
+/// `pgstrata redo`.
+#[derive(clap::Args, Debug)]
+pub struct RedoArgs {
+    #[command(subcommand)]
+    command: RedoCommand,
+}
+
+#[derive(clap::Subcommand, Debug)]
+enum RedoCommand {
+    /// Compare native redo with PostgreSQL's, record by record, raw bytes.
+    Compare(CompareArgs),
+}
+
+/// What runs on the primary.
+#[derive(clap::ValueEnum, Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Load {
+    /// pgbench.
+    Pgbench,
+    /// Every kind of index, DDL, vacuum, locks, two-phase commit, databases.
+    Mixed,
+    /// Both, one after the other.
+    All,
+}
+
+/// `pgstrata redo compare`.
+#[derive(clap::Args, Debug)]
+pub struct CompareArgs {
+    /// Compare this WAL (a directory of segments of 16 MiB) instead of making some.
+    #[arg(long, value_name = "DIR", requires = "from")]
+    wal: Option<PathBuf>,
+    /// Start of the first record to compare.
+    #[arg(long)]
+    from: Option<Lsn>,
+    /// Stop after the last record that ends at or before this position; otherwise at the end of
+    /// the WAL.
+    #[arg(long)]
+    to: Option<Lsn>,
+    /// The data directory as it was at the first position; without it, pages of which the WAL has no
+    /// image begin as zeros.
+    #[arg(long, value_name = "DIR")]
+    pgdata: Option<PathBuf>,
+    /// The WAL is of a cluster with data checksums or `wal_log_hints`.
+    #[arg(long)]
+    hint_bits: bool,
+    /// What runs on the primary that is made.
+    #[arg(long, value_enum, default_value = "all")]
+    workload: Load,
+    /// pgbench's scale.
+    #[arg(long, default_value_t = 5)]
+    scale: u32,
+    /// Transactions of each of pgbench's four clients.
+    #[arg(long, default_value_t = 5000)]
+    transactions: u32,
+    /// Size of the mixed workload.
+    #[arg(long, default_value_t = 1)]
+    size: u32,
+    /// The primary has data checksums.
+    #[arg(long)]
+    data_checksums: bool,
+    /// A setting of the primary, such as full_page_writes=off.
+    #[arg(long = "set", value_name = "NAME=VALUE")]
+    settings: Vec<String>,
+    /// The wal-redo library; as a rule it is found beside this program.
+    #[arg(long, value_name = "FILE")]
+    library: Option<PathBuf>,
+}
+
+/// Runs `pgstrata redo`.
+pub fn run(args: RedoArgs) -> Result<(), CommandError> {
+    let RedoCommand::Compare(args) = args.command;
+    let root = std::env::temp_dir().join(format!("pgstrata-compare-{}", std::process::id()));
+    make_dir(&root)?;
+    std::fs::set_permissions(&root, std::os::unix::fs::PermissionsExt::from_mode(0o755))?;
+    let result = compare(&args, &root);
+    let _ = std::fs::remove_dir_all(&root);
+    let report = result?;
+    match report.is_equal() {
+        true => Ok(()),
+        false => Err("native redo differs from PostgreSQL".into()),
+    }
+}
+
+fn say(text: &str) {
+    println!("==> {text}");
+}
+
+fn compare(args: &CompareArgs, root: &Path) -> Result<CompareReport, CommandError> {
+    if let (Some(wal), Some(from)) = (&args.wal, args.from) {
+        let base = match &args.pgdata {
+            Some(data) => scan(data)?,
+            None => DataDirectory::default(),
+        };
+        return compare_wal(args, root, wal, from, &base, args.hint_bits);
+    }
+    let logs_hints = |setting: &String| setting.replace(' ', "") == "wal_log_hints=on";
+    let hint_bits = args.data_checksums || args.settings.iter().any(logs_hints);
+    let (primary, base, from) = make_wal(args, root)?;
+    let base = scan(&base)?;
+    compare_wal(args, root, &primary.data().join("pg_wal"), from, &base, hint_bits)
+}
+
+/// Runs the load on a fresh primary; gives it, stopped, with a copy of what it was before, and the
+/// position where its WAL begins.
+fn make_wal(args: &CompareArgs, root: &Path) -> Result<(PgCluster, PathBuf, Lsn), CommandError> {
+    say("making a stock PostgreSQL 15 primary");
+    let mut settings: Vec<String> = vec![
+        "wal_keep_size = 100GB".to_owned(),
+        "synchronous_commit = off".to_owned(),
+        "autovacuum_naptime = 2s".to_owned(),
+    ];
+    for setting in &args.settings {
+        let (name, value) =
+            setting.split_once('=').ok_or_else(|| format!("--set {setting}: write NAME=VALUE"))?;
+        settings.push(format!("{} = '{}'", name.trim(), value.trim()));
+    }
+    let mut primary = PgCluster::init(&root.join("primary"), args.data_checksums, &settings)?;
+    let base = root.join("base");
+    let copied =
+        std::process::Command::new("cp").arg("-a").args([primary.data(), &base]).status()?;
+    if !copied.success() {
+        return Err("the data directory could not be copied".into());
+    }
+    let from = control_data(primary.data(), "Latest checkpoint's REDO location")?.parse()?;
+    primary.start()?;
+    if args.workload != Load::Mixed {
+        say(&format!("pgbench: scale {}, 4 x {} transactions", args.scale, args.transactions));
+        primary.pgbench_init("postgres", args.scale)?;
+        let transactions = args.transactions.to_string();
+        primary.pgbench("postgres", &["-c", "4", "-j", "1", "-t", &transactions], |_| {})?;
+        primary.psql("postgres", "VACUUM")?;
+    }
+    if args.workload != Load::Pgbench {
+        workload::mixed(&primary, args.size, &say)?;
+        workload::rare(&primary)?;
+    }
+    primary.stop(StopMode::Fast)?;
+    Ok((primary, base, from))
+}
+
+fn compare_wal(
+    args: &CompareArgs,
+    root: &Path,
+    wal: &Path,
+    from: Lsn,
+    base: &DataDirectory,
+    hint_bits_logged: bool,
+) -> Result<CompareReport, CommandError> {
+    let redo = RedoSettings { hint_bits_logged };
+    let scratch = root.join("redo");
+    // The child's user has to get through.
+    std::fs::create_dir_all(&scratch)?;
+    let child = ChildRedo::new(ChildSettings {
+        tenant: "compare".to_owned(),
+        postgres_bin: bin_dir().join("postgres"),
+        walredo_so: std::path::absolute(find_library(&args.library.clone().unwrap_or_default())?)?,
+        scratch_dir: scratch,
+        cpu: None,
+        redo,
+        timeout: Duration::from_secs(60),
+    });
+    say(&format!("comparing every page version from {from} on"));
+    let begin = Instant::now();
+    let mut compare = Compare::new(&child, redo, base);
+    let end = read_wal(wal, from, |record| {
+        if args.to.is_some_and(|to| record.end > to) {
+            return Ok(false);
+        }
+        block_on(compare.record(&record))?;
+        Ok(true)
+    })?;
+    let report = block_on(compare.finish());
+    block_on(child.shutdown());
+    print!("{}", report.table());
+    say(&format!("WAL from {from} to {end}, {:.1} s", begin.elapsed().as_secs_f64()));
+    Ok(report)
+}

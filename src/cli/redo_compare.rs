@@ -1,0 +1,391 @@
+//! Native redo against the wal-redo child, record by record.
+//!
+//! For every block of every record, in WAL order: the page as native redo left it so far is given
+//! to native redo and to the child, with the one record; both must make the same 8,192 bytes of
+//! it. As the page before was equal, by induction every version of every page is compared, and a
+//! difference is found at the record that makes it. The child also compares with the images in
+//! the WAL, where `wal_consistency_checking` put some. Native redo goes ahead; the child's answers
+//! are taken in with up to [`REDO_COMPARE_DEPTH`] under way.
+//!
+//! Where native redo refuses, the child's page is taken. A page that no record makes anew, by
+//! initialisation or image, is read from a copy of the data directory from before the WAL.
+
+#![allow(
+    clippy::disallowed_methods,
+    reason = "a command-line tool that reads another program's files: no data path"
+)]
+
+use std::collections::{BTreeMap, HashMap};
+use std::fmt::Write as _;
+use std::fs::File;
+use std::io::{Read, Seek, SeekFrom};
+use std::path::Path;
+
+use bytes::Bytes;
+use futures_util::future::LocalBoxFuture;
+use futures_util::stream::{FuturesUnordered, StreamExt};
+use futures_util::{FutureExt, future};
+
+use super::admin_client::CommandError;
+use super::verify::{describe, differences};
+use super::verify_files::DataDirectory;
+use crate::base::key::FORK_VM;
+use crate::base::page::{PAGE_SIZE, Page, page_is_new};
+use crate::base::{BlockNumber, Lsn, RelTag, SmallRecord};
+use crate::limits::{REDO_COMPARE_DEPTH, VERIFY_DETAILS_MAX};
+use crate::redo::native::{Applied, NotNative, apply, apply_bytes};
+use crate::redo::small::{self, heap_block_to_map_block};
+use crate::redo::{Redo, RedoError, RedoRequest, RedoSettings};
+use crate::wal::change::Change;
+use crate::wal::decode::decode;
+use crate::wal::page::WalLayout;
+use crate::wal::record::{BlockRef, Record, rmgr_id};
+use crate::wal::stream::{Event, StreamRecord, WalStream};
+
+const SEGMENT_BYTES: u64 = 16 * 1024 * 1024;
+const READ_BYTES: usize = 1024 * 1024;
+
+/// What became of the blocks of one kind of record.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Sums {
+    /// Page changes: a record counts once for each of its blocks.
+    pub changes: u64,
+    /// Of these, applied natively.
+    pub native: u64,
+    /// Of these, where there was nothing to do, because the page was new or had seen the record.
+    pub skipped: u64,
+    /// Of a supported kind, but refused.
+    pub misfits: u64,
+    /// Not equal to the child's page, or refused by the child.
+    pub different: u64,
+}
+
+/// Outcome of a comparison.
+#[derive(Clone, Debug, Default)]
+pub struct CompareReport {
+    /// Records read.
+    pub records: u64,
+    /// Records that name blocks.
+    pub page_records: u64,
+    /// Of these, records all of whose blocks were applied natively.
+    pub page_records_native: u64,
+    /// By resource manager and operation.
+    pub kinds: BTreeMap<(u8, u8), Sums>,
+    /// Pages that were changed at all.
+    pub pages: u64,
+    /// Of these, pages whose last version, from its last base on, is made without the child.
+    pub pages_native: u64,
+    /// The first differences and misfits, described.
+    pub details: Vec<String>,
+}
+
+impl CompareReport {
+    /// Sums over all kinds.
+    pub fn total(&self) -> Sums {
+        self.kinds.values().fold(Sums::default(), |sum, kind| Sums {
+            changes: sum.changes + kind.changes,
+            native: sum.native + kind.native,
+            skipped: sum.skipped + kind.skipped,
+            misfits: sum.misfits + kind.misfits,
+            different: sum.different + kind.different,
+        })
+    }
+
+    /// True when every page was equal, and none was refused that should fit.
+    pub fn is_equal(&self) -> bool {
+        let total = self.total();
+        total.different == 0 && total.misfits == 0
+    }
+
+    /// The table that a human reads.
+    pub fn table(&self) -> String {
+        let mut out = String::new();
+        let columns = ["changes", "native", "skipped", "misfits", "different"];
+        let [a, b, c, d, e] = columns;
+        let _ = writeln!(out, "{:<24}{a:>10}{b:>10}{c:>10}{d:>10}{e:>10}", "");
+        let mut line = |name: &str, sums: &Sums| {
+            let Sums { changes, native, skipped, misfits, different } = sums;
+            let _ = writeln!(
+                out,
+                "{name:<24}{changes:>10}{native:>10}{skipped:>10}{misfits:>10}{different:>10}"
+            );
+        };
+        for ((rmgr, operation), sums) in &self.kinds {
+            line(&format!("{} {operation:02X}", manager_name(*rmgr)), sums);
+        }
+        line("all", &self.total());
+        let share = |part: u64, whole: u64| 100.0 * part as f64 / whole.max(1) as f64;
+        let _ = writeln!(
+            out,
+            "{} records, {} of them change pages; native: {:.3} % of these, {:.3} % of {} pages",
+            self.records,
+            self.page_records,
+            share(self.page_records_native, self.page_records),
+            share(self.pages_native, self.pages),
+            self.pages,
+        );
+        for detail in &self.details {
+            let _ = writeln!(out, "  {detail}");
+        }
+        out
+    }
+
+    fn detail(&mut self, text: impl FnOnce() -> String) {
+        if self.details.len() < VERIFY_DETAILS_MAX {
+            self.details.push(text());
+        }
+    }
+}
+
+/// PostgreSQL's name of a resource manager.
+fn manager_name(rmgr: u8) -> String {
+    let name = match rmgr {
+        rmgr_id::XLOG => "XLOG",
+        rmgr_id::HEAP2 => "Heap2",
+        rmgr_id::HEAP => "Heap",
+        rmgr_id::BTREE => "Btree",
+        rmgr_id::HASH => "Hash",
+        rmgr_id::GIN => "Gin",
+        rmgr_id::GIST => "Gist",
+        rmgr_id::SEQ => "Sequence",
+        rmgr_id::SPGIST => "SPGist",
+        rmgr_id::BRIN => "BRIN",
+        rmgr_id::GENERIC => "Generic",
+        _ => return format!("manager {rmgr}"),
+    };
+    name.to_owned()
+}
+
+/// A page in its present version.
+struct Current {
+    page: Bytes,
+    /// It was made with the child's help since its last base.
+    child: bool,
+}
+
+/// A page that native redo made, and the child's answer.
+struct Answer {
+    rel: RelTag,
+    block: BlockNumber,
+    lsn: Lsn,
+    kind: (u8, u8),
+    ours: Bytes,
+    theirs: Result<Bytes, RedoError>,
+}
+
+/// A comparison under way.
+pub struct Compare<'a> {
+    child: &'a dyn Redo,
+    settings: RedoSettings,
+    base: &'a DataDirectory,
+    pages: HashMap<(RelTag, BlockNumber), Current>,
+    under_way: FuturesUnordered<LocalBoxFuture<'a, Answer>>,
+    report: CompareReport,
+}
+
+impl<'a> Compare<'a> {
+    /// `base` is the data directory from before the first record.
+    pub fn new(child: &'a dyn Redo, settings: RedoSettings, base: &'a DataDirectory) -> Self {
+        Compare {
+            child,
+            settings,
+            base,
+            pages: HashMap::new(),
+            under_way: FuturesUnordered::new(),
+            report: CompareReport::default(),
+        }
+    }
+
+    /// Takes the next record.
+    ///
+    /// # Errors
+    /// When the record cannot be read, or the base, or the child cannot stand in; a difference is
+    /// no error.
+    pub async fn record(&mut self, found: &StreamRecord) -> Result<(), CommandError> {
+        self.report.records += 1;
+        let record = Record::parse(&found.bytes)?;
+        if record.blocks.is_empty() {
+            return Ok(());
+        }
+        self.clear_visibility(found)?;
+        let mut all_native = true;
+        for block in &record.blocks {
+            all_native &= self.block(&record, block, found).await?;
+        }
+        self.report.page_records += 1;
+        self.report.page_records_native += u64::from(all_native);
+        Ok(())
+    }
+
+    /// Waits for the child's last answers.
+    pub async fn finish(mut self) -> CompareReport {
+        while let Some(answer) = self.under_way.next().await {
+            self.judge(&answer);
+        }
+        self.report.pages = self.pages.len() as u64;
+        self.report.pages_native =
+            self.pages.values().filter(|current| !current.child).count() as u64;
+        self.report
+    }
+
+    /// The page of a block as it is now; zeros if nobody knows it.
+    fn current(&self, rel: RelTag, block: BlockNumber) -> Result<Bytes, CommandError> {
+        if let Some(current) = self.pages.get(&(rel, block)) {
+            return Ok(current.page.clone());
+        }
+        let page = match self.base.forks.get(&rel) {
+            Some(files) => files.page(block)?,
+            None => None,
+        };
+        Ok(Bytes::from(page.unwrap_or_else(|| vec![0; PAGE_SIZE])))
+    }
+
+    /// One block of a record; true if it was applied natively.
+    async fn block(
+        &mut self,
+        record: &Record,
+        block: &BlockRef,
+        found: &StreamRecord,
+    ) -> Result<bool, CommandError> {
+        let (rel, number, lsn) = (block.rel, block.block, found.end);
+        let kind = (record.header.rmgr, record.header.operation());
+        let before = self.current(rel, number)?;
+        let mut page: Box<Page> = before[..].try_into().map(Box::new)?;
+        let done = apply(&mut page, record, block, lsn, &self.settings);
+        // The way that chains take finds its data in the record by itself.
+        let mut other: Box<Page> = before[..].try_into().map(Box::new)?;
+        let target = (rel, number);
+        let same = match apply_bytes(&mut other, &found.bytes, target, lsn, &self.settings) {
+            Ok(_) => done.is_ok() && other == page,
+            Err(NotNative::Unsupported { .. }) => done.is_err() || block.image.is_some(),
+            Err(NotNative::Misfit(_)) => done.is_err(),
+        };
+        if !same {
+            self.report.kinds.entry(kind).or_default().different += 1;
+            self.report.detail(|| format!("{rel} block {number} at {lsn}: two ways differ"));
+        }
+        let base = (!block.will_init).then_some(before);
+        let records = vec![(lsn, found.bytes.clone())];
+        let request = RedoRequest { rel, block: number, base, records };
+        let page: Box<[u8]> = page;
+        let ours = Bytes::from(page);
+        let sums = self.report.kinds.entry(kind).or_default();
+        sums.changes += 1;
+        let (after, native) = match done {
+            Ok(applied) => {
+                sums.native += 1;
+                sums.skipped += u64::from(applied == Applied::Skipped);
+                self.ask(request, kind, ours.clone()).await;
+                (ours, true)
+            }
+            Err(why) => {
+                if let NotNative::Misfit(what) = why {
+                    sums.misfits += 1;
+                    self.report.detail(|| format!("{rel} block {number} at {lsn}: {what}"));
+                }
+                (self.child.redo(request).await?, false)
+            }
+        };
+        let old = self.pages.get(&(rel, number)).is_some_and(|current| current.child);
+        let child = !native || old && !block.replaces_page();
+        self.pages.insert((rel, number), Current { page: after, child });
+        Ok(native)
+    }
+
+    /// Has the child apply a record too.
+    async fn ask(&mut self, request: RedoRequest, kind: (u8, u8), ours: Bytes) {
+        let child = self.child;
+        let answer = async move {
+            let (rel, block) = (request.rel, request.block);
+            let lsn = request.records.first().map_or(Lsn::INVALID, |(lsn, _)| *lsn);
+            let theirs = child.redo(request).await;
+            Answer { rel, block, lsn, kind, ours, theirs }
+        };
+        self.under_way.push(answer.boxed_local());
+        if self.under_way.len() < REDO_COMPARE_DEPTH {
+            return;
+        }
+        // Half of the answers, so that the child always has the other half to work on.
+        while self.under_way.len() > REDO_COMPARE_DEPTH / 2
+            && let Some(answer) = self.under_way.next().await
+        {
+            self.judge(&answer);
+        }
+        // What is ready.
+        while let Some(Some(answer)) = self.under_way.next().now_or_never() {
+            self.judge(&answer);
+        }
+        future::ready(()).await;
+    }
+
+    fn judge(&mut self, answer: &Answer) {
+        let Answer { rel, block, lsn, kind, ours, theirs } = answer;
+        let problem = match theirs {
+            Ok(theirs) if theirs == ours => return,
+            Ok(theirs) => describe(ours, theirs, &differences(ours, theirs, false)),
+            Err(error) => error.to_string(),
+        };
+        let (rmgr, operation) = *kind;
+        self.report.kinds.entry(*kind).or_default().different += 1;
+        self.report.detail(|| {
+            format!(
+                "{} {operation:02X}: {rel} block {block} at {lsn}: {problem}",
+                manager_name(rmgr)
+            )
+        });
+    }
+
+    /// Visibility-map bits that a record clears without naming the block.
+    fn clear_visibility(&mut self, found: &StreamRecord) -> Result<(), CommandError> {
+        for change in decode(&found.bytes, found.start, found.end)? {
+            let Change::VmClear { node, flags, heap_blocks } = change else { continue };
+            for heap_block in heap_blocks.into_iter().flatten() {
+                let (rel, block) = (node.fork(FORK_VM), heap_block_to_map_block(heap_block));
+                let before = self.current(rel, block)?;
+                if page_is_new(&before) {
+                    continue;
+                }
+                let mut page: Box<Page> = before[..].try_into().map(Box::new)?;
+                let heap_blocks = [Some(heap_block), None];
+                small::apply(&mut page, &SmallRecord::VmClear { flags, heap_blocks });
+                let page: Box<[u8]> = page;
+                let child = self.pages.get(&(rel, block)).is_some_and(|current| current.child);
+                self.pages.insert((rel, block), Current { page: Bytes::from(page), child });
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Gives all records from `from` on, which begins a record, to `each`, until it says false or the
+/// WAL ends; gives the position after the last one. `wal` is a directory of segment files of 16
+/// MiB on timeline 1.
+pub fn read_wal(
+    wal: &Path,
+    from: Lsn,
+    mut each: impl FnMut(StreamRecord) -> Result<bool, CommandError>,
+) -> Result<Lsn, CommandError> {
+    let layout = WalLayout { segment_bytes: SEGMENT_BYTES, system_id: None };
+    let mut stream = WalStream::new(from, layout)?;
+    let mut buffer = vec![0; READ_BYTES];
+    loop {
+        let at = stream.position();
+        let number = at.segment_number(SEGMENT_BYTES);
+        let path = wal.join(format!("00000001{:08X}{:08X}", number / 256, number % 256));
+        let Ok(mut file) = File::open(&path) else { return Ok(stream.boundary()) };
+        file.seek(SeekFrom::Start(at.segment_offset(SEGMENT_BYTES)))?;
+        let got = file.read(&mut buffer)?;
+        let mut input = buffer.get(..got).unwrap_or_default();
+        loop {
+            match stream.next(&mut input)? {
+                Event::Record(record) => {
+                    if !each(record)? {
+                        return Ok(stream.boundary());
+                    }
+                }
+                Event::NeedInput if got > 0 => break,
+                Event::NeedInput | Event::EndOfWal => return Ok(stream.boundary()),
+            }
+        }
+    }
+}

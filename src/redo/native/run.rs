@@ -1,0 +1,221 @@
+//! Chains of records: natively where that goes, by the wal-redo child where it does not.
+//!
+//! [`NativeRedo`] stands before another redo service. A chain is cut into runs: records that are
+//! applied here, then records that are not, then records that are again. Only the latter, with
+//! the page as it is before them, go to the other service. A chain without such records never
+//! gets there, so no process is started for it.
+//!
+//! A record goes to the other service
+//! - if records of its kind are not applied here;
+//! - if it does not fit the page: what was applied before it is applied anew then, because the
+//!   attempt may have left the page half changed;
+//! - if it carries an image of the page after it for comparison (`wal_consistency_checking`):
+//!   the child compares, masked as PostgreSQL masks.
+
+use std::cell::Cell;
+
+use bytes::Bytes;
+use futures_lite::future::yield_now;
+use futures_util::FutureExt;
+use futures_util::future::LocalBoxFuture;
+
+use super::{NotNative, apply_bytes, is_foreign};
+use crate::base::page::{PAGE_SIZE, Page};
+use crate::base::{BlockNumber, Lsn, RelTag};
+use crate::limits::REDO_NATIVE_SLICE_RECORDS;
+use crate::redo::{Redo, RedoError, RedoRequest, RedoSettings, record as check};
+use crate::wal::record::rmgr_id;
+
+/// Resource managers that have counters of their own: the built-in ones.
+pub const MANAGERS: usize = rmgr_id::BUILTIN_MAX as usize + 1;
+
+/// What happened so far.
+#[derive(Debug, Default)]
+pub struct NativeCounters {
+    /// Records applied natively, by resource manager. A record counts once for each page.
+    pub native: [Cell<u64>; MANAGERS],
+    /// Records left to the other service, by resource manager.
+    pub child: [Cell<u64>; MANAGERS],
+    /// Of these, records that are of a kind that is applied natively, but did not fit their page.
+    pub misfits: Cell<u64>,
+    /// Pages rebuilt without the other service.
+    pub pages_native: Cell<u64>,
+    /// Pages for which the other service was needed.
+    pub pages_child: Cell<u64>,
+}
+
+fn add(counter: Option<&Cell<u64>>) {
+    if let Some(counter) = counter {
+        counter.set(counter.get().saturating_add(1));
+    }
+}
+
+impl NativeCounters {
+    /// Sum over all resource managers.
+    pub fn native_records(&self) -> u64 {
+        self.native.iter().map(Cell::get).sum()
+    }
+
+    /// Sum over all resource managers.
+    pub fn child_records(&self) -> u64 {
+        self.child.iter().map(Cell::get).sum()
+    }
+}
+
+/// Applies records natively, and has `inner` apply what is left.
+pub struct NativeRedo<R> {
+    inner: R,
+    settings: RedoSettings,
+    counters: NativeCounters,
+}
+
+/// Records that are not applied natively.
+struct Foreign {
+    /// The first of them, counted from the first record that was tried.
+    at: usize,
+    /// The page may be half changed.
+    misfit: bool,
+}
+
+/// The page that records are applied to.
+#[derive(Clone, Copy)]
+struct Target {
+    rel: RelTag,
+    block: BlockNumber,
+}
+
+impl Target {
+    fn pair(self) -> (RelTag, BlockNumber) {
+        (self.rel, self.block)
+    }
+}
+
+/// The counter of a record's resource manager (`xl_rmid`).
+fn counter<'a>(counters: &'a [Cell<u64>], record: &[u8]) -> Option<&'a Cell<u64>> {
+    record.get(17).and_then(|rmgr| counters.get(usize::from(*rmgr)))
+}
+
+impl<R: Redo> NativeRedo<R> {
+    /// `settings` are those of `inner`.
+    pub fn new(inner: R, settings: RedoSettings) -> Self {
+        NativeRedo { inner, settings, counters: NativeCounters::default() }
+    }
+
+    /// The service behind.
+    pub fn inner(&self) -> &R {
+        &self.inner
+    }
+
+    /// What happened so far.
+    pub fn counters(&self) -> &NativeCounters {
+        &self.counters
+    }
+
+    async fn rebuild(&self, request: RedoRequest) -> Result<Bytes, RedoError> {
+        let RedoRequest { rel, block, mut base, records } = request;
+        if records.is_empty() {
+            return Err(RedoError::NoRecords { rel, block });
+        }
+        let target = Target { rel, block };
+        let mut page = start(target, base.as_ref())?;
+        let (mut from, mut next, mut needed_child) = (0, 0, false);
+        while next < records.len() {
+            let stop = records.len().min(next + REDO_NATIVE_SLICE_RECORDS);
+            let slice = records.get(next..stop).unwrap_or_default();
+            let Some(foreign) = self.slice(&mut page, target, slice)? else {
+                next = stop;
+                if next < records.len() {
+                    yield_now().await;
+                }
+                continue;
+            };
+            let at = next + foreign.at;
+            if foreign.misfit {
+                page = start(target, base.as_ref())?;
+                self.again(&mut page, target, records.get(from..at).unwrap_or_default())?;
+            }
+            let rest = records.get(at..).unwrap_or_default();
+            let run = rest.get(..self.foreign_run(target, rest)).unwrap_or_default();
+            let before = (at > 0 || base.is_some()).then(|| Bytes::copy_from_slice(&page[..]));
+            let request = RedoRequest { rel, block, base: before, records: run.to_vec() };
+            base = Some(self.inner.redo(request).await?);
+            needed_child = true;
+            page = start(target, base.as_ref())?;
+            from = at + run.len();
+            next = from;
+        }
+        add(Some(match needed_child {
+            true => &self.counters.pages_child,
+            false => &self.counters.pages_native,
+        }));
+        let page: Box<[u8]> = page;
+        Ok(Bytes::from(page))
+    }
+
+    /// Applies records as far as that goes; says where it does not.
+    fn slice(
+        &self,
+        page: &mut Page,
+        target: Target,
+        records: &[(Lsn, Bytes)],
+    ) -> Result<Option<Foreign>, RedoError> {
+        for (at, (lsn, bytes)) in records.iter().enumerate() {
+            check::check(*lsn, target.rel, target.block, bytes)?;
+            match apply_bytes(page, bytes, target.pair(), *lsn, &self.settings) {
+                Ok(_) => add(counter(&self.counters.native, bytes)),
+                Err(NotNative::Unsupported { .. }) => {
+                    return Ok(Some(Foreign { at, misfit: false }));
+                }
+                Err(NotNative::Misfit(what)) => {
+                    let Target { rel, block } = target;
+                    tracing::warn!(%rel, block, %lsn, what, "left to the wal-redo process");
+                    add(Some(&self.counters.misfits));
+                    return Ok(Some(Foreign { at, misfit: true }));
+                }
+            }
+        }
+        Ok(None)
+    }
+
+    /// Applies records that were applied before.
+    fn again(
+        &self,
+        page: &mut Page,
+        target: Target,
+        records: &[(Lsn, Bytes)],
+    ) -> Result<(), RedoError> {
+        for (lsn, bytes) in records {
+            let Target { rel, block } = target;
+            let bad = |problem| RedoError::BadRecord { lsn: *lsn, rel, block, problem };
+            apply_bytes(page, bytes, target.pair(), *lsn, &self.settings)
+                .map_err(|error| bad(error.to_string()))?;
+        }
+        Ok(())
+    }
+
+    /// How many records of a row that begins with a foreign one are to go to the other service:
+    /// up to the next one that may be applied here. Counts them.
+    fn foreign_run(&self, target: Target, records: &[(Lsn, Bytes)]) -> usize {
+        let foreign = |bytes: &Bytes| is_foreign(bytes, target.pair());
+        let len = records.iter().skip(1).take_while(|(_, bytes)| foreign(bytes)).count() + 1;
+        for (_, bytes) in records.iter().take(len) {
+            add(counter(&self.counters.child, bytes));
+        }
+        len
+    }
+}
+
+impl<R: Redo> Redo for NativeRedo<R> {
+    fn redo(&self, request: RedoRequest) -> LocalBoxFuture<'_, Result<Bytes, RedoError>> {
+        self.rebuild(request).boxed_local()
+    }
+}
+
+fn start(target: Target, base: Option<&Bytes>) -> Result<Box<Page>, RedoError> {
+    let Some(base) = base else { return Ok(Box::new([0; PAGE_SIZE])) };
+    <Box<Page>>::try_from(base.to_vec()).map_err(|bytes| RedoError::Refused {
+        rel: target.rel,
+        block: target.block,
+        message: format!("the base page has {} bytes", bytes.len()),
+    })
+}

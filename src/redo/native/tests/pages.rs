@@ -1,0 +1,115 @@
+//! Adding, removing and moving items, hole included.
+
+use super::super::compact::*;
+use super::super::page::*;
+use super::*;
+
+/// A page whose items are `len` bytes each, filled with their number.
+fn page_of(lens: &[usize]) -> Page {
+    let mut page = [0; PAGE_SIZE];
+    init(&mut page, 16).unwrap();
+    for (index, len) in lens.iter().enumerate() {
+        add_item(&mut page, &vec![index as u8 + 1; *len], index + 1, Add::Shift).unwrap();
+    }
+    page
+}
+
+fn firsts(page: &Page) -> Vec<u8> {
+    items(page).iter().map(|item| item.first().copied().unwrap_or_default()).collect()
+}
+
+#[test]
+fn items_are_put_before_others() {
+    let mut page = page_of(&[8, 8, 8]);
+    add_item(&mut page, &[9; 20], 2, Add::Shift).unwrap();
+    assert_eq!(firsts(&page), [1, 9, 2, 3]);
+    let end = bounds(&page).unwrap();
+    assert_eq!((end.lower, end.upper), (40, 8176 - 3 * 8 - 24));
+    assert!(add_item(&mut page, &[9], 6, Add::Shift).is_err());
+    assert!(add_item(&mut page, &[9], 0, Add::Shift).is_err());
+    assert!(add_item(&mut page, &[9], 2, Add::Overwrite).is_err());
+    let room = end.upper - end.lower - 4;
+    assert!(add_item(&mut page.clone(), &vec![9; room / 8 * 8 + 1], 5, Add::Shift).is_err());
+    add_item(&mut page, &vec![9; room / 8 * 8], 5, Add::Shift).unwrap();
+}
+
+#[test]
+fn few_deleted_items_leave_a_trace_and_many_another() {
+    let old = page_of(&[8, 16, 24, 32]);
+    let mut page = old;
+    index_multi_delete(&mut page, &u16s(&[2, 4])).unwrap();
+    assert_eq!(firsts(&page), [1, 3]);
+    assert_eq!(bounds(&page).unwrap().upper, 8176 - 8 - 24);
+    assert_eq!(page[32..40], old[32..40], "the line pointers behind are as they were");
+    let mut page = old;
+    index_multi_delete(&mut page, &u16s(&[1, 2, 4])).unwrap();
+    assert_eq!(firsts(&page), [3]);
+    assert_eq!(page[28..40], old[28..40], "the line pointers behind are as they were");
+    let mut page = old;
+    index_multi_delete(&mut page, &u16s(&[1, 2, 3, 4])).unwrap();
+    assert_eq!((lines(&page), bounds(&page).unwrap().upper), (Ok(0), 8176));
+    for wrong in [&[0][..], &[5], &[2, 2, 3], &[3, 2, 1], &[1, 2, 5], &[0, 1, 2]] {
+        assert!(index_multi_delete(&mut old.clone(), &u16s(wrong)).is_err(), "{wrong:?}");
+    }
+}
+
+#[test]
+fn items_out_of_order_are_compacted_too() {
+    let mut page = page_of(&[]);
+    for (number, len) in [(1, 8), (1, 16), (2, 24), (1, 32), (4, 40)] {
+        add_item(&mut page, &vec![len as u8; len], number, Add::Shift).unwrap();
+    }
+    assert_eq!(firsts(&page), [32, 16, 24, 40, 8]);
+    index_multi_delete(&mut page, &u16s(&[2, 4])).unwrap();
+    assert_eq!(firsts(&page), [32, 24, 8]);
+    let mut page = page_of(&[8, 16, 24, 32, 40, 48]);
+    let last = line(&page, 6).unwrap();
+    let first = line(&page, 1).unwrap();
+    set_line(&mut page, 1, last).unwrap();
+    set_line(&mut page, 6, first).unwrap();
+    index_multi_delete(&mut page, &u16s(&[2, 3, 4])).unwrap();
+    assert_eq!(firsts(&page), [6, 5, 1]);
+    assert_eq!(line(&page, 1).unwrap().offset, 8176 - 48);
+}
+
+#[test]
+fn overlapping_items_are_refused() {
+    let mut page = page_of(&[8, 16, 24, 32, 40]);
+    let other = line(&page, 2).unwrap();
+    set_line(&mut page, 5, other).unwrap();
+    assert!(index_multi_delete(&mut page.clone(), &u16s(&[1, 3, 4])).is_err());
+    assert!(repair_fragmentation(&mut page).is_err());
+}
+
+#[test]
+fn items_are_replaced_in_their_place() {
+    let old = page_of(&[8, 16, 24]);
+    let mut page = old;
+    index_overwrite(&mut page, 2, &[7; 40]).unwrap();
+    assert_eq!(items(&page), [vec![1; 8], vec![7; 40], vec![3; 24]]);
+    index_overwrite(&mut page, 2, &[6; 3]).unwrap();
+    assert_eq!(items(&page), [vec![1; 8], vec![6; 3], vec![3; 24]]);
+    assert_eq!(bounds(&page).unwrap().upper, 8176 - 8 - 8 - 24);
+    index_overwrite(&mut page, 2, &[5; 8]).unwrap();
+    for (number, len) in [(0, 8), (4, 8), (1, 8192)] {
+        assert!(index_overwrite(&mut old.clone(), number, &vec![1; len]).is_err());
+    }
+}
+
+#[test]
+fn wrong_boundaries_are_refused() {
+    let page = page_of(&[8, 16]);
+    for (lower, upper, special) in
+        [(20, 8000, 8176), (9000, 8000, 8176), (32, 8180, 8176), (32, 8000, 9000), (32, 8000, 8171)]
+    {
+        let mut page = page;
+        page[12..18].copy_from_slice(&u16s(&[lower, upper, special]));
+        assert!(index_delete(&mut page, 1).is_err());
+        assert!(repair_fragmentation(&mut page).is_err());
+        assert!(empty_like(&page).is_err());
+    }
+    let mut page = page;
+    page[12..14].copy_from_slice(&u16s(&[24 + 4 * 500]));
+    assert!(repair_fragmentation(&mut page.clone()).is_err(), "too many line pointers");
+    assert!(index_multi_delete(&mut page, &u16s(&[1, 2, 3])).is_err());
+}

@@ -1,0 +1,199 @@
+//! Native redo on WAL that a real PostgreSQL 15 wrote: every page version equals the wal-redo
+//! child's byte for byte (`pgstrata redo compare`), and damaged records and pages do no harm.
+
+#![allow(clippy::disallowed_methods, reason = "a test that runs programs")]
+
+use std::collections::HashMap;
+use std::process::Command;
+use std::time::{Duration, Instant};
+
+use pgstrata::base::page::{PAGE_SIZE, Page};
+use pgstrata::base::{Lsn, RelTag};
+use pgstrata::cli::pg::{PgCluster, StopMode, control_data};
+use pgstrata::cli::redo_compare::read_wal;
+use pgstrata::cli::workload;
+use pgstrata::redo::RedoSettings;
+use pgstrata::redo::native::apply;
+use pgstrata::wal::record::Record;
+
+mod common;
+
+use common::Root;
+
+/// Runs the comparison and gives its table, by kind: changes, native, skipped, misfits, different.
+fn compare(args: &[&str]) -> HashMap<String, [u64; 5]> {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_pgstrata"));
+    let output = command.args(["redo", "compare"]).args(args).output().unwrap();
+    let text = String::from_utf8_lossy(&output.stdout).into_owned();
+    let errors = String::from_utf8_lossy(&output.stderr);
+    println!("{args:?}\n{text}");
+    assert!(output.status.success(), "{args:?} failed\n{text}\n{errors}");
+    let mut kinds = HashMap::new();
+    for line in text.lines() {
+        let words: Vec<&str> = line.split_whitespace().collect();
+        let Some(at) = words.len().checked_sub(5).filter(|at| *at > 0) else { continue };
+        let numbers: Vec<u64> = words[at..].iter().filter_map(|word| word.parse().ok()).collect();
+        if let Ok(numbers) = <[u64; 5]>::try_from(numbers) {
+            kinds.insert(words[..at].join(" "), numbers);
+        }
+    }
+    let [changes, native, _, misfits, different] = kinds["all"];
+    assert!(native <= changes && misfits == 0 && different == 0);
+    kinds
+}
+
+#[test]
+fn pgbench_never_needs_the_child() {
+    let kinds = compare(&["--workload", "pgbench", "--scale", "5", "--transactions", "5000"]);
+    let [changes, native, ..] = kinds["all"];
+    assert!(changes > 150_000, "{changes}");
+    assert_eq!(changes, native);
+}
+
+/// Every kind of record that is applied natively, PostgreSQL's own images as a third judge.
+#[test]
+fn every_kind_is_equal() {
+    let kinds = compare(&["--workload", "mixed", "--set", "wal_consistency_checking=all"]);
+    let [changes, native, ..] = kinds["all"];
+    assert!(changes > 500_000 && native > 300_000, "{changes} {native}");
+    for kind in [
+        "XLOG B0",
+        "Heap2 10",
+        "Heap2 20",
+        "Heap2 30",
+        "Heap2 40",
+        "Heap2 50",
+        "Heap2 60",
+        "Heap2 D0",
+        "Heap 00",
+        "Heap 10",
+        "Heap 20",
+        "Heap 40",
+        "Heap 50",
+        "Heap 60",
+        "Heap 70",
+        "Heap 80",
+        "Heap A0",
+        "Btree 00",
+        "Btree 10",
+        "Btree 20",
+        "Btree 30",
+        "Btree 40",
+        "Btree 50",
+        "Btree 60",
+        "Btree 70",
+        "Btree 80",
+        "Btree 90",
+        "Btree A0",
+        "Btree B0",
+        "Btree C0",
+        "Btree E0",
+        "Sequence 00",
+        "Generic 00",
+        "BRIN 00",
+        "BRIN 10",
+        "BRIN 20",
+        "BRIN 30",
+        "BRIN 40",
+        "BRIN 50",
+        "BRIN 90",
+        "BRIN A0",
+    ] {
+        let [changes, native, ..] = kinds.get(kind).copied().unwrap_or_default();
+        assert!(changes > 0, "the load has no record of kind {kind}");
+        assert_eq!(changes, native, "{kind}");
+    }
+}
+
+/// Without images, from the pages of the data directory on; page LSNs where hints are logged.
+#[test]
+fn without_images_with_checksums() {
+    let args = ["--workload", "mixed", "--data-checksums", "--set", "full_page_writes=off"];
+    let [changes, ..] = compare(&args)["all"];
+    assert!(changes > 500_000, "{changes}");
+}
+
+#[test]
+fn compressed_images() {
+    for method in ["pglz", "lz4", "zstd"] {
+        let setting = format!("wal_compression={method}");
+        let args = ["--workload", "pgbench", "--scale", "1", "--transactions", "300"];
+        let hints = ["--set", "wal_log_hints=on", "--set", &setting];
+        let kinds = compare(&[&args[..], &hints].concat());
+        assert!(kinds["XLOG A0"][0] > 0, "no image for a hint");
+    }
+}
+
+/// Small numbers from a fixed start.
+struct Dice(u64);
+
+impl Dice {
+    fn below(&mut self, end: usize) -> usize {
+        self.0 = self.0.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1);
+        (self.0 >> 33) as usize % end.max(1)
+    }
+
+    /// Changes a byte, mostly by a little.
+    fn damage(&mut self, bytes: &mut [u8]) {
+        let at = self.below(bytes.len());
+        let how = self.below(4);
+        if let Some(byte) = bytes.get_mut(at) {
+            *byte = match how {
+                0 => byte.wrapping_add(1),
+                1 => byte.wrapping_sub(1),
+                2 => *byte ^ 1 << (at % 8),
+                _ => 0xFF,
+            };
+        }
+    }
+}
+
+/// Damaged records and pages: whatever comes of it, it comes soon, and nothing panics.
+#[test]
+fn damage_does_no_harm() {
+    const HINTS: RedoSettings = RedoSettings { hint_bits_logged: true };
+    let root = Root::new("native-damage");
+    let settings = ["wal_keep_size = 10GB".to_owned(), "autovacuum = off".to_owned()];
+    let mut cluster = PgCluster::init(&root.join("primary"), false, &settings).unwrap();
+    let from: Lsn =
+        control_data(cluster.data(), "Latest checkpoint's REDO location").unwrap().parse().unwrap();
+    cluster.start().unwrap();
+    workload::rare(&cluster).unwrap();
+    cluster.stop(StopMode::Fast).unwrap();
+    let mut pages: HashMap<(RelTag, u32), Box<Page>> = HashMap::new();
+    let (mut dice, mut tried, mut refused, mut longest) = (Dice(7), 0u64, 0u64, Duration::ZERO);
+    let mut seen = 0u64;
+    let mut try_one = |page: &mut Page, bytes: Vec<u8>, block: u8, lsn: Lsn| {
+        let Ok(record) = Record::parse(&bytes.into()) else { return };
+        let Some(block) = record.block(block) else { return };
+        let begin = Instant::now();
+        refused += u64::from(apply(page, &record, block, lsn, &HINTS).is_err());
+        longest = longest.max(begin.elapsed());
+        tried += 1;
+    };
+    read_wal(&cluster.data().join("pg_wal"), from, |found| {
+        let record = Record::parse(&found.bytes)?;
+        seen += 1;
+        for block in &record.blocks {
+            let page =
+                pages.entry((block.rel, block.block)).or_insert_with(|| Box::new([0; PAGE_SIZE]));
+            // Common kinds now and then, rare ones always.
+            let common = matches!(record.header.rmgr, 10 | 20) || record.header.info < 0x10;
+            for _ in 0..if common && !seen.is_multiple_of(200) { 0 } else { 12 } {
+                let mut bytes = found.bytes.to_vec();
+                (0..=dice.below(3)).for_each(|_| dice.damage(&mut bytes[24..]));
+                try_one(&mut page.clone(), bytes, block.id, found.end);
+                let mut bad = page.clone();
+                // The header and the line pointers, where damage has an effect.
+                (0..=dice.below(3)).for_each(|_| dice.damage(&mut bad[8..200]));
+                try_one(&mut bad, found.bytes.to_vec(), block.id, found.end);
+            }
+            apply(page, &record, block, found.end, &HINTS)?;
+        }
+        Ok(true)
+    })
+    .unwrap();
+    println!("{seen} records; {tried} damaged, {refused} refused, the longest took {longest:?}");
+    assert!(tried > 100_000 && refused > tried / 20, "{tried} {refused}");
+    assert!(longest < Duration::from_secs(1), "{longest:?}");
+}
