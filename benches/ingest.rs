@@ -33,7 +33,7 @@ use pgstrata::cli::pg::{PgCluster, StopMode, bin_dir, control_data, give_to_serv
 use pgstrata::config::Config;
 use pgstrata::io::uring::UringIo;
 use pgstrata::redo::child::{ChildRedo, ChildSettings};
-use pgstrata::redo::{Redo, RedoSettings};
+use pgstrata::redo::{Redo, RedoMaker, RedoSettings};
 use pgstrata::shard::background;
 use pgstrata::shard::control::{CoreControl, CoreMetrics, CreateTimeline, TimelineSource};
 use pgstrata::shard::follow::Connector;
@@ -185,9 +185,9 @@ impl WalSource for ReplaySource {
 /// Redo as the node has it; its process starts only when a page is asked for, which is never.
 struct Children(PathBuf);
 
-impl RedoFactory for Children {
-    fn start(&self, tenant: TenantShardId, redo: RedoSettings) -> Rc<dyn Redo> {
-        Rc::new(ChildRedo::new(ChildSettings {
+impl Children {
+    fn settings(&self, tenant: TenantShardId, redo: RedoSettings) -> ChildSettings {
+        ChildSettings {
             tenant: tenant.to_string(),
             postgres_bin: bin_dir().join("postgres"),
             walredo_so: common::walredo_library().unwrap_or_default(),
@@ -195,7 +195,18 @@ impl RedoFactory for Children {
             cpu: Some(0),
             redo,
             timeout: Duration::from_secs(10),
-        }))
+        }
+    }
+}
+
+impl RedoFactory for Children {
+    fn start(&self, tenant: TenantShardId, redo: RedoSettings) -> Rc<dyn Redo> {
+        Rc::new(ChildRedo::new(self.settings(tenant, redo)))
+    }
+
+    fn background(&self, tenant: TenantShardId, redo: RedoSettings) -> RedoMaker {
+        let settings = self.settings(tenant, redo);
+        Box::new(move || Rc::new(ChildRedo::new(settings)))
     }
 
     fn stop_all(&self) -> LocalBoxFuture<'_, ()> {
@@ -242,6 +253,9 @@ fn ingest(root: &Path, recorded: &Recorded, from: Lsn, wal: Bytes) -> Result<Cos
                 checkpoint_timeout_s: config.checkpoint_timeout_s,
                 wait_lsn_timeout_ms: PATIENCE.as_millis() as u64,
                 image_layer_bytes: config.image_layer_bytes,
+                compaction_threshold: config.compaction_threshold as usize,
+                compaction_target_bytes: config.compaction_target_bytes,
+                compaction_image_percent: config.compaction_image_percent,
             },
             block_cache_bytes: config.block_cache_bytes as usize,
             connector: Replay { from, wal, open: open.clone() },

@@ -3,6 +3,7 @@
 use std::cell::RefCell;
 use std::path::{Path, PathBuf};
 use std::rc::Rc;
+use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 
@@ -11,8 +12,8 @@ use futures_util::future::LocalBoxFuture;
 use crate::base::TenantShardId;
 use crate::config::Config;
 use crate::io::uring::UringIo;
-use crate::redo::child::{ChildRedo, ChildSettings};
-use crate::redo::{Redo, RedoSettings};
+use crate::redo::child::{ChildRedo, ChildSettings, Counters};
+use crate::redo::{Redo, RedoMaker, RedoSettings};
 use crate::server::node::{CoreContext, CoreService};
 use crate::server::router::owner;
 use crate::shard::background;
@@ -34,6 +35,9 @@ pub fn timeline_config(config: &Config) -> TimelineConfig {
         checkpoint_timeout_s: config.checkpoint_timeout_s,
         wait_lsn_timeout_ms: config.wait_lsn_timeout_ms,
         image_layer_bytes: config.image_layer_bytes,
+        compaction_threshold: config.compaction_threshold as usize,
+        compaction_target_bytes: config.compaction_target_bytes,
+        compaction_image_percent: config.compaction_image_percent,
     }
 }
 
@@ -67,6 +71,8 @@ impl CoreService for NodeShard {
 pub struct ChildFactory {
     settings: ChildSettings,
     children: RefCell<Vec<Rc<ChildRedo>>>,
+    /// Of the children that jobs have for their time.
+    background: Arc<Counters>,
 }
 
 impl ChildFactory {
@@ -81,7 +87,7 @@ impl ChildFactory {
             redo: RedoSettings { hint_bits_logged: false },
             timeout: Duration::from_millis(config.redo_timeout_ms),
         };
-        ChildFactory { settings, children: RefCell::default() }
+        ChildFactory { settings, children: RefCell::default(), background: Arc::default() }
     }
 }
 
@@ -94,6 +100,13 @@ impl RedoFactory for ChildFactory {
         child
     }
 
+    fn background(&self, tenant: TenantShardId, redo: RedoSettings) -> RedoMaker {
+        let tenant = tenant.to_string();
+        let settings = ChildSettings { tenant, redo, ..self.settings.clone() };
+        let counters = self.background.clone();
+        Box::new(move || Rc::new(ChildRedo::counted(settings, counters)))
+    }
+
     fn stop_all(&self) -> LocalBoxFuture<'_, ()> {
         Box::pin(async {
             let children = std::mem::take(&mut *self.children.borrow_mut());
@@ -104,8 +117,9 @@ impl RedoFactory for ChildFactory {
     }
 
     fn metrics(&self, metrics: &mut CoreMetrics) {
-        for child in self.children.borrow().iter() {
-            let counters = child.counters();
+        let children = self.children.borrow();
+        let background = std::iter::once(&*self.background);
+        for counters in children.iter().map(|child| child.counters()).chain(background) {
             metrics.redo_requests += counters.requests.load(Ordering::Relaxed);
             metrics.redo_records += counters.records.load(Ordering::Relaxed);
             metrics.redo_children_started += counters.started.load(Ordering::Relaxed);

@@ -3,6 +3,7 @@
 //! Invariants: for any key, the delta layers that cover it have disjoint LSN ranges, so newest
 //! first is one total order; an image layer at LSN `i` holds every version at or below `i`.
 
+use super::plan::compaction::is_l0;
 use crate::base::{Key, KeyRange, Lsn, LsnRange};
 
 /// What a layer covers.
@@ -65,6 +66,21 @@ impl<L: Clone> LayerMap<L> {
         };
         let found = self.deltas.iter().filter(wanted).chain(self.images.iter().filter(wanted));
         found.map(|(_, layer)| layer.clone()).collect()
+    }
+
+    /// Takes layers out and puts others in, in one step. A layer is known by what it covers.
+    pub fn replace(&mut self, removed: &[LayerSpan], added: Vec<(LayerSpan, L)>) {
+        for list in [&mut self.deltas, &mut self.images] {
+            list.retain(|(span, _)| !removed.contains(span));
+        }
+        for (span, layer) in added {
+            self.insert(span, layer);
+        }
+    }
+
+    /// Number of delta layers over all keys.
+    pub fn l0_count(&self) -> usize {
+        self.deltas.iter().filter(|(span, _)| is_l0(span)).count()
     }
 
     /// All layers, deltas first, newest first.

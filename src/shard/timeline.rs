@@ -4,12 +4,13 @@
 //! methods only, and is never borrowed across an `.await`.
 
 use std::cell::{Cell, RefCell};
-use std::collections::VecDeque;
+use std::collections::{BTreeSet, VecDeque};
 use std::path::PathBuf;
 use std::rc::Rc;
 use std::sync::Arc;
 
 use super::background::Background;
+use super::compact::Compaction;
 use super::control::{ImportProgress, TimelineInfo, TimelineState};
 use super::index::{ClusterIdentity, IndexLayer, TimelineIndex, WalSourceConfig};
 use super::layer_map::LayerMap;
@@ -21,7 +22,7 @@ use super::turn::Turn;
 use crate::base::{Kind, Lsn, TenantShardId, TimelineId};
 use crate::io::{Instant, Io};
 use crate::layers::{BlockCache, FrozenLayer, OpenLayer};
-use crate::redo::Redo;
+use crate::redo::{Redo, RedoMaker};
 use crate::wal::checkpoint::Checkpoint;
 use crate::wal::journal::Journal;
 use crate::wal::page::WalLayout;
@@ -38,6 +39,13 @@ pub struct TimelineConfig {
     pub wait_lsn_timeout_ms: u64,
     /// An import cuts image layers at this size, in bytes.
     pub image_layer_bytes: u64,
+    /// L0 layers are merged when there are so many.
+    pub compaction_threshold: usize,
+    /// Compaction cuts layers at this size, in bytes.
+    pub compaction_target_bytes: u64,
+    /// Images are made of a key range when the deltas on it have grown to so many percent of its
+    /// images.
+    pub compaction_image_percent: u64,
 }
 
 /// What a timeline needs from its surroundings.
@@ -48,6 +56,8 @@ pub struct TimelineContext<I: Io> {
     pub background: Background<I>,
     /// Applies WAL records; serves the timeline's tenant.
     pub redo: Rc<dyn Redo>,
+    /// Makes a redo service of the same tenant for a job on the background executor.
+    pub background_redo: Rc<dyn Fn() -> RedoMaker>,
     /// Verified blocks of the core's layer files.
     pub cache: Rc<BlockCache>,
     /// Counters of the core.
@@ -79,6 +89,9 @@ pub struct Timeline<I: Io> {
     pub(super) status_signal: Signal,
     pub(super) flush_turn: Turn,
     pub(super) checkpoint_turn: Turn,
+    /// Whoever replaces the index holds this until the layer map says the same.
+    pub(super) index_turn: Turn,
+    pub(super) compaction: Compaction<I>,
     /// A record is being ingested: the open layer must not be frozen.
     pub(super) ingesting: Cell<bool>,
     pub(super) stopping: Cell<bool>,
@@ -195,6 +208,8 @@ impl<I: Io> Timeline<I> {
             status_signal: Signal::new(),
             flush_turn: Turn::default(),
             checkpoint_turn: Turn::default(),
+            index_turn: Turn::default(),
+            compaction: Compaction::default(),
             ingesting: Cell::new(false),
             stopping: Cell::new(false),
             stop_signal: Signal::new(),
@@ -228,13 +243,25 @@ impl<I: Io> Timeline<I> {
     }
 
     /// The index that describes the timeline with `added` layers and this `disk_consistent_lsn`.
+    /// The caller has the `index_turn`.
     pub(super) fn index_with(
         &self,
         added: &[IndexLayer],
         disk_consistent_lsn: Lsn,
     ) -> TimelineIndex {
+        self.index_replacing(added, &BTreeSet::new(), disk_consistent_lsn)
+    }
+
+    /// The same, without the layers that are named in `removed`. The caller has the `index_turn`.
+    pub(super) fn index_replacing(
+        &self,
+        added: &[IndexLayer],
+        removed: &BTreeSet<String>,
+        disk_consistent_lsn: Lsn,
+    ) -> TimelineIndex {
         let mutable = self.mutable.borrow();
         let present = mutable.layers.iter().map(|(_, layer)| layer.index_entry());
+        let present = present.filter(|layer| !removed.contains(&layer.name));
         TimelineIndex {
             version: super::index::INDEX_VERSION,
             tenant: self.tenant,
