@@ -88,7 +88,7 @@ fn ingest(root: &Path, recorded: &Recorded, wal: Bytes) -> Result<Cost> {
         checkpoint_distance_bytes: u64::MAX,
         checkpoint_timeout_s: PATIENCE.as_secs(),
         wait_lsn_timeout_ms: PATIENCE.as_millis() as u64,
-        image_layer_bytes: Config::default().image_layer_bytes,
+        ..TimelineConfig::from(&Config::default())
     };
     let end = recorded.mark.end;
     shard::run(&root.join("node"), recorded, wal, config, move |bed| async move {

@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 
-use crate::limits::CORES_MAX;
+use crate::limits::{CORES_MAX, L0_LAYERS_URGENT};
 
 /// All settings with their defaults.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -33,6 +33,13 @@ pub struct Config {
     pub wait_lsn_timeout_ms: u64,
     /// An import cuts image layers at about this size.
     pub image_layer_bytes: u64,
+    /// Layers over all keys, as checkpoints write them, are merged when there are so many.
+    pub compaction_threshold: u64,
+    /// Compaction cuts layers at about this size.
+    pub compaction_target_bytes: u64,
+    /// A key range gets new images when the deltas on it have grown to so many percent of the
+    /// images' size: more means fewer bytes written and longer reads.
+    pub compaction_image_percent: u64,
     /// Memory of each core for verified blocks of layer files.
     pub block_cache_bytes: u64,
     /// The `postgres` program of PostgreSQL 15 that applies WAL records.
@@ -58,6 +65,9 @@ impl Default for Config {
             memory_budget_bytes: 512 * 1024 * 1024,
             wait_lsn_timeout_ms: 300_000,
             image_layer_bytes: 128 * 1024 * 1024,
+            compaction_threshold: 3,
+            compaction_target_bytes: 128 * 1024 * 1024,
+            compaction_image_percent: 50,
             block_cache_bytes: 64 * 1024 * 1024,
             postgres_bin: PathBuf::from("/usr/lib/postgresql/15/bin/postgres"),
             walredo_library: PathBuf::new(),
@@ -160,6 +170,16 @@ impl Config {
         }
         if !(1024 * 1024..=1 << 30).contains(&self.image_layer_bytes) {
             return fail("image_layer_bytes", "must be from 1048576 (1 MiB) to 1073741824 (1 GiB)");
+        }
+        if !(1..=L0_LAYERS_URGENT as u64).contains(&self.compaction_threshold) {
+            return fail("compaction_threshold", "must be from 1 to 6");
+        }
+        if !(1024 * 1024..=1 << 30).contains(&self.compaction_target_bytes) {
+            let problem = "must be from 1048576 (1 MiB) to 1073741824 (1 GiB)";
+            return fail("compaction_target_bytes", problem);
+        }
+        if !(5..=1000).contains(&self.compaction_image_percent) {
+            return fail("compaction_image_percent", "must be from 5 to 1000");
         }
         if self.redo_timeout_ms == 0 {
             return fail("redo_timeout_ms", "must be at least 1");

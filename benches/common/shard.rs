@@ -18,7 +18,8 @@ use pgstrata::cli::pg::bin_dir;
 use pgstrata::config::Config;
 use pgstrata::io::uring::UringIo;
 use pgstrata::redo::child::{ChildRedo, ChildSettings};
-use pgstrata::redo::{Redo, RedoSettings};
+use pgstrata::redo::native::run::NativeRedo;
+use pgstrata::redo::{Redo, RedoMaker, RedoSettings};
 use pgstrata::shard::background;
 use pgstrata::shard::control::{CoreControl, CoreMetrics, CreateTimeline, TimelineSource};
 use pgstrata::shard::follow::Connector;
@@ -88,9 +89,9 @@ impl WalSource for ReplaySource {
 /// Redo as the node has it; its process starts only when a page is asked for, which is never.
 struct Children(PathBuf);
 
-impl RedoFactory for Children {
-    fn start(&self, tenant: TenantShardId, redo: RedoSettings) -> Rc<dyn Redo> {
-        Rc::new(ChildRedo::new(ChildSettings {
+impl Children {
+    fn redo(&self, tenant: TenantShardId, redo: RedoSettings) -> RedoMaker {
+        let settings = ChildSettings {
             tenant: tenant.to_string(),
             postgres_bin: bin_dir().join("postgres"),
             walredo_so: walredo_library().unwrap_or_default(),
@@ -98,7 +99,18 @@ impl RedoFactory for Children {
             cpu: Some(0),
             redo,
             timeout: Duration::from_secs(10),
-        }))
+        };
+        Box::new(move || Rc::new(NativeRedo::new(ChildRedo::new(settings), redo)))
+    }
+}
+
+impl RedoFactory for Children {
+    fn start(&self, tenant: TenantShardId, redo: RedoSettings) -> Rc<dyn Redo> {
+        self.redo(tenant, redo)()
+    }
+
+    fn background(&self, tenant: TenantShardId, redo: RedoSettings) -> RedoMaker {
+        self.redo(tenant, redo)
     }
 
     fn stop_all(&self) -> LocalBoxFuture<'_, ()> {

@@ -44,8 +44,18 @@ const COUNTERS: &[(&str, &str, Number)] = &[
     ("wal_changes_skipped", "Changes of blocks that do not exist", |m| m.wal_changes_skipped),
     ("journal_syncs", "Syncs of the journal", |m| m.journal_syncs),
     ("journal_bytes_written", "Bytes written to the journal", |m| m.journal_bytes_written),
-    ("layer_bytes_written", "Bytes of layer files written", |m| m.layer_bytes_written),
+    ("layer_bytes_written", "Bytes of L0 layers written", |m| m.layer_bytes_written),
     ("checkpoints", "Layers written by checkpoints", |m| m.checkpoints),
+    ("compactions", "Actions of compaction carried out", |m| m.compactions),
+    ("compaction_failures", "Actions of compaction that failed", |m| m.compaction_failures),
+    ("merged_bytes_written", "Bytes of L1 layers written", |m| m.merged_bytes_written),
+    ("image_bytes_written", "Bytes of image layers written by compaction", |m| {
+        m.image_bytes_written
+    }),
+    ("compaction_pages", "Pages rebuilt for compaction", |m| m.compaction_pages),
+    ("compaction_page_failures", "Pages that compaction could not rebuild", |m| {
+        m.compaction_page_failures
+    }),
     ("redo_requests", "Pages rebuilt from WAL records", |m| m.redo_requests),
     ("redo_records", "WAL records applied", |m| m.redo_records),
     ("redo_pages_native", "Pages rebuilt without a wal-redo process", |m| m.redo_pages_native),

@@ -3,6 +3,7 @@
 use std::cell::RefCell;
 use std::path::{Path, PathBuf};
 use std::rc::Rc;
+use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 
@@ -11,9 +12,9 @@ use futures_util::future::LocalBoxFuture;
 use crate::base::TenantShardId;
 use crate::config::Config;
 use crate::io::uring::UringIo;
-use crate::redo::child::{ChildRedo, ChildSettings};
+use crate::redo::child::{ChildRedo, ChildSettings, Counters};
 use crate::redo::native::run::NativeRedo;
-use crate::redo::{Redo, RedoSettings};
+use crate::redo::{Redo, RedoMaker, RedoSettings};
 use crate::server::node::{CoreContext, CoreService};
 use crate::server::router::owner;
 use crate::shard::background;
@@ -27,16 +28,6 @@ pub const REDO_DIR: &str = "redo";
 
 /// One core's shard.
 pub type NodeShard = Rc<Shard<UringIo, PrimaryConnector>>;
-
-/// Sizes and times of timelines.
-pub fn timeline_config(config: &Config) -> TimelineConfig {
-    TimelineConfig {
-        checkpoint_distance_bytes: config.checkpoint_distance_bytes,
-        checkpoint_timeout_s: config.checkpoint_timeout_s,
-        wait_lsn_timeout_ms: config.wait_lsn_timeout_ms,
-        image_layer_bytes: config.image_layer_bytes,
-    }
-}
 
 impl CoreService for NodeShard {
     async fn start(context: CoreContext) -> Result<Self, String> {
@@ -53,7 +44,7 @@ impl CoreService for NodeShard {
             io: UringIo::new(),
             background,
             data_dir: config.data_dir.clone(),
-            config: timeline_config(config),
+            config: TimelineConfig::from(&**config),
             block_cache_bytes: config.block_cache_bytes as usize,
             memory_budget_bytes: config.memory_budget_bytes,
             connector: PrimaryConnector,
@@ -69,6 +60,8 @@ impl CoreService for NodeShard {
 pub struct ChildFactory {
     settings: ChildSettings,
     tenants: RefCell<Vec<Rc<NativeRedo<ChildRedo>>>>,
+    /// Of the children that jobs have for their time.
+    background: Arc<Counters>,
 }
 
 impl ChildFactory {
@@ -83,7 +76,7 @@ impl ChildFactory {
             redo: RedoSettings { hint_bits_logged: false },
             timeout: Duration::from_millis(config.redo_timeout_ms),
         };
-        ChildFactory { settings, tenants: RefCell::default() }
+        ChildFactory { settings, tenants: RefCell::default(), background: Arc::default() }
     }
 }
 
@@ -94,6 +87,13 @@ impl RedoFactory for ChildFactory {
         let redo = Rc::new(NativeRedo::new(ChildRedo::new(settings), redo));
         self.tenants.borrow_mut().push(redo.clone());
         redo
+    }
+
+    fn background(&self, tenant: TenantShardId, redo: RedoSettings) -> RedoMaker {
+        let tenant = tenant.to_string();
+        let settings = ChildSettings { tenant, redo, ..self.settings.clone() };
+        let counters = self.background.clone();
+        Box::new(move || Rc::new(NativeRedo::new(ChildRedo::counted(settings, counters), redo)))
     }
 
     fn stop_all(&self) -> LocalBoxFuture<'_, ()> {

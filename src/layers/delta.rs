@@ -21,7 +21,7 @@ use bytes::{Bytes, BytesMut};
 use crate::base::{Key, KeyRange, Lsn, LsnRange, Value};
 use crate::io::Io;
 use crate::layers::file::{LayerFile, Regions};
-use crate::layers::format::{BlockEntries, ENTRY_OVERHEAD_BYTES, Packer, encode_entry};
+use crate::layers::format::{BlockEntries, ENTRY_OVERHEAD_BYTES, Packed, Packer, encode_entry};
 use crate::layers::index::{self, BlockRef};
 use crate::layers::writer::{LayerFileWriter, Parts};
 use crate::layers::{
@@ -254,6 +254,24 @@ impl<I: Io> DeltaLayer<I> {
     /// Name, length, counts, checksum.
     pub fn desc(&self) -> LayerDesc {
         self.file.desc()
+    }
+
+    /// The first block that may have values of keys from `key` on.
+    pub(super) fn first_block(&self, key: Key) -> usize {
+        self.index.partition_point(|block| block.key < key).saturating_sub(1)
+    }
+
+    /// Places of neighbouring blocks from number `first` on that have keys below `end`: one, or
+    /// more as long as they take at most `bytes_max` in the file.
+    pub(super) fn places(&self, first: usize, end: Key, bytes_max: usize) -> Vec<(u64, Packed)> {
+        let mut total = 0usize;
+        let places = self.index.iter().skip(first).take_while(|place| place.key < end);
+        let fitting = places.take_while(|place| {
+            let is_first = total == 0;
+            total = total.saturating_add(place.packed.stored_bytes as usize);
+            is_first || total <= bytes_max
+        });
+        fitting.map(|place| (place.offset, place.packed)).collect()
     }
 
     async fn block(&self, number: usize, block: &BlockRef) -> Result<Bytes, LayerError> {

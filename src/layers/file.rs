@@ -143,6 +143,35 @@ impl<I: Io> LayerFile<I> {
         unpacked.map_err(|what| self.damaged(offset, what))
     }
 
+    /// Reads and unpacks neighbouring pieces with one read, past the cache. They ascend, and all
+    /// but a single one are together at most [`LAYER_READ_BYTES_MAX`] long, gaps included.
+    pub(super) async fn read_run(
+        &self,
+        places: &[(u64, Packed)],
+    ) -> Result<Vec<Bytes>, LayerError> {
+        let (first, last) = match places {
+            [] => return Ok(Vec::new()),
+            [(offset, packed)] => return Ok(vec![self.read(*offset, packed).await?]),
+            [(first, _), .., (last, packed)] => {
+                (*first, last.saturating_add(u64::from(packed.stored_bytes)))
+            }
+        };
+        let len = last.saturating_sub(first) as usize;
+        if len > LAYER_READ_BYTES_MAX - 2 * ALIGNMENT {
+            return Err(self.damaged(first, "neighbouring blocks are too far apart"));
+        }
+        let piece = read_piece(&self.file, first, len).await?;
+        let bytes = piece.bytes().unwrap_or_default();
+        let unpack_one = |(offset, packed): &(u64, Packed)| {
+            let start = offset.saturating_sub(first) as usize;
+            let stored = bytes.get(start..start.saturating_add(packed.stored_bytes as usize));
+            let stored = stored.ok_or("the file ends within a block");
+            let unpacked = stored.and_then(|stored| unpack(packed, stored));
+            unpacked.map_err(|what| self.damaged(*offset, what))
+        };
+        places.iter().map(unpack_one).collect()
+    }
+
     /// Reads in several steps, for what is larger than a read should be.
     async fn read_large(&self, offset: u64, len: usize) -> Result<Vec<u8>, LayerError> {
         let (end, mut at) = (offset.saturating_add(len as u64), offset);

@@ -16,7 +16,7 @@ use crate::base::page::PAGE_SIZE;
 use crate::base::{Key, KeyRange, Lsn, LsnRange, Value};
 use crate::io::{ALIGNMENT, Io};
 use crate::layers::file::{LayerFile, Regions};
-use crate::layers::format::{Codec, HEADER_BYTES, Packer, is_zero};
+use crate::layers::format::{Codec, HEADER_BYTES, Packed, Packer, is_zero};
 use crate::layers::index::{BlobRef, Form, ImageIndex};
 use crate::layers::writer::{LayerFileWriter, Parts};
 use crate::layers::{
@@ -219,6 +219,27 @@ impl<I: Io> ImageLayer<I> {
     /// Name, length, counts, checksum.
     pub fn desc(&self) -> LayerDesc {
         self.file.desc()
+    }
+
+    /// The next keys of a range, each with the place of its content, `None` for a page of zeros:
+    /// one, or up to `count` as long as they lie within `bytes_max` of the file.
+    pub(super) fn places(
+        &self,
+        keys: &KeyRange,
+        count: usize,
+        bytes_max: usize,
+    ) -> Vec<(Key, Option<(u64, Packed)>)> {
+        let mut start = None;
+        let near = self.index.range(keys).take(count).take_while(|(_, _, blob)| {
+            if blob.form == Form::Zero {
+                return true;
+            }
+            let is_first = start.is_none();
+            let start = *start.get_or_insert(blob.offset);
+            is_first || blob.end().saturating_sub(start) <= bytes_max as u64
+        });
+        let place = |blob: BlobRef| (blob.form != Form::Zero).then_some((blob.offset, blob.packed));
+        near.map(|(key, _, blob)| (key, place(blob))).collect()
     }
 
     async fn value(&self, number: u32, blob: &BlobRef) -> Result<Value, LayerError> {

@@ -232,17 +232,22 @@ impl ImageIndex {
 
     /// Key, number and place of every value of a key range, in order.
     pub(super) fn range(&self, keys: &KeyRange) -> impl Iterator<Item = (Key, u32, BlobRef)> {
-        let keys = keys.clone();
         let first = self.runs.partition_point(|run| run.last() < keys.start);
         let runs = self.runs.get(first..).unwrap_or_default();
-        let last = keys.end;
+        let KeyRange { start, end: last } = keys.clone();
         runs.iter()
             .take_while(move |run| run.first < last)
-            .flat_map(|run| {
-                (0..run.count)
+            .flat_map(move |run| {
+                // A run that begins before the range and reaches into it has its keys in a row.
+                let skipped = match run.first < start {
+                    true => start.field6.saturating_sub(run.first.field6),
+                    false => 0,
+                };
+                (skipped..run.count)
                     .map(|n| (Key { field6: run.first.field6 + n, ..run.first }, run.start + n))
             })
-            .filter(move |(key, _)| keys.contains(key))
+            .take_while(move |(key, _)| *key < last)
+            .filter(move |(key, _)| *key >= start)
             .filter_map(|(key, number)| Some((key, number, *self.blobs.get(number as usize)?)))
     }
 

@@ -121,12 +121,12 @@ pub struct ChildRedo {
 impl ChildRedo {
     /// Starts nothing yet.
     pub fn new(settings: ChildSettings) -> Self {
-        ChildRedo {
-            settings,
-            counters: Arc::default(),
-            stop: Arc::default(),
-            state: RefCell::new(State::Idle),
-        }
+        ChildRedo::counted(settings, Arc::default())
+    }
+
+    /// As [`ChildRedo::new`], with counters that the caller keeps.
+    pub fn counted(settings: ChildSettings, counters: Arc<Counters>) -> Self {
+        ChildRedo { settings, counters, stop: Arc::default(), state: RefCell::new(State::Idle) }
     }
 
     /// What happened so far.

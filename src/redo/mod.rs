@@ -5,6 +5,8 @@
 //! images are applied there. WAL records are applied in Rust where that goes ([`native`]), else
 //! by a child process: unmodified PostgreSQL with `pgxn/neon_walredo` loaded ([`child`]).
 
+use std::rc::Rc;
+
 use bytes::Bytes;
 use futures_util::future::LocalBoxFuture;
 
@@ -98,4 +100,13 @@ impl RedoError {
 pub trait Redo {
     /// The page after all records of the request: 8,192 bytes.
     fn redo(&self, request: RedoRequest) -> LocalBoxFuture<'_, Result<Bytes, RedoError>>;
+
+    /// Ends what was started for it; requests that wait, and later ones, get
+    /// [`RedoError::Shutdown`].
+    fn stop(&self) -> LocalBoxFuture<'_, ()> {
+        Box::pin(async {})
+    }
 }
+
+/// Makes a [`Redo`] on another executor; whoever calls it also stops what it gets.
+pub type RedoMaker = Box<dyn FnOnce() -> Rc<dyn Redo> + Send>;

@@ -93,7 +93,7 @@ fn apply_small(base: Option<Bytes>, records: &[SmallRecord]) -> Bytes {
 
 /// How the redo service calls the block. SLRU pages have no WAL records, so their name is for
 /// errors only.
-fn name(key: Key) -> (RelTag, BlockNumber) {
+pub fn name(key: Key) -> (RelTag, BlockNumber) {
     match key.kind() {
         KeyKind::RelBlock(rel, block) => (rel, block),
         KeyKind::SlruBlock(..) | KeyKind::Metadata => {

@@ -43,10 +43,11 @@ pub struct CheckpointError {
 }
 
 impl<I: Io> Timeline<I> {
-    /// Starts the tasks that write: journal and checkpoint.
+    /// Starts the tasks that write: journal, checkpoint, compaction.
     pub(super) fn start_writers(self: &Rc<Self>) {
         self.context.io.spawn(TaskClass::Ingest, self.clone().journal_loop());
         self.context.io.spawn(TaskClass::Background, self.clone().checkpoint_loop());
+        self.context.io.spawn(TaskClass::Background, self.clone().compaction_loop());
     }
 
     /// Flushes the journal whenever bytes wait.
@@ -211,6 +212,7 @@ impl<I: Io> Timeline<I> {
             .iter()
             .map(|desc| IndexLayer { name: desc.name.to_string(), len: desc.file_bytes })
             .collect();
+        let _turn = self.index_turn.acquire().await;
         let index = self.index_with(&added, lsn);
         durable::write_file_atomic(
             &self.context.io,
@@ -221,6 +223,7 @@ impl<I: Io> Timeline<I> {
         .map_err(|error| fail(error.to_string()))?;
         self.take_place(&frozen, desc, owner, lsn);
         self.part_goes_on(Part::Checkpoint);
+        self.compaction.wake(self.l0_count());
         self.context.counters.checkpoints.add(1);
         if let Err(error) = self.journal.remove_before(lsn).await {
             // Old segments cost space only; the next checkpoint tries again.
@@ -270,6 +273,7 @@ impl<I: Io> Timeline<I> {
 
     /// Flushes the journal, writes a last checkpoint, closes the files. Ingest has ended before.
     pub(super) async fn shut_down(&self) {
+        self.compaction.cancel();
         // A failure is in the log, and the timeline is broken then.
         let _ = self.flush_journal().await;
         if self.broken().is_none()
@@ -286,6 +290,7 @@ impl<I: Io> Timeline<I> {
         self.checkpoint_signal.set();
         self.journal_signal.set();
         self.waiters.fail_all();
+        self.end_compaction().await;
         {
             // Whoever writes comes to an end first.
             let _checkpoint = self.checkpoint_turn.acquire().await;

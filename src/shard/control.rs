@@ -123,6 +123,14 @@ pub struct CoreMetrics {
     pub journal_bytes_written: u64,
     pub layer_bytes_written: u64,
     pub checkpoints: u64,
+    pub compactions: u64,
+    pub compaction_failures: u64,
+    /// Bytes of L1 layers that compaction has written.
+    pub merged_bytes_written: u64,
+    /// Bytes of image layers that compaction has written.
+    pub image_bytes_written: u64,
+    pub compaction_pages: u64,
+    pub compaction_page_failures: u64,
     pub redo_requests: u64,
     pub redo_seconds: f64,
     pub redo_records: u64,

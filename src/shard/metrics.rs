@@ -30,4 +30,10 @@ pub struct Counters {
     pub journal_bytes: Counter,
     pub layer_bytes: Counter,
     pub checkpoints: Counter,
+    pub compactions: Counter,
+    pub compaction_failures: Counter,
+    pub merged_bytes: Counter,
+    pub image_bytes: Counter,
+    pub compaction_pages: Counter,
+    pub compaction_page_failures: Counter,
 }

@@ -1,7 +1,7 @@
 //! The repository slice of one core: tenants and their timelines.
 //!
 //! [`tenants`] holds them, [`timeline`] is one of them. WAL comes in through [`follow`], which
-//! gives records to [`ingest`] and [`apply`]; [`checkpoint`] moves values from memory to files;
+//! gives records to [`ingest`] and [`apply`]; [`checkpoint`] moves values from memory to files, [`compact`] merges these;
 //! [`get_page`] reads; [`import`] makes a timeline, [`load`] opens one again.
 //!
 //! Synchronous methods change state, asynchronous ones wait; no borrow lives across an `.await`.
@@ -10,6 +10,7 @@ pub mod apply;
 pub mod background;
 pub mod check;
 pub mod checkpoint;
+pub mod compact;
 pub mod control;
 pub mod follow;
 pub mod get_page;
@@ -22,6 +23,7 @@ pub mod load;
 pub mod lsns;
 pub mod memory;
 pub mod metrics;
+pub mod plan;
 pub mod primary;
 pub mod reader;
 pub mod sizes;

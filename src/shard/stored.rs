@@ -44,6 +44,16 @@ impl<I: Io> StoredLayer<I> {
         }
     }
 
+    /// Name of the file.
+    pub fn name(&self) -> &LayerName {
+        &self.name
+    }
+
+    /// Path of the file.
+    pub fn path(&self) -> PathBuf {
+        self.dir.join(self.name.to_string())
+    }
+
     /// Its line in the index.
     pub fn index_entry(&self) -> IndexLayer {
         IndexLayer { name: self.name.to_string(), len: self.len }

@@ -32,13 +32,15 @@ use crate::base::{Kind, Lsn, TenantShardId, TimelineId};
 use crate::io::{Io, IoCause, IoError, TaskClass};
 use crate::layers::{BlockCache, LayerOwner};
 use crate::limits::{STOP_POLL_MS, STOP_WAIT_MS};
-use crate::redo::{Redo, RedoSettings};
+use crate::redo::{Redo, RedoMaker, RedoSettings};
 
 /// Makes and stops the redo service of a tenant.
 pub trait RedoFactory: 'static {
     /// The service for one tenant.
     fn start(&self, tenant: TenantShardId, settings: RedoSettings) -> Rc<dyn Redo>;
-    /// Stops every service that was started.
+    /// The service for jobs of the same tenant on the background executor.
+    fn background(&self, tenant: TenantShardId, settings: RedoSettings) -> RedoMaker;
+    /// Stops every service that was started by `start`.
     fn stop_all(&self) -> futures_util::future::LocalBoxFuture<'_, ()>;
     /// Adds its counters.
     fn metrics(&self, metrics: &mut CoreMetrics);
@@ -163,6 +165,7 @@ impl<I: Io, C: Connector> Shard<I, C> {
                 io: context.io.clone(),
                 background: context.background.clone(),
                 redo: self.redo_of(tenant, settings),
+                background_redo: self.background_redo_of(tenant, settings),
                 cache: self.cache.clone(),
                 memory: self.memory.clone(),
                 counters: self.counters.clone(),
@@ -182,6 +185,15 @@ impl<I: Io, C: Connector> Shard<I, C> {
     fn redo_of(&self, tenant: TenantShardId, settings: RedoSettings) -> Rc<dyn Redo> {
         let start = || self.context.redo.start(tenant, settings);
         self.redo.borrow_mut().entry((tenant, settings)).or_insert_with(start).clone()
+    }
+
+    fn background_redo_of(
+        &self,
+        tenant: TenantShardId,
+        settings: RedoSettings,
+    ) -> Rc<dyn Fn() -> RedoMaker> {
+        let factory = self.context.redo.clone();
+        Rc::new(move || factory.background(tenant, settings))
     }
 
     /// Brings a base backup in, then opens the timeline. Runs as a task of its own.
@@ -360,6 +372,12 @@ impl<I: Io, C: Connector> CoreControl for Rc<Shard<I, C>> {
             journal_bytes_written: counters.journal_bytes.get(),
             layer_bytes_written: counters.layer_bytes.get(),
             checkpoints: counters.checkpoints.get(),
+            compactions: counters.compactions.get(),
+            compaction_failures: counters.compaction_failures.get(),
+            merged_bytes_written: counters.merged_bytes.get(),
+            image_bytes_written: counters.image_bytes.get(),
+            compaction_pages: counters.compaction_pages.get(),
+            compaction_page_failures: counters.compaction_page_failures.get(),
             ..CoreMetrics::default()
         };
         self.context.redo.metrics(&mut metrics);

@@ -4,12 +4,13 @@
 //! methods only, and is never borrowed across an `.await`.
 
 use std::cell::{Cell, RefCell};
-use std::collections::VecDeque;
+use std::collections::{BTreeSet, VecDeque};
 use std::path::PathBuf;
 use std::rc::Rc;
 use std::sync::Arc;
 
 use super::background::Background;
+use super::compact::Compaction;
 use super::control::{ImportProgress, TimelineInfo, TimelineState};
 use super::health::Health;
 use super::index::{ClusterIdentity, IndexLayer, TimelineIndex, WalSourceConfig};
@@ -21,9 +22,10 @@ use super::sizes::Sizes;
 use super::stored::StoredLayer;
 use super::turn::Turn;
 use crate::base::{Kind, Lsn, TenantShardId, TimelineId};
+use crate::config::Config;
 use crate::io::{Instant, Io};
 use crate::layers::{BlockCache, FrozenLayer, OpenLayer};
-use crate::redo::Redo;
+use crate::redo::{Redo, RedoMaker};
 use crate::wal::change::Change;
 use crate::wal::checkpoint::Checkpoint;
 use crate::wal::journal::Journal;
@@ -41,6 +43,27 @@ pub struct TimelineConfig {
     pub wait_lsn_timeout_ms: u64,
     /// An import cuts image layers at this size, in bytes.
     pub image_layer_bytes: u64,
+    /// L0 layers are merged when there are so many.
+    pub compaction_threshold: usize,
+    /// Compaction cuts layers at this size, in bytes.
+    pub compaction_target_bytes: u64,
+    /// Images are made of a key range when the deltas on it have grown to so many percent of its
+    /// images.
+    pub compaction_image_percent: u64,
+}
+
+impl From<&Config> for TimelineConfig {
+    fn from(config: &Config) -> Self {
+        TimelineConfig {
+            checkpoint_distance_bytes: config.checkpoint_distance_bytes,
+            checkpoint_timeout_s: config.checkpoint_timeout_s,
+            wait_lsn_timeout_ms: config.wait_lsn_timeout_ms,
+            image_layer_bytes: config.image_layer_bytes,
+            compaction_threshold: config.compaction_threshold as usize,
+            compaction_target_bytes: config.compaction_target_bytes,
+            compaction_image_percent: config.compaction_image_percent,
+        }
+    }
 }
 
 /// What a timeline needs from its surroundings.
@@ -51,6 +74,8 @@ pub struct TimelineContext<I: Io> {
     pub background: Background<I>,
     /// Applies WAL records; serves the timeline's tenant.
     pub redo: Rc<dyn Redo>,
+    /// Makes a redo service of the same tenant for a job on the background executor.
+    pub background_redo: Rc<dyn Fn() -> RedoMaker>,
     /// Verified blocks of the core's layer files.
     pub cache: Rc<BlockCache>,
     /// Memory of all open and frozen layers of the core.
@@ -84,6 +109,9 @@ pub struct Timeline<I: Io> {
     pub(super) status_signal: Signal,
     pub(super) flush_turn: Turn,
     pub(super) checkpoint_turn: Turn,
+    /// Whoever replaces the index holds this until the layer map says the same.
+    pub(super) index_turn: Turn,
+    pub(super) compaction: Compaction<I>,
     /// A record is being ingested: the open layer must not be frozen.
     pub(super) ingesting: Cell<bool>,
     /// Room for the changes of one record.
@@ -206,6 +234,8 @@ impl<I: Io> Timeline<I> {
             status_signal: Signal::new(),
             flush_turn: Turn::default(),
             checkpoint_turn: Turn::default(),
+            index_turn: Turn::default(),
+            compaction: Compaction::default(),
             ingesting: Cell::new(false),
             changes: Cell::default(),
             stopping: Cell::new(false),
@@ -253,13 +283,25 @@ impl<I: Io> Timeline<I> {
     }
 
     /// The index that describes the timeline with `added` layers and this `disk_consistent_lsn`.
+    /// The caller has the `index_turn`.
     pub(super) fn index_with(
         &self,
         added: &[IndexLayer],
         disk_consistent_lsn: Lsn,
     ) -> TimelineIndex {
+        self.index_replacing(added, &BTreeSet::new(), disk_consistent_lsn)
+    }
+
+    /// The same, without the layers that are named in `removed`. The caller has the `index_turn`.
+    pub(super) fn index_replacing(
+        &self,
+        added: &[IndexLayer],
+        removed: &BTreeSet<String>,
+        disk_consistent_lsn: Lsn,
+    ) -> TimelineIndex {
         let mutable = self.mutable.borrow();
         let present = mutable.layers.iter().map(|(_, layer)| layer.index_entry());
+        let present = present.filter(|layer| !removed.contains(&layer.name));
         TimelineIndex {
             version: super::index::INDEX_VERSION,
             tenant: self.tenant,

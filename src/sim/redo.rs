@@ -7,7 +7,7 @@ use futures_util::future::LocalBoxFuture;
 
 use super::primary::mix;
 use crate::base::TenantShardId;
-use crate::redo::{Redo, RedoError, RedoRequest, RedoSettings};
+use crate::redo::{Redo, RedoError, RedoMaker, RedoRequest, RedoSettings};
 use crate::shard::control::CoreMetrics;
 use crate::shard::tenants::RedoFactory;
 
@@ -33,6 +33,10 @@ pub struct ToyRedoFactory;
 impl RedoFactory for ToyRedoFactory {
     fn start(&self, _: TenantShardId, _: RedoSettings) -> Rc<dyn Redo> {
         Rc::new(ToyRedo)
+    }
+
+    fn background(&self, _: TenantShardId, _: RedoSettings) -> RedoMaker {
+        Box::new(|| Rc::new(ToyRedo))
     }
 
     fn stop_all(&self) -> LocalBoxFuture<'_, ()> {

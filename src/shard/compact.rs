@@ -1,0 +1,422 @@
+//! Compaction: carries out what [`super::plan::compaction`] says, one action after the other.
+//!
+//! One action:
+//! 1. the serve executor plans, from the layers as they are; it holds on to all of them, so no
+//!    file goes away meanwhile;
+//! 2. a job on the background executor reads the inputs and writes new layer files, each durable
+//!    under its name when it is finished ([`merge`], [`images`]);
+//! 3. the timeline's index is replaced by one that names the new layers and no longer the old;
+//! 4. in one synchronous step the layer map does the same. A read has either the old layers or
+//!    the new, never both: it takes its layers in one synchronous step too, and keeps them;
+//! 5. a file that the index no longer names is removed when the last read that has its layer is
+//!    done.
+//!
+//! A crash at any point leaves an index that names either the old layers or the new ones, and both
+//! are whole: inputs go only after the index without them is durable. What the index does not
+//! name is removed at the next start. After a failed index write it is not known which of the two
+//! is on disk, so the files of both stay until an index has been written.
+//!
+//! Invariants: checkpoint and compaction replace the index in turn (`index_turn`), each together
+//! with its step of the layer map; a timeline has one compaction at a time; reads and ingest never
+//! wait for one. A failure is logged and counted, and the next attempt is made after a pause, with
+//! the next action of the plan if there is one: a damaged layer does not hold up the others.
+
+use std::cell::{Cell, RefCell};
+use std::collections::BTreeSet;
+use std::rc::Rc;
+use std::sync::Arc;
+use std::time::Duration;
+
+use self::images::ImageJob;
+pub use self::job::CompactError;
+use self::job::{Flags, JobBase, Made};
+use self::merge::MergeJob;
+use super::index::{INDEX_FILE, IndexLayer};
+use super::plan::compaction::{Action, PlanConfig, PlanLayer, plan};
+use super::stored::StoredLayer;
+use super::timeline::{Signal, Timeline};
+use super::turn::Turn;
+use crate::base::{Key, KeyRange, Lsn, LsnRange};
+use crate::io::{Io, durable};
+use crate::layers::{LayerDesc, LayerName, LayerOwner};
+use crate::limits::{
+    COMPACT_REMOVE_POLL_MS, COMPACT_RETRY_MS_MAX, COMPACT_RETRY_MS_MIN, L0_LAYERS_URGENT,
+};
+
+mod chain;
+mod images;
+mod job;
+mod merge;
+mod points;
+
+#[cfg(test)]
+thread_local! {
+    /// Bugs that the simulator must find; see [`Planted`].
+    pub(crate) static PLANTED: Cell<Option<Planted>> = const { Cell::new(None) };
+}
+
+/// Bugs that tests plant.
+#[cfg(test)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Planted {
+    /// Removes the inputs before the index without them is durable.
+    RemoveBeforeIndex,
+    /// Leaves the inputs in the layer map beside what they were merged into.
+    KeepInputs,
+    /// Leaves one value in a thousand out of a merge.
+    DropValues,
+    /// Gives an image the LSN before its own.
+    ImageLsn,
+    /// Makes images without looking at the newest delta layer.
+    StaleImages,
+}
+
+/// True if this bug is planted.
+#[cfg(test)]
+pub(super) fn planted(bug: Planted) -> bool {
+    PLANTED.get() == Some(bug)
+}
+
+/// A timeline's compaction.
+pub(super) struct Compaction<I: Io> {
+    /// Tells the compaction task that there are new layers.
+    pub(super) signal: Signal,
+    turn: Turn,
+    flags: Arc<Flags>,
+    /// No longer part of the timeline; their files go when nobody reads them any more.
+    retired: RefCell<Vec<Rc<StoredLayer<I>>>>,
+    /// Files that are perhaps named by the index on disk, but not by the one in memory.
+    strays: RefCell<Vec<LayerName>>,
+    /// Failures one after the other.
+    failures: Cell<u32>,
+}
+
+impl<I: Io> Default for Compaction<I> {
+    fn default() -> Self {
+        Compaction {
+            signal: Signal::new(),
+            turn: Turn::default(),
+            flags: Arc::default(),
+            retired: RefCell::default(),
+            strays: RefCell::default(),
+            failures: Cell::new(0),
+        }
+    }
+}
+
+impl<I: Io> Compaction<I> {
+    /// New L0 layers: an image job that runs gives way when there are many.
+    pub(super) fn wake(&self, l0_count: usize) {
+        if l0_count >= L0_LAYERS_URGENT {
+            self.flags.hurry(true);
+        }
+        self.signal.set();
+    }
+
+    /// Ends a job that runs; no other begins.
+    pub(super) fn cancel(&self) {
+        self.flags.cancel();
+        self.signal.set();
+    }
+}
+
+/// The layers of a timeline as they were planned for.
+struct Snapshot<I: Io> {
+    plan: Vec<PlanLayer>,
+    stored: Vec<Rc<StoredLayer<I>>>,
+}
+
+impl<I: Io> Snapshot<I> {
+    fn layers(&self, chosen: &[usize]) -> Vec<Rc<StoredLayer<I>>> {
+        chosen.iter().filter_map(|at| self.stored.get(*at).cloned()).collect()
+    }
+
+    /// Names of layers that begin below `below`, without the `inputs`.
+    fn older(&self, below: Lsn, inputs: &[usize]) -> Vec<LayerName> {
+        let stored = self.stored.iter().enumerate();
+        let older =
+            stored.filter(|(at, layer)| layer.span().lsns.start < below && !inputs.contains(at));
+        older.map(|(_, layer)| layer.name().clone()).collect()
+    }
+
+    /// Keys where image layers begin, ascending.
+    fn cuts(&self) -> Vec<Key> {
+        let images = self.plan.iter().filter(|layer| layer.span.is_image);
+        let keys: BTreeSet<Key> = images.map(|layer| layer.span.keys.start).collect();
+        keys.into_iter().collect()
+    }
+}
+
+fn names<I: Io>(layers: &[Rc<StoredLayer<I>>]) -> Vec<LayerName> {
+    layers.iter().map(|layer| layer.name().clone()).collect()
+}
+
+impl<I: Io> Timeline<I> {
+    /// Number of L0 layers, which compaction keeps down.
+    pub fn l0_count(&self) -> usize {
+        self.mutable.borrow().layers.l0_count()
+    }
+
+    pub(super) async fn compaction_loop(self: Rc<Self>) {
+        let compaction = &self.compaction;
+        compaction.signal.set();
+        while !self.stopping.get() {
+            if compaction.retired.borrow().is_empty() {
+                compaction.signal.wait().await;
+            } else {
+                self.context.io.sleep(Duration::from_millis(COMPACT_REMOVE_POLL_MS)).await;
+            }
+            while !self.stopping.get() && !self.compact_and_report().await {}
+            self.remove_unused().await;
+        }
+    }
+
+    /// Carries out one action; true if there is nothing more to do.
+    async fn compact_and_report(&self) -> bool {
+        let compaction = &self.compaction;
+        match self.compact_once().await {
+            Ok(true) => {
+                compaction.failures.set(0);
+                self.remove_unused().await;
+                false
+            }
+            Ok(false) => true,
+            Err(CompactError::Cancelled | CompactError::Background(_)) => true,
+            Err(error) => {
+                let failures = compaction.failures.get().saturating_add(1);
+                compaction.failures.set(failures);
+                self.context.counters.compaction_failures.add(1);
+                tracing::error!(tenant = %self.tenant, timeline = %self.id,
+                    "compaction failed: {error}; trying again");
+                let pause = COMPACT_RETRY_MS_MIN << failures.saturating_sub(1).min(16);
+                let pause = Duration::from_millis(pause.min(COMPACT_RETRY_MS_MAX));
+                self.context.io.sleep(pause).await;
+                false
+            }
+        }
+    }
+
+    fn snapshot(&self) -> Snapshot<I> {
+        let mutable = self.mutable.borrow();
+        let (plan, stored) = mutable
+            .layers
+            .iter()
+            .map(|(span, layer)| {
+                let plan = PlanLayer { span: span.clone(), bytes: layer.file_bytes() };
+                (plan, layer.clone())
+            })
+            .unzip();
+        Snapshot { plan, stored }
+    }
+
+    /// Plans, and carries out one action; false if there is nothing to do.
+    pub(super) async fn compact_once(&self) -> Result<bool, CompactError> {
+        let _turn = self.compaction.turn.acquire().await;
+        if self.stopping.get() || self.broken().is_some() || self.compaction.flags.is_cancelled() {
+            return Ok(false);
+        }
+        let snapshot = self.snapshot();
+        let config = &self.context.config;
+        let config = PlanConfig {
+            l0_threshold: config.compaction_threshold,
+            target_bytes: config.compaction_target_bytes,
+            image_percent: config.compaction_image_percent,
+            start_lsn: self.start_lsn,
+        };
+        let actions = plan(&snapshot.plan, &config);
+        if actions.is_empty() {
+            return Ok(false);
+        }
+        let chosen = self.compaction.failures.get() as usize % actions.len();
+        let Some(action) = actions.into_iter().nth(chosen) else { return Ok(false) };
+        self.compaction.flags.hurry(false);
+        tracing::debug!(tenant = %self.tenant, timeline = %self.id, ?action, "compaction");
+        match action {
+            Action::MergeL0 { inputs, lsns } | Action::MergeL1 { inputs, lsns } => {
+                self.merge(&snapshot, &inputs, lsns).await?;
+            }
+            Action::MakeImages { keys, lsn, base, deltas } => {
+                self.make_images(&snapshot, keys, lsn, (base, &deltas)).await?;
+            }
+        }
+        self.context.counters.compactions.add(1);
+        Ok(true)
+    }
+
+    fn job_base(&self) -> JobBase {
+        JobBase {
+            owner: LayerOwner { shard: self.tenant, timeline: self.id },
+            dir: self.context.dir.clone(),
+            target_bytes: self.context.config.compaction_target_bytes,
+            start_lsn: self.start_lsn,
+            redo: (self.context.background_redo)(),
+            flags: self.compaction.flags.clone(),
+        }
+    }
+
+    async fn merge(
+        &self,
+        snapshot: &Snapshot<I>,
+        inputs: &[usize],
+        lsns: LsnRange,
+    ) -> Result<(), CompactError> {
+        let removed = snapshot.layers(inputs);
+        let job = MergeJob {
+            base: self.job_base(),
+            inputs: names(&removed),
+            below: snapshot.older(lsns.start, inputs),
+            lsns,
+            cuts: snapshot.cuts(),
+        };
+        let made = self.context.background.run(move |io: I| merge::run(io, job)).await??;
+        let bytes = made.layers.iter().map(|layer| layer.file_bytes).sum();
+        self.context.counters.merged_bytes.add(bytes);
+        self.adopt(made, &removed).await
+    }
+
+    async fn make_images(
+        &self,
+        snapshot: &Snapshot<I>,
+        keys: KeyRange,
+        lsn: Lsn,
+        (image, deltas): (usize, &[usize]),
+    ) -> Result<(), CompactError> {
+        #[cfg(test)]
+        let lsn = Lsn(lsn.0 - u64::from(planted(Planted::ImageLsn)));
+        #[cfg(test)]
+        let deltas = deltas.get(usize::from(planted(Planted::StaleImages))..).unwrap_or_default();
+        let Some(image) = snapshot.stored.get(image) else { return Err(CompactError::Changed) };
+        let job = ImageJob {
+            base: self.job_base(),
+            keys,
+            lsn,
+            image: image.name().clone(),
+            deltas: names(&snapshot.layers(deltas)),
+            all: snapshot.older(Lsn(lsn.0.saturating_add(1)), &[]),
+        };
+        let made = self.context.background.run(move |io: I| images::run(io, job)).await??;
+        let bytes = made.layers.iter().map(|layer| layer.file_bytes).sum();
+        self.context.counters.image_bytes.add(bytes);
+        self.adopt(made, &[]).await
+    }
+
+    /// Steps 3 and 4 for what a job has made.
+    async fn adopt(&self, made: Made, removed: &[Rc<StoredLayer<I>>]) -> Result<(), CompactError> {
+        self.context.counters.compaction_pages.add(made.pages);
+        self.context.counters.compaction_page_failures.add(made.failures);
+        if !made.layers.is_empty() {
+            self.replace_layers(&made.layers, removed).await?;
+        }
+        match made.error {
+            None => Ok(()),
+            Some(error) => Err(error),
+        }
+    }
+
+    /// Puts durable layer files in the place of others, in the index and in memory; the others'
+    /// files go when nobody reads them any more.
+    ///
+    /// # Errors
+    /// [`CompactError::Changed`] if a layer to be removed is not there any more;
+    /// [`CompactError::Io`]. Memory is as before then.
+    pub(super) async fn replace_layers(
+        &self,
+        added: &[LayerDesc],
+        removed: &[Rc<StoredLayer<I>>],
+    ) -> Result<(), CompactError> {
+        let _turn = self.index_turn.acquire().await;
+        let present = |name: &LayerName| {
+            self.mutable.borrow().layers.iter().any(|(_, layer)| layer.name() == name)
+        };
+        if let Some(twice) = added.iter().find(|desc| present(&desc.name)) {
+            tracing::error!("compaction made {}, which is there already", twice.name);
+            return Err(CompactError::Changed);
+        }
+        self.compaction.strays.borrow_mut().extend(added.iter().map(|desc| desc.name.clone()));
+        if removed.iter().any(|layer| !present(layer.name())) {
+            return Err(CompactError::Changed);
+        }
+        let entry =
+            |desc: &LayerDesc| IndexLayer { name: desc.name.to_string(), len: desc.file_bytes };
+        let entries: Vec<IndexLayer> = added.iter().map(entry).collect();
+        let gone: BTreeSet<String> = removed.iter().map(|layer| layer.name().to_string()).collect();
+        #[cfg(test)]
+        if planted(Planted::RemoveBeforeIndex) {
+            for layer in removed {
+                let _ = self.context.io.remove(&layer.path()).await;
+            }
+        }
+        let index = self.index_replacing(&entries, &gone, self.lsns().disk_consistent);
+        let path = self.context.dir.join(INDEX_FILE);
+        durable::write_file_atomic(&self.context.io, &path, &index.encode()).await?;
+        let owner = LayerOwner { shard: self.tenant, timeline: self.id };
+        let mut mutable = self.mutable.borrow_mut();
+        let layers = added.iter().map(|desc| {
+            let (io, cache) = (self.context.io.clone(), self.context.cache.clone());
+            let (dir, name) = (&self.context.dir, desc.name.clone());
+            let layer = StoredLayer::new(io, dir, name, desc.file_bytes, owner, cache);
+            (layer.span(), layer)
+        });
+        let layers = layers.collect();
+        let spans: Vec<_> = removed.iter().map(|layer| layer.span()).collect();
+        #[cfg(test)]
+        let spans = if planted(Planted::KeepInputs) { Vec::new() } else { spans };
+        mutable.layers.replace(&spans, layers);
+        self.compaction.retired.borrow_mut().extend(removed.iter().cloned());
+        Ok(())
+    }
+
+    /// Removes files that belong to nothing any more and are not being read.
+    async fn remove_unused(&self) {
+        let unused: Vec<Rc<StoredLayer<I>>> = {
+            let mut retired = self.compaction.retired.borrow_mut();
+            let (unused, used) = retired.drain(..).partition(|layer| Rc::strong_count(layer) == 1);
+            *retired = used;
+            unused
+        };
+        for layer in unused {
+            let closed = layer.close().await.map_err(|error| error.to_string());
+            let removed = self.context.io.remove(&layer.path()).await;
+            for problem in [closed.err(), removed.err().map(|error| error.to_string())] {
+                if let Some(problem) = problem {
+                    // It costs space until the next start, which removes it.
+                    tracing::warn!(tenant = %self.tenant, timeline = %self.id, "{problem}");
+                }
+            }
+        }
+        self.remove_strays().await;
+    }
+
+    /// Removes what failed attempts have left, once an index has been written after them.
+    async fn remove_strays(&self) {
+        if self.compaction.failures.get() > 0 {
+            return;
+        }
+        let strays: Vec<LayerName> = {
+            let present: BTreeSet<String> = {
+                let mutable = self.mutable.borrow();
+                mutable.layers.iter().map(|(_, layer)| layer.name().to_string()).collect()
+            };
+            let mut strays = self.compaction.strays.borrow_mut();
+            strays.drain(..).filter(|name| !present.contains(&name.to_string())).collect()
+        };
+        for name in strays {
+            let path = self.context.dir.join(name.to_string());
+            if let Err(error) = self.context.io.remove(&path).await {
+                tracing::warn!(tenant = %self.tenant, timeline = %self.id, "{error}");
+            }
+        }
+    }
+
+    /// Waits until no compaction is under way, and closes what waits for removal. The timeline
+    /// is stopping.
+    pub(super) async fn end_compaction(&self) {
+        self.compaction.cancel();
+        let _turn = self.compaction.turn.acquire().await;
+        let retired = self.compaction.retired.take();
+        for layer in retired {
+            // The next start removes the file.
+            let _ = layer.close().await;
+        }
+    }
+}

@@ -1,0 +1,105 @@
+//! Images within delta layers: where a page has many records since its newest base, the page as
+//! it is after the last of them is put behind them, at their LSN.
+//!
+//! The records stay, so every LSN can still be read; a read at or after the image stops there. A
+//! page that changes often has images so, and one that does not costs nothing.
+//!
+//! An image stands after all values of its LSN: one WAL record may give several.
+
+use crate::base::{Key, KeyKind, Lsn, Value};
+use crate::io::Io;
+use crate::limits::{COMPACT_CHAIN_MAX, COMPACT_HISTORY_IMAGE_BYTES};
+
+use super::job::Pages;
+
+/// The values of one page since its newest base.
+#[derive(Default)]
+pub(super) struct Chain {
+    /// They begin with a base if `has_base`; otherwise older layers have it.
+    values: Vec<(Lsn, Value)>,
+    bytes: usize,
+    has_base: bool,
+    /// The page cannot be rebuilt.
+    given_up: bool,
+}
+
+/// True if a row of so many values of a key may need an image.
+pub(super) fn may_need_image(key: Key, count: usize) -> bool {
+    count > COMPACT_CHAIN_MAX && key.kind() != KeyKind::Metadata
+}
+
+impl Chain {
+    fn push(&mut self, lsn: Lsn, value: &Value) {
+        if value.is_base() {
+            *self = Chain { has_base: true, given_up: self.given_up, ..Chain::default() };
+        }
+        if !self.given_up {
+            self.bytes += value.encoded_len();
+            self.values.push((lsn, value.clone()));
+        }
+    }
+
+    fn is_long(&self) -> bool {
+        self.values.len() > COMPACT_CHAIN_MAX
+    }
+
+    fn is_heavy(&self) -> bool {
+        self.is_long() && self.bytes >= COMPACT_HISTORY_IMAGE_BYTES
+    }
+
+    /// Takes more values of the page, all that there are of their last LSN, and gives them back
+    /// with images between. `below` is the LSN below which older values are; `is_last` tells that
+    /// no more will come. Images have LSNs from `start` on.
+    pub(super) async fn extend<I: Io>(
+        &mut self,
+        pages: &Pages<I>,
+        key: Key,
+        values: Vec<(Lsn, Value)>,
+        (start, below): (Lsn, Lsn),
+        is_last: bool,
+    ) -> Vec<(Lsn, Value)> {
+        let mut out = Vec::with_capacity(values.len() + 1);
+        let mut rest = values.into_iter().peekable();
+        while let Some((lsn, value)) = rest.next() {
+            self.push(lsn, &value);
+            out.push((lsn, value));
+            let next = rest.peek().map(|(lsn, _)| *lsn);
+            let is_end = is_last && next.is_none();
+            let due = self.is_heavy() || is_end && self.is_long();
+            if !due || next == Some(lsn) || lsn < start {
+                continue;
+            }
+            match self.page(pages, key, below).await {
+                Some(page) => {
+                    self.push(lsn, &page);
+                    out.push((lsn, page));
+                }
+                None => *self = Chain { given_up: true, ..Chain::default() },
+            }
+        }
+        out
+    }
+
+    /// The page after all values.
+    async fn page<I: Io>(&self, pages: &Pages<I>, key: Key, below: Lsn) -> Option<Value> {
+        let mut values = Vec::new();
+        if !self.has_base {
+            match pages.points.collect(key, below).await {
+                Ok(found) => values = found,
+                Err(error) => {
+                    pages.failed(key, &error);
+                    return None;
+                }
+            }
+            values.reverse();
+        }
+        values.extend(self.values.iter().cloned());
+        match pages.rebuild(key, values).await {
+            Ok(page) => Some(Value::Image(page)),
+            Err(error) => {
+                pages.failed(key, &error);
+                None
+            }
+        }
+    }
+}

@@ -1,0 +1,275 @@
+//! The job that merges delta layers; runs on the background executor.
+//!
+//! Values stream through in order. Values of one key are gathered; where a page needs an image it
+//! is rebuilt, several pages at once, and what comes after it waits in a window of bounded size.
+//! A layer is cut between two keys when it is large enough, earlier at a key where an image layer
+//! begins: then later merges concern fewer layers.
+
+use std::path::PathBuf;
+
+use futures_util::StreamExt;
+use futures_util::future::LocalBoxFuture;
+use futures_util::stream::FuturesOrdered;
+
+use super::chain::{Chain, may_need_image};
+use super::job::{CompactError, JobBase, Made, Pages};
+use super::points::Points;
+#[cfg(test)]
+use super::{Planted, planted};
+use crate::base::{Key, KeyKind, Lsn, LsnRange, Value};
+use crate::io::Io;
+use crate::layers::{
+    DeltaMerge, DeltaWriter, LayerDesc, LayerError, LayerName, LayerOwner, MergeEntry,
+};
+use crate::limits::{
+    COMPACT_GROUP_BYTES_MAX, COMPACT_KEYS_MAX, COMPACT_REDO_CONCURRENT_MAX,
+    COMPACT_WINDOW_BYTES_MAX,
+};
+
+/// Delta layers to merge.
+pub(super) struct MergeJob {
+    pub(super) base: JobBase,
+    pub(super) inputs: Vec<LayerName>,
+    /// LSN range of the result; contains those of the inputs.
+    pub(super) lsns: LsnRange,
+    /// Everything that is older.
+    pub(super) below: Vec<LayerName>,
+    /// Keys where a layer is cut even if it could still grow; ascending.
+    pub(super) cuts: Vec<Key>,
+}
+
+/// Values of one key, or some of them.
+struct Group {
+    key: Key,
+    values: Vec<(Lsn, Value)>,
+    bytes: usize,
+}
+
+impl Group {
+    fn new(key: Key) -> Group {
+        Group { key, values: Vec::new(), bytes: 0 }
+    }
+
+    fn push(&mut self, lsn: Lsn, value: Value) {
+        self.bytes += value.encoded_len() + size_of::<(Lsn, Value)>();
+        self.values.push((lsn, value));
+    }
+}
+
+/// Writes the layers of the result.
+struct Output<I: Io> {
+    io: I,
+    job: OutputJob,
+    writer: Option<DeltaWriter<I>>,
+    first: Key,
+    last: Key,
+    keys: u64,
+    done: Vec<LayerDesc>,
+}
+
+/// What the output must know of its job.
+struct OutputJob {
+    dir: PathBuf,
+    owner: LayerOwner,
+    target_bytes: u64,
+    lsns: LsnRange,
+    cuts: Vec<Key>,
+}
+
+impl<I: Io> Output<I> {
+    fn new(io: &I, job: OutputJob) -> Self {
+        let (first, last) = (Key::MIN, Key::MIN);
+        Output { io: io.clone(), job, writer: None, first, last, keys: 0, done: Vec::new() }
+    }
+
+    /// True if a new layer shall begin with `key`.
+    fn is_due(&self, key: Key) -> bool {
+        let Some(writer) = &self.writer else { return false };
+        let bytes = writer.file_bytes();
+        let next_cut = self.job.cuts.partition_point(|cut| *cut <= self.last);
+        let crosses = self.job.cuts.get(next_cut).is_some_and(|cut| *cut <= key);
+        bytes >= self.job.target_bytes
+            || self.keys >= COMPACT_KEYS_MAX
+            || crosses && bytes >= self.job.target_bytes / 8
+    }
+
+    async fn put(&mut self, group: Group) -> Result<(), LayerError> {
+        if self.writer.is_some() && group.key != self.last && self.is_due(group.key) {
+            self.end_layer().await?;
+        }
+        if self.writer.is_none() {
+            let OutputJob { dir, owner, lsns, .. } = &self.job;
+            let writer = DeltaWriter::create(&self.io, dir, *owner, lsns.clone()).await?;
+            self.writer = Some(writer);
+            (self.first, self.keys) = (group.key, 0);
+        }
+        self.keys += u64::from(self.keys == 0 || group.key != self.last);
+        self.last = group.key;
+        let Some(writer) = &mut self.writer else { return Ok(()) };
+        for (lsn, value) in &group.values {
+            writer.add(group.key, *lsn, value).await?;
+        }
+        Ok(())
+    }
+
+    async fn end_layer(&mut self) -> Result<(), LayerError> {
+        if let Some(writer) = self.writer.take() {
+            self.done.push(writer.finish(self.first..self.last.next()).await?);
+        }
+        Ok(())
+    }
+
+    /// Removes what was written: nothing of it is named anywhere.
+    async fn abort(self) {
+        if let Some(writer) = self.writer {
+            writer.abort().await;
+        }
+        for desc in self.done {
+            let _ = self.io.remove(&self.job.dir.join(desc.name.to_string())).await;
+        }
+    }
+}
+
+/// Merges. The layers of the result are durable when this returns; after an error there are none.
+pub(super) async fn run<I: Io>(io: I, job: MergeJob) -> Result<Made, CompactError> {
+    let MergeJob { base, inputs, lsns, below, cuts } = job;
+    let JobBase { owner, dir, target_bytes, start_lsn, redo, flags } = base;
+    let pages = Pages::new(Points::new(&io, &dir, owner, below), redo());
+    let mut merge = DeltaMerge::new(&io, &dir, owner, inputs, Key::MIN..Key::MAX);
+    let bounds = (start_lsn, lsns.start);
+    let mut out = Output::new(&io, OutputJob { dir, owner, target_bytes, lsns, cuts });
+    let mut stream = Stream::new(&io, &pages, bounds);
+    let mut merged = async {
+        while let Some(entry) = merge.next().await? {
+            if flags.is_cancelled() {
+                return Err(CompactError::Cancelled);
+            }
+            #[cfg(test)]
+            if planted(Planted::DropValues) && entry.1.0 % 97 == 0 {
+                continue;
+            }
+            stream.take(entry, &mut out).await?;
+        }
+        stream.end(&mut out).await
+    }
+    .await;
+    if merged.is_ok() {
+        merged = out.end_layer().await.map_err(CompactError::Layer);
+    }
+    merge.close().await;
+    drop(stream);
+    let (made, failures) = (pages.made.get(), pages.failures.get());
+    pages.close().await;
+    match merged {
+        Ok(()) => Ok(Made { layers: out.done, pages: made, failures, error: None }),
+        Err(error) => {
+            out.abort().await;
+            Err(error)
+        }
+    }
+}
+
+/// Groups whose pages are being rebuilt, and those behind them, in order.
+#[derive(Default)]
+struct Window<'a> {
+    groups: FuturesOrdered<LocalBoxFuture<'a, Group>>,
+    bytes: usize,
+}
+
+/// What is between the merge and the output.
+struct Stream<'a, I: Io> {
+    io: &'a I,
+    pages: &'a Pages<I>,
+    /// First LSN of images; LSN below which older values are.
+    bounds: (Lsn, Lsn),
+    /// The key that values come of.
+    group: Option<Group>,
+    /// Of a key whose first values have gone their way: what its next image is made from.
+    chain: Option<Chain>,
+    window: Window<'a>,
+}
+
+impl<'a, I: Io> Stream<'a, I> {
+    fn new(io: &'a I, pages: &'a Pages<I>, bounds: (Lsn, Lsn)) -> Self {
+        Stream { io, pages, bounds, group: None, chain: None, window: Window::default() }
+    }
+
+    async fn take(
+        &mut self,
+        (key, lsn, value): MergeEntry,
+        out: &mut Output<I>,
+    ) -> Result<(), CompactError> {
+        match &self.group {
+            Some(group) if group.key == key => {
+                let is_new_lsn = group.values.last().is_some_and(|(last, _)| *last != lsn);
+                if group.bytes > COMPACT_GROUP_BYTES_MAX && is_new_lsn {
+                    self.send_part(false, out).await?;
+                }
+            }
+            _ => self.end_group(out).await?,
+        }
+        self.group.get_or_insert_with(|| Group::new(key)).push(lsn, value);
+        Ok(())
+    }
+
+    /// Writes the values that were gathered of a key that has too many of them, alone.
+    async fn send_part(&mut self, is_last: bool, out: &mut Output<I>) -> Result<(), CompactError> {
+        while !self.window.groups.is_empty() {
+            self.write_one(out).await?;
+        }
+        let Some(group) = self.group.take() else { return Ok(()) };
+        let Group { key, mut values, bytes } = group;
+        if key.kind() != KeyKind::Metadata {
+            let chain = self.chain.get_or_insert_default();
+            values = chain.extend(self.pages, key, values, self.bounds, is_last).await;
+        }
+        out.put(Group { key, values, bytes }).await?;
+        self.group = (!is_last).then(|| Group::new(key));
+        Ok(())
+    }
+
+    async fn end_group(&mut self, out: &mut Output<I>) -> Result<(), CompactError> {
+        self.io.yield_if_needed().await;
+        if self.chain.is_some() {
+            self.send_part(true, out).await?;
+            self.chain = None;
+        }
+        let Some(group) = self.group.take() else { return Ok(()) };
+        let needs_work = may_need_image(group.key, group.values.len());
+        if !needs_work && self.window.groups.is_empty() {
+            return Ok(out.put(group).await?);
+        }
+        let (pages, bounds) = (self.pages, self.bounds);
+        self.window.bytes += group.bytes;
+        self.window.groups.push_back(Box::pin(async move {
+            let Group { key, values, bytes } = group;
+            let values = match needs_work {
+                true => Chain::default().extend(pages, key, values, bounds, true).await,
+                false => values,
+            };
+            Group { key, values, bytes }
+        }));
+        while self.window.groups.len() > COMPACT_REDO_CONCURRENT_MAX
+            || self.window.bytes > COMPACT_WINDOW_BYTES_MAX
+        {
+            self.write_one(out).await?;
+        }
+        Ok(())
+    }
+
+    async fn write_one(&mut self, out: &mut Output<I>) -> Result<(), CompactError> {
+        if let Some(group) = self.window.groups.next().await {
+            self.window.bytes = self.window.bytes.saturating_sub(group.bytes);
+            out.put(group).await?;
+        }
+        Ok(())
+    }
+
+    async fn end(&mut self, out: &mut Output<I>) -> Result<(), CompactError> {
+        self.end_group(out).await?;
+        while !self.window.groups.is_empty() {
+            self.write_one(out).await?;
+        }
+        Ok(())
+    }
+}

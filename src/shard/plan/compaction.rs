@@ -1,0 +1,374 @@
+//! What compaction shall do next, from the layers that there are. Pure.
+//!
+//! Layers of a timeline, from the newest:
+//!
+//! | level | what it is |
+//! |---|---|
+//! | L0 | delta layers over all keys, as checkpoints write them |
+//! | L1 | delta layers of a key range; one merge gives a row of them that share an LSN range |
+//! | image | every key of a range at one LSN |
+//!
+//! A **column** is a key range whose newest image layer is the same everywhere in it; L1 layers
+//! above that image are stacked on the column. The rules, in order:
+//!
+//! 1. [`Action::MergeL0`]: enough L0 layers become L1 layers.
+//! 2. [`Action::MakeImages`]: the layers stacked on a column have grown to a given part of the
+//!    column's image, so a new image costs at most the inverse of that part for each byte that
+//!    was merged; or to half of that, where a read has to descend too far.
+//! 3. [`Action::MergeL1`]: a read has to descend too far, but images would cost too much: stacked
+//!    layers become fewer. Layers of similar size are merged, so that a byte is written again as
+//!    often as the logarithm of the number of layers says.
+//!
+//! How far a read descends is counted by the share of pages that a layer has records of: a
+//! hundred layers with one page in a hundred each count as one. So neither the number of images
+//! nor that of merges depends on the size of the database.
+//!
+//! Invariants that every action keeps, if they held before: for any key the delta layers that
+//! cover it have disjoint LSN ranges; the LSN of an image layer lies in no LSN range of a delta
+//! layer that covers one of its keys, except as its last LSN; every key is covered by an image
+//! as old as the oldest that covered it before.
+
+use std::collections::BTreeMap;
+
+use crate::base::{Key, KeyRange, Lsn, LsnRange};
+use crate::limits::{
+    COMPACT_DEPTH_MAX, COMPACT_L0_INPUT_BYTES_MAX, COMPACT_L1_INPUT_BYTES_MAX, COMPACT_LEVELS_MAX,
+    COMPACT_SPARSE_FACTOR,
+};
+use crate::shard::layer_map::LayerSpan;
+
+/// A layer as the plan sees it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct PlanLayer {
+    /// Keys, LSNs, kind.
+    pub span: LayerSpan,
+    /// Length of its file in bytes.
+    pub bytes: u64,
+}
+
+impl PlanLayer {
+    /// True for a delta layer over all keys.
+    pub fn is_l0(&self) -> bool {
+        is_l0(&self.span)
+    }
+
+    fn is_l1(&self) -> bool {
+        !self.span.is_image && !self.is_l0()
+    }
+}
+
+/// True for a delta layer over all keys.
+pub fn is_l0(span: &LayerSpan) -> bool {
+    !span.is_image && span.keys == (Key::MIN..Key::MAX)
+}
+
+/// What the plan goes by.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct PlanConfig {
+    /// L0 layers are merged when there are so many.
+    pub l0_threshold: usize,
+    /// Layers are cut at this size, in bytes.
+    pub target_bytes: u64,
+    /// A column gets a new image when the layers stacked on it have this part of the bytes of its
+    /// image, in percent.
+    pub image_percent: u64,
+    /// First LSN at which pages can be rebuilt.
+    pub start_lsn: Lsn,
+}
+
+/// Something to do. Layers are named by their place in the list that was planned for.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Action {
+    /// Merges L0 layers into L1 layers.
+    MergeL0 {
+        /// The oldest ones.
+        inputs: Vec<usize>,
+        /// LSN range of the result.
+        lsns: LsnRange,
+    },
+    /// Makes new image layers of a column.
+    MakeImages {
+        /// The column.
+        keys: KeyRange,
+        /// LSN of the images.
+        lsn: Lsn,
+        /// The image layer below.
+        base: usize,
+        /// The L1 layers between.
+        deltas: Vec<usize>,
+    },
+    /// Merges L1 layers into fewer.
+    MergeL1 {
+        /// The layers.
+        inputs: Vec<usize>,
+        /// LSN range of the result.
+        lsns: LsnRange,
+    },
+}
+
+/// A key range, the image layer below it and the L1 layers between that and L0.
+struct Column {
+    keys: KeyRange,
+    image: usize,
+    lsn: Lsn,
+    image_bytes: u64,
+    /// L1 layers, newest first, with the bytes that this column has of each.
+    stack: Vec<(usize, u64)>,
+}
+
+fn overlap(a: &KeyRange, b: &KeyRange) -> bool {
+    a.start < b.end && b.start < a.end
+}
+
+/// What shall be done, the most urgent first. Only the first may be carried out: the others were
+/// planned for the layers as they are now. Ends by itself: without new layers, carrying out one
+/// action after the other leads to an empty plan.
+pub fn plan(layers: &[PlanLayer], config: &PlanConfig) -> Vec<Action> {
+    let mut actions: Vec<Action> = merge_l0(layers, config).into_iter().collect();
+    let columns = columns(layers, config);
+    let mut images: Vec<(u64, Action)> =
+        columns.iter().filter_map(|column| make_images(layers, column, config)).collect();
+    images.sort_by_key(|(percent, _)| std::cmp::Reverse(*percent));
+    let merges = columns.iter().filter_map(|column| merge_l1(layers, column)).next();
+    actions.extend(images.into_iter().map(|(_, action)| action));
+    actions.extend(merges);
+    actions
+}
+
+/// LSN range from the first to the last of some layers.
+fn hull(layers: &[PlanLayer], chosen: &[usize]) -> Option<LsnRange> {
+    let lsns = || chosen.iter().filter_map(|at| layers.get(*at)).map(|layer| &layer.span.lsns);
+    Some(lsns().map(|range| range.start).min()?..lsns().map(|range| range.end).max()?)
+}
+
+fn merge_l0(layers: &[PlanLayer], config: &PlanConfig) -> Option<Action> {
+    let l0 = |(at, layer): (usize, &PlanLayer)| layer.is_l0().then_some((at, layer.bytes));
+    let mut found: Vec<(usize, u64)> = layers.iter().enumerate().filter_map(l0).collect();
+    if found.len() < config.l0_threshold.max(1) {
+        return None;
+    }
+    found.sort_by_key(|(at, _)| layers.get(*at).map(|layer| layer.span.lsns.start));
+    let mut inputs = Vec::new();
+    let mut total = 0u64;
+    for (at, bytes) in found {
+        total = total.saturating_add(bytes);
+        let full = total > COMPACT_L0_INPUT_BYTES_MAX || inputs.len() == COMPACT_LEVELS_MAX;
+        if full && !inputs.is_empty() {
+            break;
+        }
+        inputs.push(at);
+    }
+    // An image within the range would cut the result in two.
+    while !is_mergeable(layers, &inputs) {
+        inputs.pop();
+    }
+    let lsns = hull(layers, &inputs)?;
+    Some(Action::MergeL0 { inputs, lsns })
+}
+
+/// True if one layer per key may take the place of these: nothing else that covers one of their
+/// keys lies within their LSN range.
+fn is_mergeable(layers: &[PlanLayer], inputs: &[usize]) -> bool {
+    let Some(lsns) = hull(layers, inputs) else { return true };
+    let covers = |span: &LayerSpan| {
+        let spans = inputs.iter().filter_map(|at| layers.get(*at)).map(|input| &input.span);
+        spans.into_iter().any(|input| overlap(&input.keys, &span.keys))
+    };
+    layers.iter().enumerate().all(|(at, other)| {
+        let span = &other.span;
+        let within = span.lsns.start < lsns.end && span.lsns.end > lsns.start;
+        let at_the_end = span.is_image && span.lsns.end == lsns.end;
+        inputs.contains(&at) || !within || at_the_end || !covers(span)
+    })
+}
+
+/// Cuts the key space by the newest image layers, and stacks the L1 layers on the columns.
+fn columns(layers: &[PlanLayer], config: &PlanConfig) -> Vec<Column> {
+    let mut images: Vec<usize> = Vec::new();
+    images.extend(layers.iter().enumerate().filter(|(_, l)| l.span.is_image).map(|(at, _)| at));
+    let lsn_of = |at: &usize| layers.get(*at).map_or(Lsn(0), |layer| layer.span.lsns.start);
+    images.sort_by_key(|at| std::cmp::Reverse(lsn_of(at)));
+    // Key ranges without an image so far, by their start.
+    let mut free: BTreeMap<Key, Key> = BTreeMap::from([(Key::MIN, Key::MAX)]);
+    let mut columns = Vec::new();
+    for image in images {
+        let Some(layer) = layers.get(image) else { continue };
+        let pieces = take(&mut free, &layer.span.keys);
+        let share = layer.bytes / (pieces.len() as u64).max(1);
+        let image_bytes = share.max(config.target_bytes / 16).max(1);
+        let lsn = layer.span.lsns.start;
+        let column = |keys| Column { keys, image, lsn, image_bytes, stack: Vec::new() };
+        columns.extend(pieces.into_iter().map(column));
+    }
+    columns.sort_by_key(|column| column.keys.start);
+    let mut l1: Vec<usize> = Vec::new();
+    l1.extend(layers.iter().enumerate().filter(|(_, l)| l.is_l1()).map(|(at, _)| at));
+    l1.sort_by_key(|at| std::cmp::Reverse(layers.get(*at).map(|layer| layer.span.lsns.end)));
+    for at in l1 {
+        let Some(layer) = layers.get(at) else { continue };
+        stack(&mut columns, at, layer);
+    }
+    columns
+}
+
+/// Takes what is still free of `keys`.
+fn take(free: &mut BTreeMap<Key, Key>, keys: &KeyRange) -> Vec<KeyRange> {
+    let from = free.range(..=keys.start).next_back().map_or(keys.start, |(start, _)| *start);
+    let touched: Vec<KeyRange> = free
+        .range(from..keys.end)
+        .map(|(start, end)| *start..*end)
+        .filter(|gap| overlap(gap, keys))
+        .collect();
+    for gap in &touched {
+        free.remove(&gap.start);
+        if gap.start < keys.start {
+            free.insert(gap.start, keys.start);
+        }
+        if keys.end < gap.end {
+            free.insert(keys.end, gap.end);
+        }
+    }
+    touched.iter().map(|gap| gap.start.max(keys.start)..gap.end.min(keys.end)).collect()
+}
+
+/// Shares the bytes of an L1 layer out among the columns that it covers.
+fn stack(columns: &mut [Column], at: usize, layer: &PlanLayer) {
+    let first = columns.partition_point(|column| column.keys.end <= layer.span.keys.start);
+    let columns = columns.get_mut(first..).unwrap_or_default();
+    let count = columns.partition_point(|column| column.keys.start < layer.span.keys.end);
+    let columns = columns.get_mut(..count).unwrap_or_default();
+    let total: u128 = columns.iter().map(|column| u128::from(column.image_bytes)).sum();
+    for column in columns {
+        if layer.span.lsns.start > column.lsn {
+            let share = u128::from(layer.bytes) * u128::from(column.image_bytes) / total.max(1);
+            column.stack.push((at, u64::try_from(share).unwrap_or(u64::MAX)));
+        }
+    }
+}
+
+impl Column {
+    fn stacked_bytes(&self) -> u64 {
+        self.stack.iter().map(|(_, bytes)| bytes).sum()
+    }
+
+    /// Layers that a read has to look into, in thousandths: a layer counts by the share of the
+    /// column's pages that it has records of.
+    fn depth_milli(&self) -> u64 {
+        let weight = |bytes: u64| {
+            let full = u128::from(self.image_bytes / COMPACT_SPARSE_FACTOR).max(1);
+            u64::try_from((u128::from(bytes) * 1000 / full).min(1000)).unwrap_or(1000)
+        };
+        self.stack.iter().map(|(_, bytes)| weight(*bytes)).sum()
+    }
+
+    fn is_deep(&self) -> bool {
+        self.depth_milli() > COMPACT_DEPTH_MAX * 1000
+    }
+}
+
+fn make_images(
+    layers: &[PlanLayer],
+    column: &Column,
+    config: &PlanConfig,
+) -> Option<(u64, Action)> {
+    let percent = column.stacked_bytes().saturating_mul(100) / column.image_bytes;
+    // One layer alone is no burden for reads, but its column must not go without images for ever.
+    let enough = match column.stack.len() {
+        0 => false,
+        1 => percent >= config.image_percent.saturating_mul(4),
+        _ if column.is_deep() => percent >= config.image_percent / 2,
+        _ => percent >= config.image_percent,
+    };
+    if !enough {
+        return None;
+    }
+    let deltas: Vec<usize> = column.stack.iter().map(|(at, _)| *at).collect();
+    let lsn = Lsn(hull(layers, &deltas)?.end.0.checked_sub(1)?);
+    // Nothing else of these keys may lie at or below the images' LSN and above the image below.
+    let hidden = layers.iter().enumerate().any(|(at, layer)| {
+        let LayerSpan { keys, lsns, is_image } = &layer.span;
+        let between = lsns.start <= lsn && lsns.end.0 > column.lsn.0.saturating_add(1);
+        !is_image && between && overlap(keys, &column.keys) && !deltas.contains(&at)
+    });
+    if hidden || lsn < config.start_lsn {
+        return None;
+    }
+    let keys = column.keys.clone();
+    Some((percent, Action::MakeImages { keys, lsn, base: column.image, deltas }))
+}
+
+fn merge_l1(layers: &[PlanLayer], column: &Column) -> Option<Action> {
+    if !column.is_deep() {
+        return None;
+    }
+    // The newest layers, as long as the next is not much larger than those before it together.
+    let mut inputs: Vec<usize> = Vec::new();
+    let mut total = 0u64;
+    for &(at, bytes) in &column.stack {
+        if inputs.len() >= 2 && bytes > total.saturating_mul(2) {
+            break;
+        }
+        inputs.push(at);
+        total = total.saturating_add(bytes);
+        if inputs.len() == COMPACT_LEVELS_MAX {
+            break;
+        }
+    }
+    close(layers, &mut inputs)?;
+    let levels = levels(layers, &inputs);
+    let bytes: u64 = inputs.iter().filter_map(|at| layers.get(*at)).map(|layer| layer.bytes).sum();
+    let fits = bytes <= COMPACT_L1_INPUT_BYTES_MAX && levels <= COMPACT_LEVELS_MAX;
+    if levels < 2 || !fits || !is_mergeable(layers, &inputs) {
+        return None;
+    }
+    let lsns = hull(layers, &inputs)?;
+    Some(Action::MergeL1 { inputs, lsns })
+}
+
+/// Number of different LSN ranges.
+fn levels(layers: &[PlanLayer], inputs: &[usize]) -> usize {
+    let mut ranges: Vec<(Lsn, Lsn)> = inputs
+        .iter()
+        .filter_map(|at| layers.get(*at))
+        .map(|layer| (layer.span.lsns.start, layer.span.lsns.end))
+        .collect();
+    ranges.sort_unstable();
+    ranges.dedup();
+    ranges.len()
+}
+
+/// Adds every L1 layer that shares keys with a chosen one within their LSN range, until there is
+/// none. `None` if that leads too far.
+fn close(layers: &[PlanLayer], inputs: &mut Vec<usize>) -> Option<()> {
+    let mut bytes = 0u64;
+    loop {
+        let lsns = hull(layers, inputs)?;
+        let spans: Vec<KeyRange> = inputs
+            .iter()
+            .filter_map(|at| layers.get(*at))
+            .map(|layer| layer.span.keys.clone())
+            .collect();
+        let more = layers.iter().enumerate().filter(|(at, layer)| {
+            let span = &layer.span;
+            layer.is_l1()
+                && span.lsns.start < lsns.end
+                && span.lsns.end > lsns.start
+                && !inputs.contains(at)
+                && spans.iter().any(|keys| overlap(keys, &span.keys))
+        });
+        let more: Vec<usize> = more.map(|(at, _)| at).collect();
+        if more.is_empty() {
+            return Some(());
+        }
+        for at in more {
+            bytes = bytes.saturating_add(layers.get(at).map_or(0, |layer| layer.bytes));
+            inputs.push(at);
+        }
+        if bytes > COMPACT_L1_INPUT_BYTES_MAX {
+            return None;
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests;

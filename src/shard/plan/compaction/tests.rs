@@ -1,0 +1,277 @@
+//! The plan against a model of what its actions do.
+
+use proptest::prelude::*;
+
+use super::*;
+
+/// Pages of the model's database; page `n` has key `n`.
+fn key(n: u32) -> Key {
+    Key { field6: n, field4: 16384, field3: 5, field2: 1663, ..Key::MIN }
+}
+
+fn span(keys: KeyRange, lsns: std::ops::Range<u64>, is_image: bool) -> LayerSpan {
+    LayerSpan { keys, lsns: Lsn(lsns.start)..Lsn(lsns.end), is_image }
+}
+
+fn layer(keys: KeyRange, lsns: std::ops::Range<u64>, is_image: bool, bytes: u64) -> PlanLayer {
+    PlanLayer { span: span(keys, lsns, is_image), bytes }
+}
+
+/// A timeline whose pages are updated at random, and what was written for it.
+struct Model {
+    layers: Vec<PlanLayer>,
+    config: PlanConfig,
+    pages: u32,
+    page_bytes: u64,
+    lsn: u64,
+    l0_bytes: u64,
+    l1_bytes: u64,
+    image_bytes: u64,
+    actions: u64,
+    l0_max: usize,
+    depth_max: u64,
+}
+
+impl Model {
+    fn new(pages: u32, page_bytes: u64, config: PlanConfig) -> Model {
+        let mut model = Model {
+            layers: Vec::new(),
+            config,
+            pages,
+            page_bytes,
+            lsn: 100,
+            l0_bytes: 0,
+            l1_bytes: 0,
+            image_bytes: 0,
+            actions: 0,
+            l0_max: 0,
+            depth_max: 0,
+        };
+        model.images(Key::MIN..Key::MAX, 100);
+        model.image_bytes = 0;
+        model
+    }
+
+    fn page_of(&self, key: Key, up: bool) -> u32 {
+        match key {
+            Key::MIN => 0,
+            Key::MAX => self.pages,
+            key => (key.field6 + u32::from(up && false)).min(self.pages),
+        }
+    }
+
+    fn share(&self, keys: &KeyRange) -> u64 {
+        u64::from(self.page_of(keys.end, true) - self.page_of(keys.start, false))
+    }
+
+    /// Image layers over `keys`, cut at the target size.
+    fn images(&mut self, keys: KeyRange, lsn: u64) {
+        let per_layer = (self.config.target_bytes / self.page_bytes).max(1) as u32;
+        let mut start = keys.start;
+        while start < keys.end {
+            let next = self.page_of(start, false) + per_layer;
+            let end = if next >= self.page_of(keys.end, true) { keys.end } else { key(next) };
+            let bytes = self.share(&(start..end)) * self.page_bytes;
+            self.layers.push(layer(start..end, lsn..lsn + 1, true, bytes));
+            self.image_bytes += bytes;
+            start = end;
+        }
+    }
+
+    fn l0(&mut self, bytes: u64) {
+        let end = self.lsn + 1_000;
+        self.layers.push(layer(Key::MIN..Key::MAX, self.lsn + 1..end + 1, false, bytes));
+        self.lsn = end;
+        self.l0_bytes += bytes;
+        self.l0_max = self.l0_max.max(self.layers.iter().filter(|l| l.is_l0()).count());
+    }
+
+    fn merge(&mut self, inputs: &[usize], lsns: &LsnRange) {
+        let keys = |at: &usize| self.layers[*at].span.keys.clone();
+        let start = inputs.iter().map(|at| keys(at).start.max(key(0))).min().unwrap();
+        let end = inputs.iter().map(|at| keys(at).end.min(key(self.pages))).max().unwrap();
+        let bytes: u64 = inputs.iter().map(|at| self.layers[*at].bytes).sum();
+        self.l1_bytes += bytes;
+        let count = u64::from(end.field6 - start.field6).min(bytes / self.config.target_bytes + 1);
+        let pages = u64::from(end.field6 - start.field6);
+        let cut = |n: u64| key(start.field6 + (pages * n / count) as u32);
+        let keep = |at: usize, l: PlanLayer| (!inputs.contains(&at)).then_some(l);
+        let old = std::mem::take(&mut self.layers);
+        self.layers = old.into_iter().enumerate().filter_map(|(at, l)| keep(at, l)).collect();
+        for n in 0..count {
+            let lsns = lsns.start.0..lsns.end.0;
+            self.layers.push(layer(cut(n)..cut(n + 1), lsns, false, bytes / count));
+        }
+    }
+
+    fn carry_out(&mut self, action: &Action) {
+        self.actions += 1;
+        match action {
+            Action::MergeL0 { inputs, lsns } | Action::MergeL1 { inputs, lsns } => {
+                self.merge(inputs, lsns);
+            }
+            Action::MakeImages { keys, lsn, .. } => self.images(keys.clone(), lsn.0),
+        }
+        self.check();
+    }
+
+    /// Carries out what is planned until nothing is.
+    fn settle(&mut self) {
+        for _ in 0..10_000 {
+            let actions = plan(&self.layers, &self.config);
+            let Some(action) = actions.first() else {
+                let columns = columns(&self.layers, &self.config);
+                let depth = columns.iter().map(Column::depth_milli).max();
+                self.depth_max = self.depth_max.max(depth.unwrap_or(0));
+                return;
+            };
+            let action = action.clone();
+            self.carry_out(&action);
+        }
+        panic!("the plan does not come to an end");
+    }
+
+    /// The invariants of the module's text.
+    fn check(&self) {
+        for (at, a) in self.layers.iter().enumerate() {
+            for b in self.layers.iter().skip(at + 1) {
+                let lsns =
+                    a.span.lsns.start < b.span.lsns.end && b.span.lsns.start < a.span.lsns.end;
+                if !overlap(&a.span.keys, &b.span.keys) || !lsns {
+                    continue;
+                }
+                let allowed =
+                    a.span.is_image != b.span.is_image && a.span.lsns.end == b.span.lsns.end;
+                assert!(allowed, "{a:?} and {b:?} hold the same");
+            }
+        }
+        let mut free = BTreeMap::from([(Key::MIN, Key::MAX)]);
+        for image in self.layers.iter().filter(|l| l.span.is_image && l.span.lsns.start == Lsn(100))
+        {
+            take(&mut free, &image.span.keys);
+        }
+        assert!(free.is_empty(), "keys without an image: {free:?}");
+    }
+
+    /// Bytes written in layers for each byte that came in, in percent.
+    fn amplification(&self) -> u64 {
+        (self.l0_bytes + self.l1_bytes + self.image_bytes) * 100 / self.l0_bytes
+    }
+}
+
+fn config(l0_threshold: usize, target_bytes: u64, image_percent: u64) -> PlanConfig {
+    PlanConfig { l0_threshold, target_bytes, image_percent, start_lsn: Lsn(0) }
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(60))]
+
+    #[test]
+    fn invariants_hold_and_the_plan_ends(
+        pages in 1u32..3_000,
+        l0_threshold in 1usize..5,
+        target in 20u64..1_000,
+        percent in 5u64..300,
+        steps in prop::collection::vec((1u64..400, 0u8..4), 1..40),
+    ) {
+        let config = config(l0_threshold, target * 1_000, percent);
+        let mut model = Model::new(pages, 4_000, config);
+        for (kilobytes, patience) in steps {
+            model.l0(kilobytes * 1_000);
+            if patience > 0 {
+                model.settle();
+            }
+        }
+        model.settle();
+        let l0_left = model.layers.iter().filter(|layer| layer.is_l0()).count();
+        prop_assert!(l0_left < l0_threshold);
+        prop_assert!(plan(&model.layers, &model.config).is_empty());
+    }
+}
+
+/// Random updates of a database of `pages` pages, 4 KB stored each, until ten times the size of
+/// the base's images came in as deltas or at least `rounds` checkpoints did.
+fn steady(pages: u32, rounds: u64) -> Model {
+    let mut model = Model::new(pages, 4_000, config(3, 128_000_000, 50));
+    for _ in 0..rounds {
+        model.l0(32_000_000);
+        model.settle();
+    }
+    model
+}
+
+#[test]
+fn write_amplification_does_not_grow_with_the_database() {
+    // 0.25 GB to 16 GB of images; the deltas are four times that.
+    let curve: Vec<(u32, u64, u64)> = [1u32, 2, 4, 8, 16, 32, 64]
+        .into_iter()
+        .map(|factor| {
+            let pages = factor * 64_000;
+            let model = steady(pages, u64::from(factor) * 32);
+            println!(
+                "{} MB: L1 {} %, images {} %, all {} %, depth {}/1000, {} layers, L0 {}",
+                u64::from(pages) * 4 / 1000,
+                model.l1_bytes * 100 / model.l0_bytes,
+                model.image_bytes * 100 / model.l0_bytes,
+                model.amplification(),
+                model.depth_max,
+                model.layers.len(),
+                model.l0_max,
+            );
+            (factor, model.amplification(), model.depth_max)
+        })
+        .collect();
+    for (factor, amplification, depth) in curve {
+        assert!(amplification <= 600, "at {factor} times the size it is {amplification} %");
+        assert!(depth <= COMPACT_DEPTH_MAX * 1000, "at {factor} times the size: depth {depth}");
+    }
+}
+
+#[test]
+fn l0_layers_are_merged_from_the_oldest_on() {
+    let whole = Key::MIN..Key::MAX;
+    let layers = [
+        layer(whole.clone(), 100..101, true, 1_000_000),
+        layer(whole.clone(), 301..401, false, 1_000),
+        layer(whole.clone(), 101..201, false, 1_000),
+        layer(whole, 201..301, false, 1_000),
+    ];
+    assert_eq!(
+        plan(&layers, &config(3, 1_000_000, 50)),
+        [Action::MergeL0 { inputs: vec![2, 3, 1], lsns: Lsn(101)..Lsn(401) }]
+    );
+    assert!(plan(&layers, &config(4, 1_000_000, 50)).is_empty());
+}
+
+#[test]
+fn images_are_made_where_deltas_are_stacked_and_nowhere_else() {
+    let layers = [
+        layer(Key::MIN..key(100), 100..101, true, 400_000),
+        layer(key(100)..Key::MAX, 100..101, true, 400_000),
+        layer(key(0)..key(100), 101..201, false, 150_000),
+        layer(key(0)..key(100), 201..301, false, 150_000),
+        layer(Key::MIN..Key::MAX, 301..401, false, 10),
+    ];
+    let images =
+        Action::MakeImages { keys: Key::MIN..key(100), lsn: Lsn(300), base: 0, deltas: vec![3, 2] };
+    assert_eq!(plan(&layers, &config(4, 1_000_000, 50)), [images]);
+    assert!(plan(&layers, &config(4, 1_000_000, 90)).is_empty());
+    let early = PlanConfig { start_lsn: Lsn(301), ..config(4, 1_000_000, 50) };
+    assert!(plan(&layers, &early).is_empty(), "pages cannot be rebuilt before the start");
+}
+
+#[test]
+fn an_image_in_the_middle_is_not_merged_across() {
+    let whole = Key::MIN..Key::MAX;
+    let layers = [
+        layer(whole.clone(), 100..101, true, 1_000_000),
+        layer(whole.clone(), 101..201, false, 1_000),
+        layer(key(5)..key(7), 200..201, true, 1_000),
+        layer(whole.clone(), 201..301, false, 1_000),
+        layer(whole, 301..401, false, 1_000),
+    ];
+    assert_eq!(
+        plan(&layers, &config(3, 1_000_000, 50)),
+        [Action::MergeL0 { inputs: vec![1], lsns: Lsn(101)..Lsn(201) }]
+    );
+}
