@@ -198,6 +198,10 @@ impl RedoFactory for Children {
         }))
     }
 
+    fn stop(&self, _: TenantShardId) -> LocalBoxFuture<'_, ()> {
+        Box::pin(async {})
+    }
+
     fn stop_all(&self) -> LocalBoxFuture<'_, ()> {
         Box::pin(async {})
     }

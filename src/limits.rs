@@ -232,3 +232,9 @@ pub const IMPORT_CANCEL_POLL_MS: u64 = 50;
 pub const EXECUTOR_START_MS_MAX: u64 = 2_000;
 /// Executors that are made for one place before the node gives up.
 pub const EXECUTOR_STARTS_MAX: usize = 5;
+// Branches.
+
+/// Values that wait for their image layer while a branch is detached from its ancestor.
+pub const DETACH_QUEUE_VALUES: usize = 64;
+/// Pages that are rebuilt at once for it.
+pub const DETACH_READS_CONCURRENT: usize = 8;

@@ -25,6 +25,8 @@ pub mod pg;
 pub mod serve;
 mod service;
 pub mod simulate;
+pub mod tenant;
+pub mod timeline;
 pub mod verify;
 pub mod verify_command;
 pub mod verify_files;
@@ -57,6 +59,10 @@ enum Command {
     Verify(verify_command::VerifyArgs),
     /// Show the timelines of a running node.
     Status(attach::StatusArgs),
+    /// Branch, delete, archive, detach timelines.
+    Timeline(timeline::TimelineArgs),
+    /// Make, remove, configure tenants.
+    Tenant(tenant::TenantArgs),
 }
 
 /// Runs the command that the arguments name.
@@ -69,6 +75,8 @@ pub fn main() -> ExitCode {
         Command::Simulate(args) => simulate::simulate(args),
         Command::Verify(args) => verify_command::run(args),
         Command::Status(args) => attach::status(args),
+        Command::Timeline(args) => timeline::run(args),
+        Command::Tenant(args) => tenant::run(args),
     };
     match result {
         Ok(()) => ExitCode::SUCCESS,

@@ -66,7 +66,7 @@ impl CoreService for NodeShard {
 /// Gives every tenant a wal-redo child of its own, on the core's CPU.
 pub struct ChildFactory {
     settings: ChildSettings,
-    children: RefCell<Vec<Rc<ChildRedo>>>,
+    children: RefCell<Vec<(TenantShardId, Rc<ChildRedo>)>>,
 }
 
 impl ChildFactory {
@@ -87,24 +87,35 @@ impl ChildFactory {
 
 impl RedoFactory for ChildFactory {
     fn start(&self, tenant: TenantShardId, redo: RedoSettings) -> Rc<dyn Redo> {
-        let tenant = tenant.to_string();
-        let settings = ChildSettings { tenant, redo, ..self.settings.clone() };
+        let settings = ChildSettings { tenant: tenant.to_string(), redo, ..self.settings.clone() };
         let child = Rc::new(ChildRedo::new(settings));
-        self.children.borrow_mut().push(child.clone());
+        self.children.borrow_mut().push((tenant, child.clone()));
         child
+    }
+
+    fn stop(&self, tenant: TenantShardId) -> LocalBoxFuture<'_, ()> {
+        let all = std::mem::take(&mut *self.children.borrow_mut());
+        let (mine, others) = all.into_iter().partition(|(other, _)| *other == tenant);
+        *self.children.borrow_mut() = others;
+        let mine: Vec<(TenantShardId, Rc<ChildRedo>)> = mine;
+        Box::pin(async {
+            for (_, child) in mine {
+                child.shutdown().await;
+            }
+        })
     }
 
     fn stop_all(&self) -> LocalBoxFuture<'_, ()> {
         Box::pin(async {
             let children = std::mem::take(&mut *self.children.borrow_mut());
-            for child in children {
+            for (_, child) in children {
                 child.shutdown().await;
             }
         })
     }
 
     fn metrics(&self, metrics: &mut CoreMetrics) {
-        for child in self.children.borrow().iter() {
+        for (_, child) in self.children.borrow().iter() {
             let counters = child.counters();
             metrics.redo_requests += counters.requests.load(Ordering::Relaxed);
             metrics.redo_records += counters.records.load(Ordering::Relaxed);

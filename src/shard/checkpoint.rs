@@ -89,7 +89,7 @@ impl<I: Io> Timeline<I> {
                 mutable.lsns.last_record.bytes_since(mutable.open.start()),
             )
         };
-        let config = &self.context.config;
+        let config = self.context.config.get();
         let due = bytes >= config.checkpoint_distance_bytes
             || distance >= config.checkpoint_distance_bytes.saturating_mul(LSN_DISTANCE_FACTOR)
             || (age >= Duration::from_secs(config.checkpoint_timeout_s) && distance > 0);

@@ -6,23 +6,30 @@
 //!
 //! Synchronous methods change state, asynchronous ones wait; no borrow lives across an `.await`.
 
+pub mod activate;
 pub mod apply;
 pub mod background;
+pub mod branch;
 pub mod checkpoint;
 pub mod control;
+pub mod detach;
 pub mod follow;
+pub mod gate;
 pub mod get_page;
 pub mod import;
 pub mod index;
 pub mod ingest;
 pub mod layer_map;
+pub mod lifecycle;
 pub mod load;
+pub mod logical_size;
 pub mod lsns;
 pub mod metrics;
 pub mod primary;
 pub mod reader;
 pub mod sizes;
 pub mod stored;
+pub mod tenant_config;
 pub mod tenants;
 pub mod timeline;
 mod turn;

@@ -4,13 +4,15 @@
 //! methods only, and is never borrowed across an `.await`.
 
 use std::cell::{Cell, RefCell};
-use std::collections::VecDeque;
+use std::collections::{BTreeMap, VecDeque};
 use std::path::PathBuf;
 use std::rc::Rc;
 use std::sync::Arc;
 
 use super::background::Background;
-use super::control::{ImportProgress, TimelineInfo, TimelineState};
+use super::branch::Ancestor;
+use super::control::{DetachState, ImportProgress, TimelineInfo, TimelineState};
+use super::gate::Gate;
 use super::index::{ClusterIdentity, IndexLayer, TimelineIndex, WalSourceConfig};
 use super::layer_map::LayerMap;
 use super::lsns::{Advance, LsnWaiters, Lsns};
@@ -52,8 +54,8 @@ pub struct TimelineContext<I: Io> {
     pub cache: Rc<BlockCache>,
     /// Counters of the core.
     pub counters: Rc<Counters>,
-    /// Sizes and times.
-    pub config: TimelineConfig,
+    /// Sizes and times of the tenant; they may change at any time.
+    pub config: Rc<Cell<TimelineConfig>>,
     /// The timeline's directory.
     pub dir: PathBuf,
 }
@@ -66,7 +68,6 @@ pub struct Timeline<I: Io> {
     /// The timeline.
     pub id: TimelineId,
     pub(super) cluster: ClusterIdentity,
-    pub(super) start_lsn: Lsn,
     pub(super) source: Option<WalSourceConfig>,
     pub(super) journal: Journal<I>,
     pub(super) mutable: RefCell<Mutable<I>>,
@@ -78,7 +79,12 @@ pub struct Timeline<I: Io> {
     /// Tells the WAL receiver that there is something to report.
     pub(super) status_signal: Signal,
     pub(super) flush_turn: Turn,
+    /// Whoever writes the index holds it.
     pub(super) checkpoint_turn: Turn,
+    /// Reads under way, those of branches too. Closed when the timeline is being deleted.
+    pub(super) gate: Gate,
+    /// Takes in no WAL and answers only its branches.
+    pub(super) archived: Cell<bool>,
     /// A record is being ingested: the open layer must not be frozen.
     pub(super) ingesting: Cell<bool>,
     pub(super) stopping: Cell<bool>,
@@ -87,11 +93,32 @@ pub struct Timeline<I: Io> {
     /// The WAL receiver has ended.
     pub(super) follow_ended: Cell<bool>,
     pub(super) source_connected: Cell<bool>,
+    /// Sum of the sizes of all relations when they were added up, and [`Sizes::growth`] then.
+    pub(super) logical_base: Cell<LogicalBase>,
+}
+
+/// What is known of the logical size.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum LogicalBase {
+    /// Nobody has asked yet.
+    Unknown,
+    /// The sizes are being added up.
+    Adding,
+    /// The sum, less the growth until then, in blocks.
+    Known(i64),
 }
 
 /// The parts of a timeline that change.
 pub struct Mutable<I: Io> {
     pub(super) lsns: Lsns,
+    /// First readable LSN.
+    pub(super) start_lsn: Lsn,
+    /// Where the history before the own layers is.
+    pub(super) ancestor: Option<Ancestor<I>>,
+    /// Branch points of the timelines whose ancestor this one is.
+    pub(super) branches: BTreeMap<TimelineId, Lsn>,
+    /// A detaching that is under way, or how the last one failed.
+    pub(super) detach: Option<DetachState>,
     pub(super) open: OpenLayer,
     pub(super) open_since: Instant,
     /// Oldest first.
@@ -144,6 +171,11 @@ impl Signal {
         let _ = self.sender.try_send(());
     }
 
+    /// Forgets a signal that nobody has seen.
+    pub(super) fn clear(&self) {
+        let _ = self.receiver.try_recv();
+    }
+
     pub(super) async fn wait(&self) {
         // The sender lives as long as the receiver, so this cannot fail.
         let _ = self.receiver.recv().await;
@@ -158,25 +190,33 @@ pub struct Opened<I: Io> {
     pub layers: LayerMap<Rc<StoredLayer<I>>>,
     /// The journal, open at its end.
     pub journal: Journal<I>,
+    /// The ancestor that the index names.
+    pub ancestor: Option<Rc<Timeline<I>>>,
 }
 
 impl<I: Io> Timeline<I> {
     /// A timeline from its parts, at the index's `disk_consistent_lsn`. What the journal has after
     /// that is ingested by `load`.
     pub fn new(context: TimelineContext<I>, opened: Opened<I>) -> Result<Rc<Self>, StreamError> {
-        let Opened { index, layers, journal } = opened;
+        let Opened { index, layers, journal, ancestor } = opened;
         let lsn = index.disk_consistent_lsn;
+        let ancestor = ancestor
+            .zip(index.ancestor)
+            .map(|(timeline, point)| Ancestor { timeline, lsn: point.lsn });
         let open_since = context.io.now();
         let wal = WalStream::new(lsn, wal_layout(&index.cluster))?;
         Ok(Rc::new(Timeline {
             tenant: index.tenant,
             id: index.timeline,
             cluster: index.cluster,
-            start_lsn: index.start_lsn,
             source: index.source,
             journal,
             mutable: RefCell::new(Mutable {
                 lsns: Lsns::at(lsn),
+                start_lsn: index.start_lsn,
+                ancestor,
+                branches: BTreeMap::new(),
+                detach: None,
                 open: OpenLayer::new(Lsn(lsn.0 + 1)),
                 open_since,
                 frozen: Vec::new(),
@@ -195,11 +235,14 @@ impl<I: Io> Timeline<I> {
             status_signal: Signal::new(),
             flush_turn: Turn::default(),
             checkpoint_turn: Turn::default(),
+            gate: Gate::default(),
+            archived: Cell::new(index.archived),
             ingesting: Cell::new(false),
             stopping: Cell::new(false),
             stop_signal: Signal::new(),
             follow_ended: Cell::new(false),
             source_connected: Cell::new(false),
+            logical_base: Cell::new(LogicalBase::Unknown),
             context,
         }))
     }
@@ -207,11 +250,6 @@ impl<I: Io> Timeline<I> {
     /// The milestones.
     pub fn lsns(&self) -> Lsns {
         self.mutable.borrow().lsns
-    }
-
-    /// First readable LSN.
-    pub fn start_lsn(&self) -> Lsn {
-        self.start_lsn
     }
 
     /// Why the timeline takes in no more WAL, if so.
@@ -241,7 +279,9 @@ impl<I: Io> Timeline<I> {
             timeline: self.id,
             cluster: self.cluster,
             source: self.source.clone(),
-            start_lsn: self.start_lsn,
+            ancestor: mutable.ancestor.as_ref().map(Ancestor::point),
+            archived: self.archived.get(),
+            start_lsn: mutable.start_lsn,
             disk_consistent_lsn,
             layers: present.chain(added.iter().cloned()).collect(),
         }
@@ -249,11 +289,13 @@ impl<I: Io> Timeline<I> {
 
     /// The timeline as the admin API shows it.
     pub fn info(&self, core: usize) -> TimelineInfo {
+        let start_lsn = self.start_lsn();
         let mutable = self.mutable.borrow();
         let lsns = mutable.lsns;
         let state = match mutable.broken {
+            _ if self.archived.get() => TimelineState::Archived,
             Some(_) => TimelineState::Broken,
-            None if lsns.last_record < self.start_lsn => TimelineState::CatchingUp,
+            None if lsns.last_record < start_lsn => TimelineState::CatchingUp,
             None => TimelineState::Active,
         };
         let frozen: u64 = mutable.frozen.iter().map(|layer| layer.memory_bytes() as u64).sum();
@@ -264,7 +306,9 @@ impl<I: Io> Timeline<I> {
             state,
             error: mutable.broken.clone(),
             import: None::<ImportProgress>,
-            start_lsn: self.start_lsn,
+            start_lsn,
+            ancestor: mutable.ancestor.as_ref().map(Ancestor::point),
+            detach: mutable.detach.clone(),
             received_lsn: lsns.received,
             last_record_lsn: lsns.last_record,
             journal_lsn: lsns.journal,
@@ -274,6 +318,13 @@ impl<I: Io> Timeline<I> {
             wal_source_error: mutable.source_error.clone(),
             layer_count: mutable.layers.iter().count() as u64,
             layer_bytes: mutable.layers.iter().map(|(_, layer)| layer.file_bytes()).sum(),
+            history_bytes: mutable
+                .layers
+                .iter()
+                .filter(|(span, _)| !span.is_image)
+                .map(|(_, layer)| layer.file_bytes())
+                .sum(),
+            logical_bytes: self.logical_bytes(&mutable),
             open_layer_bytes: mutable.open.memory_bytes() as u64 + frozen,
             journal_bytes: lsns.received.bytes_since(lsns.disk_consistent),
         }
@@ -286,7 +337,7 @@ pub(super) fn wal_layout(cluster: &ClusterIdentity) -> WalLayout {
 }
 
 /// A connection string without its password.
-fn redacted(conninfo: &str) -> String {
+pub(super) fn redacted(conninfo: &str) -> String {
     match conninfo.parse::<crate::wal::source::conninfo::ConnInfo>() {
         Ok(parsed) => parsed.to_string(),
         Err(_) => "(unreadable connection string)".to_owned(),

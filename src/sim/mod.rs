@@ -31,6 +31,8 @@ use std::panic::Location;
 use std::rc::Rc;
 use std::time::Duration;
 
+#[cfg(test)]
+mod branch_tests;
 pub mod disk;
 pub mod engine;
 mod executor;

@@ -35,6 +35,10 @@ impl RedoFactory for ToyRedoFactory {
         Rc::new(ToyRedo)
     }
 
+    fn stop(&self, _: TenantShardId) -> LocalBoxFuture<'_, ()> {
+        Box::pin(async {})
+    }
+
     fn stop_all(&self) -> LocalBoxFuture<'_, ()> {
         Box::pin(async {})
     }
