@@ -140,7 +140,18 @@ impl<I: Io> Timeline<I> {
         if self.archived.get() {
             return Err(ReadError::Archived { timeline: self.id });
         }
-        self.gate.enter().ok_or(ReadError::TimelineNotFound(self.tenant, self.id))
+        self.gate.enter().ok_or_else(|| self.gone())
+    }
+
+    /// Why nothing will come any more.
+    pub(super) fn gone(&self) -> ReadError {
+        if self.archived.get() {
+            ReadError::Archived { timeline: self.id }
+        } else if self.deleting.get() {
+            ReadError::TimelineNotFound(self.tenant, self.id)
+        } else {
+            ReadError::Shutdown
+        }
     }
 
     /// To be asked when a read at `lsn` has ended: history may have been cut off meanwhile, and

@@ -85,17 +85,6 @@ impl<I: Io> Timeline<I> {
         }
     }
 
-    /// Why nothing will come any more: the timeline was deleted, or the node stops.
-    fn gone(&self) -> ReadError {
-        if self.archived.get() {
-            return ReadError::Archived { timeline: self.id };
-        }
-        match self.gate.is_closed() {
-            true => ReadError::TimelineNotFound(self.tenant, self.id),
-            false => ReadError::Shutdown,
-        }
-    }
-
     /// Versions of `key` with LSNs at or below `lsn`, newest first, up to a base.
     async fn collect(&self, key: Key, lsn: Lsn) -> Result<Vec<(Lsn, Value)>, LayerError> {
         let mut below = Lsn(lsn.0 + 1);

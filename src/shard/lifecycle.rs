@@ -8,7 +8,7 @@
 //! | delete a timeline | its index renamed to `deleted` | the timeline | files, removed at start |
 //! | archive, unarchive | the index | the old state | the new state |
 //! | detach | the index ([`super::detach`]) | the branch, and files removed at start | the copy |
-//! | create a tenant | the directory's name | nothing, or a tenant without settings | the tenant |
+//! | create a tenant | its directory's final name | a temporary directory, removed at start | the tenant |
 //! | configure | the file `config` | the old settings | the new ones |
 //! | delete a tenant | its file `deleted` | the tenant | files, removed at start |
 
@@ -21,7 +21,7 @@ use super::follow::Connector;
 use super::index::{BranchPoint, DELETED_FILE, INDEX_FILE, INDEX_VERSION, TimelineIndex};
 use super::reader::ReadError;
 use super::tenant_config::{CONFIG_FILE, TenantConfig};
-use super::tenants::Shard;
+use super::tenants::{Shard, TIMELINES_DIR};
 use super::timeline::Timeline;
 use super::turn::Turn;
 use crate::base::{Kind, TenantShardId};
@@ -258,12 +258,13 @@ impl<I: Io, C: Connector> Shard<I, C> {
 
     /// Lets no read in any more, and waits until none is under way.
     async fn close_gate(&self, timeline: &Timeline<I>) -> Result<(), ControlError> {
+        timeline.deleting.set(true);
         timeline.gate.close();
         timeline.waiters.fail_all();
         if self.wait_until(|| timeline.gate.is_idle() && !timeline.is_detaching()).await {
             return Ok(());
         }
-        timeline.gate.reopen();
+        timeline.reopen();
         Err(later(format!("reads of timeline {} do not end; try again", timeline.id)))
     }
 
@@ -275,7 +276,7 @@ impl<I: Io, C: Connector> Shard<I, C> {
         }
     }
 
-    async fn wait_until(&self, done: impl Fn() -> bool) -> bool {
+    pub(super) async fn wait_until(&self, done: impl Fn() -> bool) -> bool {
         let mut waited_ms = 0;
         while !done() && waited_ms < STOP_WAIT_MS {
             self.context.io.sleep(Duration::from_millis(STOP_POLL_MS)).await;
@@ -371,15 +372,19 @@ impl<I: Io, C: Connector> Shard<I, C> {
         }
         self.tenants.borrow_mut().insert(tenant, slot);
         let (io, dir) = (&self.context.io, self.tenant_dir(tenant));
+        // Under another name until it is whole.
+        let temp = durable::temp_path(&dir);
         let made = async {
-            io.create_dir(&dir).await?;
-            io.create_dir(&self.timelines_dir(tenant)).await?;
+            io.remove_dir_all(&temp).await?;
+            io.create_dir(&temp).await?;
+            io.create_dir(&temp.join(TIMELINES_DIR)).await?;
             // A sync of the directory comes with it.
-            durable::write_file_atomic(io, &dir.join(CONFIG_FILE), &config.encode()).await?;
-            io.sync_dir(&self.context.data_dir.join("tenants")).await
+            durable::write_file_atomic(io, &temp.join(CONFIG_FILE), &config.encode()).await?;
+            durable::publish(io, &temp, &dir).await
         };
         if let Err(error) = made.await {
             self.tenants.borrow_mut().remove(&tenant);
+            let _ = io.remove_dir_all(&temp).await;
             let _ = io.remove_dir_all(&dir).await;
             return Err(error.into());
         }
@@ -417,7 +422,7 @@ impl<I: Io, C: Connector> Shard<I, C> {
         }
         for (number, timeline) in open.iter().enumerate() {
             if let Err(error) = self.close_gate(timeline).await {
-                open.iter().take(number).for_each(|other| other.gate.reopen());
+                open.iter().take(number).for_each(|other| other.reopen());
                 return Err(error);
             }
         }
@@ -476,6 +481,12 @@ impl<I: Io> Timeline<I> {
                 .map_err(|error| ControlError { kind: error.kind(), message: error.to_string() })?;
         }
         Ok(())
+    }
+
+    /// It is not deleted after all.
+    fn reopen(&self) {
+        self.deleting.set(false);
+        self.gate.reopen();
     }
 
     /// A detaching is under way; it ends soon when the gate is closed.

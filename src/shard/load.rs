@@ -113,7 +113,10 @@ pub async fn load<I: Io>(
     let (tli, end) = (index.cluster.tli, index.disk_consistent_lsn);
     let journal = Journal::open(io.clone(), &journal_dir, tli, end).await?;
     let timeline = Timeline::new(context, Opened { index, layers, journal, ancestor })?;
-    load_state(&timeline).await?;
+    if let Err(error) = load_state(&timeline).await {
+        timeline.abandon().await;
+        return Err(error);
+    }
     timeline.start_writers();
     if let Err(error) = replay(&timeline).await {
         // Nobody will have the timeline, so its tasks must end here.

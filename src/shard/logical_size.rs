@@ -65,7 +65,7 @@ impl<I: Io> Timeline<I> {
     /// Every fork of every relation at `lsn`, in key order. Memory: 20 bytes for each, and for a
     /// moment what the directory holds.
     pub(super) async fn all_forks(&self, lsn: Lsn) -> Result<Vec<RelTag>, ReadError> {
-        let _read = self.gate.enter().ok_or(ReadError::TimelineNotFound(self.tenant, self.id))?;
+        let _read = self.gate.enter().ok_or_else(|| self.gone())?;
         let exists = |value: &Value| matches!(value, Value::Image(bytes) if !bytes.is_empty());
         let entries = self.scan(&Key::rel_dir_all(), lsn).await?.into_iter();
         Ok(entries

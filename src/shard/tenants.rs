@@ -20,7 +20,6 @@ use std::collections::{BTreeMap, HashMap};
 use std::path::{Path, PathBuf};
 use std::rc::Rc;
 use std::sync::Arc;
-use std::time::Duration;
 
 use super::activate::{Slot, TimelineKey};
 use super::background::Background;
@@ -36,10 +35,13 @@ use super::tenant_config::TenantConfig;
 use super::timeline::{Timeline, TimelineConfig};
 use super::turn::Turn;
 use crate::base::{Kind, TenantShardId, TimelineId};
+use crate::io::durable::TEMP_SUFFIX;
 use crate::io::{Io, IoCause, IoError, TaskClass};
 use crate::layers::{BlockCache, LayerOwner};
-use crate::limits::{STOP_POLL_MS, STOP_WAIT_MS};
 use crate::redo::{Redo, RedoSettings};
+
+/// Name of the directory of a tenant's timelines.
+pub(super) const TIMELINES_DIR: &str = "timelines";
 
 /// Makes and stops the redo service of a tenant.
 pub trait RedoFactory: 'static {
@@ -118,6 +120,10 @@ impl<I: Io, C: Connector> Shard<I, C> {
         // Everything that will be acknowledged lies below this name.
         shard.context.io.sync_dir(&shard.context.data_dir).await?;
         for entry in shard.context.io.list(&tenants).await? {
+            if entry.name.ends_with(TEMP_SUFFIX) {
+                shard.context.io.remove_dir_all(&tenants.join(&entry.name)).await?;
+                continue;
+            }
             let Ok(tenant) = entry.name.parse::<TenantShardId>() else {
                 tracing::warn!("{} in {} is no tenant", entry.name, tenants.display());
                 continue;
@@ -134,7 +140,7 @@ impl<I: Io, C: Connector> Shard<I, C> {
     }
 
     pub(super) fn timelines_dir(&self, tenant: TenantShardId) -> PathBuf {
-        self.tenant_dir(tenant).join("timelines")
+        self.tenant_dir(tenant).join(TIMELINES_DIR)
     }
 
     pub(super) fn new_tenant(&self, overrides: TenantConfig) -> TenantSlot {
@@ -252,11 +258,7 @@ impl<I: Io, C: Connector> Shard<I, C> {
         let importing = |slot: &Slot<I>| {
             matches!(slot, Slot::Importing(_) | Slot::Loading(_) | Slot::Branching(_))
         };
-        let mut waited_ms = 0;
-        while waited_ms < STOP_WAIT_MS && self.slots.borrow().values().any(importing) {
-            self.context.io.sleep(Duration::from_millis(STOP_POLL_MS)).await;
-            waited_ms += STOP_POLL_MS;
-        }
+        self.wait_until(|| !self.slots.borrow().values().any(importing)).await;
     }
 
     fn all_ready(&self) -> Vec<Rc<Timeline<I>>> {
@@ -387,11 +389,11 @@ impl<I: Io, C: Connector> CoreControl for Rc<Shard<I, C>> {
         self.wait_for_imports().await;
         let timelines = self.all_ready();
         timelines.iter().for_each(|timeline| timeline.stop_following());
-        let mut waited_ms = 0;
-        while waited_ms < STOP_WAIT_MS && timelines.iter().any(|one| !one.has_stopped_following()) {
-            self.context.io.sleep(Duration::from_millis(STOP_POLL_MS)).await;
-            waited_ms += STOP_POLL_MS;
-        }
+        self.wait_until(|| timelines.iter().all(|one| one.has_stopped_following())).await;
+        // What reads goes first: files are closed when nobody reads them, ancestors' too.
+        timelines.iter().for_each(|one| one.gate.close());
+        timelines.iter().for_each(|one| one.waiters.fail_all());
+        self.wait_until(|| timelines.iter().all(|one| one.gate.is_idle())).await;
         for timeline in timelines {
             timeline.shut_down().await;
         }

@@ -81,8 +81,10 @@ pub struct Timeline<I: Io> {
     pub(super) flush_turn: Turn,
     /// Whoever writes the index holds it.
     pub(super) checkpoint_turn: Turn,
-    /// Reads under way, those of branches too. Closed when the timeline is being deleted.
+    /// Reads under way, those of branches too. Closed when the timeline goes away.
     pub(super) gate: Gate,
+    /// The timeline is being deleted.
+    pub(super) deleting: Cell<bool>,
     /// Takes in no WAL and answers only its branches.
     pub(super) archived: Cell<bool>,
     /// A record is being ingested: the open layer must not be frozen.
@@ -236,6 +238,7 @@ impl<I: Io> Timeline<I> {
             flush_turn: Turn::default(),
             checkpoint_turn: Turn::default(),
             gate: Gate::default(),
+            deleting: Cell::new(false),
             archived: Cell::new(index.archived),
             ingesting: Cell::new(false),
             stopping: Cell::new(false),

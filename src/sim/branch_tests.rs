@@ -128,7 +128,8 @@ async fn check_page(
     outside: &Outside,
     io: &SimIo,
 ) -> Result<(), String> {
-    let Some(one) = story.pick(io, |_| true) else { return Ok(()) };
+    let definite = |one: &Known| one.archived != Maybe::Open;
+    let Some(one) = story.pick(io, definite) else { return Ok(()) };
     let found = shard.timeline(TENANT, one.id).await;
     if one.archived == Maybe::Yes {
         let refused = matches!(found, Err(ReadError::Archived { .. }));
@@ -200,7 +201,8 @@ async fn branch(
     let ends: Vec<Lsn> = outside.primary.borrow().record_ends().to_vec();
     let ends: Vec<Lsn> = ends.into_iter().filter(|end| *end > start && *end <= last).collect();
     let draw = io.random_u64();
-    let follows = draw.is_multiple_of(4) && !ends.is_empty();
+    let followers = story.known.borrow().iter().filter(|one| one.follows).count();
+    let follows = draw.is_multiple_of(4) && followers < 4 && !ends.is_empty();
     let lsn = match follows {
         true => ends[io.random_u64() as usize % ends.len()],
         false => Lsn(start.0 + io.random_u64() % (last.0 - start.0 + 1)),
@@ -331,7 +333,7 @@ async fn live(io: SimIo, outside: Rc<Outside>, story: Rc<Story>) -> Result<(), S
     loop {
         io.sleep(Duration::from_micros(io.random_u64() % 3000)).await;
         match io.random_u64() % 12 {
-            0..5 if story.known.borrow().len() < 40 => {
+            0..5 if story.known.borrow().len() < 24 => {
                 branch(&shard, &story, &outside, &io).await?;
             }
             5 => delete(&shard, &story, &io).await?,
@@ -387,7 +389,7 @@ fn scenario(seed: u64, story: &Rc<Story>) -> Result<u64, String> {
     }];
     world.run(import).map_err(|error| error.to_string())??;
     for _ in 0..1 + world.draw("lives", 3) {
-        let steps = 500 + world.draw("life", 12_000);
+        let steps = 500 + world.draw("life", 6_000);
         let (outside, story) = (outside.clone(), story.clone());
         let outcome = world.run_steps(steps, move |io| live(io, outside, story));
         match outcome.map_err(|error| error.to_string())? {
@@ -407,7 +409,7 @@ fn scenario(seed: u64, story: &Rc<Story>) -> Result<u64, String> {
 #[test]
 fn trees_of_timelines_are_right_through_crashes() {
     let story = Rc::new(Story::default());
-    for seed in 0..250 {
+    for seed in 0..80 {
         if let Err(problem) = scenario(seed, &story) {
             panic!("seed {seed}: {problem}");
         }
@@ -426,14 +428,14 @@ fn trees_of_timelines_are_right_through_crashes() {
         "unarchive",
         "detach",
     ] {
-        assert!(done.get(what).copied().unwrap_or(0) >= 20, "{what}: {done:?}");
+        assert!(done.get(what).copied().unwrap_or(0) >= 10, "{what}: {done:?}");
     }
 }
 
 #[test]
 fn trees_of_timelines_are_deterministic() {
     let story = Rc::new(Story::default());
-    check_seeds("trees_of_timelines_are_deterministic", 0..20, |seed| scenario(seed, &story))
+    check_seeds("trees_of_timelines_are_deterministic", 0..8, |seed| scenario(seed, &story))
         .unwrap();
 }
 

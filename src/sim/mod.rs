@@ -40,6 +40,8 @@ pub mod file_data;
 #[cfg(test)]
 mod incident_tests;
 mod io;
+#[cfg(test)]
+mod lifecycle_tests;
 mod options;
 pub mod primary;
 pub mod random;
