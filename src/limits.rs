@@ -313,3 +313,9 @@ const _: () = assert!(COMPACT_IMAGE_VALUES_MAX < LAYER_IMAGE_VALUES_MAX);
 const _: () = assert!(COMPACT_KEYS_MAX <= LAYER_DELTA_KEYS_MAX as u64);
 // Memory of a merge: two pieces (packed, unpacked twice as large) for each level.
 const _: () = assert!(COMPACT_LEVELS_MAX * 3 * COMPACT_READ_BYTES <= 8 * 1024 * 1024);
+// Branches.
+
+/// Values that wait for their image layer while a branch is detached from its ancestor.
+pub const DETACH_QUEUE_VALUES: usize = 64;
+/// Pages that are rebuilt at once for it.
+pub const DETACH_READS_CONCURRENT: usize = 8;

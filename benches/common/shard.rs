@@ -113,6 +113,10 @@ impl RedoFactory for Children {
         self.redo(tenant, redo)
     }
 
+    fn stop(&self, _: TenantShardId) -> LocalBoxFuture<'_, ()> {
+        Box::pin(async {})
+    }
+
     fn stop_all(&self) -> LocalBoxFuture<'_, ()> {
         Box::pin(async {})
     }

@@ -77,6 +77,10 @@ const TIMELINE_GAUGES: &[(&str, &str, TimelineNumber)] = &[
     ("timeline_disk_consistent_lsn", "In layer files up to here", |t| t.disk_consistent_lsn.0),
     ("timeline_layers", "Layer files", |t| t.layer_count),
     ("timeline_layer_bytes", "Bytes of layer files", |t| t.layer_bytes),
+    ("timeline_history_bytes", "Bytes of delta layers", |t| t.history_bytes),
+    ("timeline_logical_bytes", "Bytes of all relations; 0 until they are added up", |t| {
+        t.logical_bytes.unwrap_or(0)
+    }),
     ("timeline_memory_bytes", "Bytes of values in memory", |t| t.open_layer_bytes),
     ("timeline_source_connected", "1 if the WAL source is connected", |t| {
         u64::from(t.wal_source_connected)

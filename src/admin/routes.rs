@@ -3,10 +3,19 @@
 //! | method and path | does |
 //! |---|---|
 //! | GET `/v1/status` | version, cores, number of timelines |
-//! | GET `/v1/tenant` | tenants with their timelines |
+//! | GET `/v1/tenant` | tenants with their timelines and settings |
+//! | POST `/v1/tenant` | makes a tenant: `{"tenant": …, "config": {…}}` |
+//! | GET `/v1/tenant/{tenant}` | one tenant: settings, number of timelines |
+//! | DELETE `/v1/tenant/{tenant}` | removes a tenant with all its timelines |
+//! | PUT `/v1/tenant/{tenant}/config` | replaces the tenant's settings; what is left out follows the node |
 //! | GET `/v1/tenant/{tenant}/timeline` | timelines of a tenant |
 //! | POST `/v1/tenant/{tenant}/timeline` | makes a timeline: `{"timeline": …, "source": …}` |
+//! | POST the same | makes a branch: `{"timeline": …, "branch": {"ancestor": …, "lsn": …}}` |
 //! | GET `/v1/tenant/{tenant}/timeline/{timeline}` | one timeline |
+//! | DELETE the same | removes a timeline that has no branches |
+//! | PUT `/v1/tenant/{tenant}/timeline/{timeline}/archive` | no WAL, no reads but by branches |
+//! | PUT `/v1/tenant/{tenant}/timeline/{timeline}/unarchive` | takes that back |
+//! | PUT `/v1/tenant/{tenant}/timeline/{timeline}/detach_ancestor` | starts to copy what the branch needs; done when `ancestor` is null |
 //! | PUT `/v1/tenant/{tenant}/timeline/{timeline}/checkpoint` | writes memory to layer files |
 //! | GET `/metrics` | Prometheus text |
 //!
@@ -26,13 +35,16 @@ use futures_channel::oneshot;
 use serde::{Deserialize, Serialize};
 
 use super::metrics;
-use crate::base::{Kind, TenantShardId, TimelineId};
+use crate::base::{Kind, Lsn, TenantShardId, TimelineId};
 use crate::limits::{ADMIN_BODY_BYTES_MAX, CONTROL_REPLY_MS_MAX};
 use crate::server::mesh::{Control, Mesh, Message};
 use crate::server::router::owner;
 use crate::shard::control::{
-    ControlError, CoreMetrics, CreateTimeline, TimelineInfo, TimelineSource,
+    Change, ControlError, CoreMetrics, CreateBranch, CreateTimeline, TenantInfo, TimelineInfo,
+    TimelineSource,
 };
+use crate::shard::index::WalSourceConfig;
+use crate::shard::tenant_config::TenantConfig;
 
 /// What the routes need.
 #[derive(Clone)]
@@ -94,6 +106,11 @@ impl AdminState {
         }
     }
 
+    async fn change(&self, tenant: &TenantShardId, change: Change) -> Result<(), ApiError> {
+        let core = owner(tenant, self.mesh.cores());
+        Ok(self.ask(core, |reply| Control::Change(change, reply)).await??)
+    }
+
     async fn timelines(&self) -> Result<Vec<TimelineInfo>, ApiError> {
         let mut all = Vec::new();
         for core in 0..self.mesh.cores() {
@@ -115,9 +132,14 @@ pub async fn serve(
 fn router(state: AdminState) -> Router {
     Router::new()
         .route("/v1/status", get(status))
-        .route("/v1/tenant", get(tenants))
+        .route("/v1/tenant", get(tenants).post(create_tenant))
+        .route("/v1/tenant/{tenant}", get(tenant).delete(delete_tenant))
+        .route("/v1/tenant/{tenant}/config", put(configure_tenant))
         .route("/v1/tenant/{tenant}/timeline", get(tenant_timelines).post(create_timeline))
-        .route("/v1/tenant/{tenant}/timeline/{timeline}", get(timeline))
+        .route("/v1/tenant/{tenant}/timeline/{timeline}", get(timeline).delete(delete_timeline))
+        .route("/v1/tenant/{tenant}/timeline/{timeline}/archive", put(archive))
+        .route("/v1/tenant/{tenant}/timeline/{timeline}/unarchive", put(unarchive))
+        .route("/v1/tenant/{tenant}/timeline/{timeline}/detach_ancestor", put(detach_ancestor))
         .route("/v1/tenant/{tenant}/timeline/{timeline}/checkpoint", put(checkpoint))
         .route("/metrics", get(metrics_text))
         .fallback(|| async { not_found("there is no such path; see /v1/status, /v1/tenant") })
@@ -140,7 +162,8 @@ async fn status(State(state): State<AdminState>) -> Result<Json<Status>, ApiErro
 
 #[derive(Serialize)]
 struct Tenant {
-    tenant: TenantShardId,
+    #[serde(flatten)]
+    info: TenantInfo,
     timelines: Vec<TimelineInfo>,
 }
 
@@ -149,18 +172,77 @@ async fn tenants(State(state): State<AdminState>) -> Result<Json<Vec<Tenant>>, A
     for info in state.timelines().await? {
         by_tenant.entry(info.tenant).or_default().push(info);
     }
-    let list = by_tenant.into_iter().map(|(tenant, timelines)| Tenant { tenant, timelines });
-    Ok(Json(list.collect()))
+    let mut list = Vec::new();
+    for core in 0..state.mesh.cores() {
+        for info in state.ask(core, Control::Tenants).await? {
+            let timelines = by_tenant.remove(&info.tenant).unwrap_or_default();
+            list.push(Tenant { info, timelines });
+        }
+    }
+    list.sort_unstable_by_key(|tenant| tenant.info.tenant);
+    Ok(Json(list))
+}
+
+async fn find_tenant(state: &AdminState, tenant: &str) -> Result<TenantInfo, ApiError> {
+    let tenant: TenantShardId = tenant.parse().map_err(bad_request)?;
+    let core = owner(&tenant, state.mesh.cores());
+    let all = state.ask(core, Control::Tenants).await?;
+    let found = all.into_iter().find(|info| info.tenant == tenant);
+    found.ok_or_else(|| not_found(format!("tenant {tenant} is not on this node")))
+}
+
+async fn tenant(
+    State(state): State<AdminState>,
+    Path(tenant): Path<String>,
+) -> Result<Json<TenantInfo>, ApiError> {
+    Ok(Json(find_tenant(&state, &tenant).await?))
+}
+
+/// Body of a POST that makes a tenant.
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct NewTenant {
+    tenant: TenantShardId,
+    #[serde(default)]
+    config: TenantConfig,
+}
+
+async fn create_tenant(
+    State(state): State<AdminState>,
+    body: Result<Json<NewTenant>, JsonRejection>,
+) -> Result<StatusCode, ApiError> {
+    let Json(NewTenant { tenant, config }) =
+        body.map_err(|error| bad_request(error.body_text()))?;
+    config.check().map_err(bad_request)?;
+    state.change(&tenant, Change::Tenant { tenant, config, create: true }).await?;
+    Ok(StatusCode::CREATED)
+}
+
+async fn configure_tenant(
+    State(state): State<AdminState>,
+    Path(tenant): Path<String>,
+    body: Result<Json<TenantConfig>, JsonRejection>,
+) -> Result<StatusCode, ApiError> {
+    let Json(config) = body.map_err(|error| bad_request(error.body_text()))?;
+    config.check().map_err(bad_request)?;
+    let TenantInfo { tenant, .. } = find_tenant(&state, &tenant).await?;
+    state.change(&tenant, Change::Tenant { tenant, config, create: false }).await?;
+    Ok(StatusCode::NO_CONTENT)
+}
+
+async fn delete_tenant(
+    State(state): State<AdminState>,
+    Path(tenant): Path<String>,
+) -> Result<StatusCode, ApiError> {
+    let TenantInfo { tenant, .. } = find_tenant(&state, &tenant).await?;
+    state.change(&tenant, Change::DeleteTenant(tenant)).await?;
+    Ok(StatusCode::NO_CONTENT)
 }
 
 async fn of_tenant(state: &AdminState, tenant: &str) -> Result<Vec<TimelineInfo>, ApiError> {
-    let tenant: TenantShardId = tenant.parse().map_err(bad_request)?;
-    let core = owner(&tenant, state.mesh.cores());
+    let TenantInfo { tenant, core, .. } = find_tenant(state, tenant).await?;
     let mut found = state.ask(core, Control::Timelines).await?;
     found.retain(|info| info.tenant == tenant);
-    if found.is_empty() {
-        return Err(not_found(format!("tenant {tenant} is not on this node")));
-    }
     Ok(found)
 }
 
@@ -171,23 +253,37 @@ async fn tenant_timelines(
     Ok(Json(of_tenant(&state, &tenant).await?))
 }
 
-async fn timeline(
-    State(state): State<AdminState>,
-    Path((tenant, timeline)): Path<(String, String)>,
-) -> Result<Json<TimelineInfo>, ApiError> {
+async fn find_timeline(
+    state: &AdminState,
+    (tenant, timeline): (String, String),
+) -> Result<TimelineInfo, ApiError> {
     let id: TimelineId = timeline.parse().map_err(bad_request)?;
-    let found = of_tenant(&state, &tenant).await?.into_iter().find(|info| info.timeline == id);
-    found
-        .map(Json)
-        .ok_or_else(|| not_found(format!("timeline {id} of tenant {tenant} is not on this node")))
+    let found = of_tenant(state, &tenant).await?.into_iter().find(|info| info.timeline == id);
+    found.ok_or_else(|| not_found(format!("timeline {id} of tenant {tenant} is not on this node")))
 }
 
-/// Body of a POST that makes a timeline.
+async fn timeline(
+    State(state): State<AdminState>,
+    Path(names): Path<(String, String)>,
+) -> Result<Json<TimelineInfo>, ApiError> {
+    Ok(Json(find_timeline(&state, names).await?))
+}
+
+/// Body of a POST that makes a timeline: exactly one of `source` and `branch` is given.
 #[derive(Deserialize)]
 #[serde(deny_unknown_fields)]
 struct NewTimeline {
     timeline: TimelineId,
-    source: TimelineSource,
+    source: Option<TimelineSource>,
+    branch: Option<NewBranch>,
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct NewBranch {
+    ancestor: TimelineId,
+    lsn: Option<Lsn>,
+    source: Option<WalSourceConfig>,
 }
 
 async fn create_timeline(
@@ -195,11 +291,59 @@ async fn create_timeline(
     Path(tenant): Path<String>,
     body: Result<Json<NewTimeline>, JsonRejection>,
 ) -> Result<StatusCode, ApiError> {
-    let tenant: TenantShardId = tenant.parse().map_err(bad_request)?;
-    let Json(body) = body.map_err(|error| bad_request(error.body_text()))?;
-    let request = CreateTimeline { tenant, timeline: body.timeline, source: body.source };
-    let core = owner(&tenant, state.mesh.cores());
-    state.ask(core, |reply| Control::CreateTimeline(request, reply)).await??;
+    let Json(NewTimeline { timeline, source, branch }) =
+        body.map_err(|error| bad_request(error.body_text()))?;
+    match (source, branch) {
+        (Some(source), None) => {
+            let tenant: TenantShardId = tenant.parse().map_err(bad_request)?;
+            let request = CreateTimeline { tenant, timeline, source };
+            let core = owner(&tenant, state.mesh.cores());
+            state.ask(core, |reply| Control::CreateTimeline(request, reply)).await??;
+            Ok(StatusCode::ACCEPTED)
+        }
+        (None, Some(NewBranch { ancestor, lsn, source })) => {
+            let TenantInfo { tenant, .. } = find_tenant(&state, &tenant).await?;
+            let request = CreateBranch { tenant, timeline, ancestor, lsn, source };
+            state.change(&tenant, Change::Branch(request)).await?;
+            Ok(StatusCode::CREATED)
+        }
+        _ => Err(bad_request("give either \"source\" or \"branch\"")),
+    }
+}
+
+async fn delete_timeline(
+    State(state): State<AdminState>,
+    Path(names): Path<(String, String)>,
+) -> Result<StatusCode, ApiError> {
+    let TimelineInfo { tenant, timeline, .. } = find_timeline(&state, names).await?;
+    state.change(&tenant, Change::DeleteTimeline(tenant, timeline)).await?;
+    Ok(StatusCode::NO_CONTENT)
+}
+
+async fn archive(
+    State(state): State<AdminState>,
+    Path(names): Path<(String, String)>,
+) -> Result<StatusCode, ApiError> {
+    let TimelineInfo { tenant, timeline, .. } = find_timeline(&state, names).await?;
+    state.change(&tenant, Change::Archive(tenant, timeline, true)).await?;
+    Ok(StatusCode::NO_CONTENT)
+}
+
+async fn unarchive(
+    State(state): State<AdminState>,
+    Path(names): Path<(String, String)>,
+) -> Result<StatusCode, ApiError> {
+    let TimelineInfo { tenant, timeline, .. } = find_timeline(&state, names).await?;
+    state.change(&tenant, Change::Archive(tenant, timeline, false)).await?;
+    Ok(StatusCode::NO_CONTENT)
+}
+
+async fn detach_ancestor(
+    State(state): State<AdminState>,
+    Path(names): Path<(String, String)>,
+) -> Result<StatusCode, ApiError> {
+    let TimelineInfo { tenant, timeline, .. } = find_timeline(&state, names).await?;
+    state.change(&tenant, Change::DetachAncestor(tenant, timeline)).await?;
     Ok(StatusCode::ACCEPTED)
 }
 

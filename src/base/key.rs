@@ -220,6 +220,11 @@ impl Key {
         start..Key { field4: u32::MAX, field5: u8::MAX, field6: u32::MAX, ..start }
     }
 
+    /// Directory entries of all relation forks.
+    pub fn rel_dir_all() -> KeyRange {
+        Key::new(RELATION_DIR, 0, 0, 0, 0, 0)..Key::new(RELATION_DIR + 1, 0, 0, 0, 0, 0)
+    }
+
     /// The directory entry of a database.
     pub fn database(spc: u32, db: u32) -> Key {
         Key::new(DATABASE_DIR, spc, db, 0, 0, 0)

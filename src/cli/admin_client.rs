@@ -5,8 +5,10 @@ use std::time::Duration;
 use serde::de::DeserializeOwned;
 use serde_json::Value;
 
-use crate::base::{TenantShardId, TimelineId};
-use crate::shard::control::{TimelineInfo, TimelineSource};
+use crate::base::{Lsn, TenantShardId, TimelineId};
+use crate::shard::control::{TenantInfo, TimelineInfo, TimelineSource};
+use crate::shard::index::WalSourceConfig;
+use crate::shard::tenant_config::TenantConfig;
 
 /// Time to get a connection.
 const CONNECT_TIME_MAX: Duration = Duration::from_secs(5);
@@ -94,6 +96,85 @@ impl AdminClient {
         let url = format!("{}/v1/tenant/{tenant}/timeline", self.base);
         let body = serde_json::json!({ "timeline": timeline, "source": source });
         self.send(self.client.post(url).json(&body)).map(|_| ())
+    }
+
+    /// Makes a branch of `ancestor`, at `lsn` or at its end; `source` gives the branch WAL of its
+    /// own.
+    pub fn create_branch(
+        &self,
+        tenant: TenantShardId,
+        timeline: TimelineId,
+        ancestor: TimelineId,
+        lsn: Option<Lsn>,
+        source: Option<&WalSourceConfig>,
+    ) -> Result<(), CommandError> {
+        let url = format!("{}/v1/tenant/{tenant}/timeline", self.base);
+        let branch = serde_json::json!({ "ancestor": ancestor, "lsn": lsn, "source": source });
+        let body = serde_json::json!({ "timeline": timeline, "branch": branch });
+        self.send(self.client.post(url).json(&body)).map(|_| ())
+    }
+
+    /// Timelines of one tenant.
+    pub fn timelines_of(&self, tenant: TenantShardId) -> Result<Vec<TimelineInfo>, CommandError> {
+        self.get(&format!("/v1/tenant/{tenant}/timeline"))
+    }
+
+    /// Removes a timeline.
+    pub fn delete_timeline(
+        &self,
+        tenant: TenantShardId,
+        timeline: TimelineId,
+    ) -> Result<(), CommandError> {
+        let url = format!("{}/v1/tenant/{tenant}/timeline/{timeline}", self.base);
+        self.send(self.client.delete(url)).map(|_| ())
+    }
+
+    /// One of `archive`, `unarchive`, `detach_ancestor`.
+    pub fn change_timeline(
+        &self,
+        tenant: TenantShardId,
+        timeline: TimelineId,
+        what: &str,
+    ) -> Result<(), CommandError> {
+        let url = format!("{}/v1/tenant/{tenant}/timeline/{timeline}/{what}", self.base);
+        self.send(self.client.put(url)).map(|_| ())
+    }
+
+    /// All tenants.
+    pub fn tenants(&self) -> Result<Vec<TenantInfo>, CommandError> {
+        self.get("/v1/tenant")
+    }
+
+    /// One tenant.
+    pub fn tenant(&self, tenant: TenantShardId) -> Result<TenantInfo, CommandError> {
+        self.get(&format!("/v1/tenant/{tenant}"))
+    }
+
+    /// Makes a tenant.
+    pub fn create_tenant(
+        &self,
+        tenant: TenantShardId,
+        config: &TenantConfig,
+    ) -> Result<(), CommandError> {
+        let body = serde_json::json!({ "tenant": tenant, "config": config });
+        let url = format!("{}/v1/tenant", self.base);
+        self.send(self.client.post(url).json(&body)).map(|_| ())
+    }
+
+    /// Replaces the settings of a tenant.
+    pub fn configure_tenant(
+        &self,
+        tenant: TenantShardId,
+        config: &TenantConfig,
+    ) -> Result<(), CommandError> {
+        let url = format!("{}/v1/tenant/{tenant}/config", self.base);
+        self.send(self.client.put(url).json(config)).map(|_| ())
+    }
+
+    /// Removes a tenant with all its timelines.
+    pub fn delete_tenant(&self, tenant: TenantShardId) -> Result<(), CommandError> {
+        let url = format!("{}/v1/tenant/{tenant}", self.base);
+        self.send(self.client.delete(url)).map(|_| ())
     }
 
     /// Writes a timeline's memory to layer files.

@@ -106,12 +106,15 @@ pub fn wait_until_active(
     loop {
         let info = client.timeline(tenant, timeline)?;
         match info.state {
-            TimelineState::Active => {
+            TimelineState::Active | TimelineState::Idle => {
                 progress(format!("readable from {} on", info.start_lsn));
                 return Ok(info);
             }
             TimelineState::Broken => {
                 return Err(info.error.unwrap_or_else(|| "the timeline is broken".into()).into());
+            }
+            TimelineState::Archived | TimelineState::Deleting => {
+                return Err(format!("the timeline is {:?} by now", info.state).into());
             }
             TimelineState::Importing | TimelineState::CatchingUp => {}
         }

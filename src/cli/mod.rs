@@ -29,6 +29,8 @@ pub mod redo_compare;
 pub mod serve;
 mod service;
 pub mod simulate;
+pub mod tenant;
+pub mod timeline;
 pub mod verify;
 pub mod verify_command;
 pub mod verify_files;
@@ -68,6 +70,10 @@ enum Command {
     Layer(layer::LayerCommand),
     /// Show the timelines of a running node.
     Status(attach::StatusArgs),
+    /// Branch, delete, archive, detach timelines.
+    Timeline(timeline::TimelineArgs),
+    /// Make, remove, configure tenants.
+    Tenant(tenant::TenantArgs),
 }
 
 /// Runs the command that the arguments name.
@@ -83,6 +89,8 @@ pub fn main() -> ExitCode {
         Command::Check(args) => return check::run(&args),
         Command::Layer(command) => layer::run(command),
         Command::Status(args) => attach::status(args),
+        Command::Timeline(args) => timeline::run(args),
+        Command::Tenant(args) => tenant::run(args),
     };
     match result {
         Ok(()) => ExitCode::SUCCESS,

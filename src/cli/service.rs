@@ -59,7 +59,7 @@ impl CoreService for NodeShard {
 /// Gives every tenant native redo, and behind it a wal-redo child of its own, on the core's CPU.
 pub struct ChildFactory {
     settings: ChildSettings,
-    tenants: RefCell<Vec<Rc<NativeRedo<ChildRedo>>>>,
+    tenants: RefCell<Vec<(TenantShardId, Rc<NativeRedo<ChildRedo>>)>>,
     /// Of the children that jobs have for their time.
     background: Arc<Counters>,
 }
@@ -82,31 +82,40 @@ impl ChildFactory {
 
 impl RedoFactory for ChildFactory {
     fn start(&self, tenant: TenantShardId, redo: RedoSettings) -> Rc<dyn Redo> {
-        let tenant = tenant.to_string();
-        let settings = ChildSettings { tenant, redo, ..self.settings.clone() };
+        let settings = ChildSettings { tenant: tenant.to_string(), redo, ..self.settings.clone() };
         let redo = Rc::new(NativeRedo::new(ChildRedo::new(settings), redo));
-        self.tenants.borrow_mut().push(redo.clone());
+        self.tenants.borrow_mut().push((tenant, redo.clone()));
         redo
     }
 
     fn background(&self, tenant: TenantShardId, redo: RedoSettings) -> RedoMaker {
-        let tenant = tenant.to_string();
-        let settings = ChildSettings { tenant, redo, ..self.settings.clone() };
+        let settings = ChildSettings { tenant: tenant.to_string(), redo, ..self.settings.clone() };
         let counters = self.background.clone();
         Box::new(move || Rc::new(NativeRedo::new(ChildRedo::counted(settings, counters), redo)))
+    }
+
+    fn stop(&self, tenant: TenantShardId) -> LocalBoxFuture<'_, ()> {
+        let all = std::mem::take(&mut *self.tenants.borrow_mut());
+        let (mine, others): (Vec<_>, _) = all.into_iter().partition(|(other, _)| *other == tenant);
+        *self.tenants.borrow_mut() = others;
+        Box::pin(async {
+            for (_, redo) in mine {
+                redo.inner().shutdown().await;
+            }
+        })
     }
 
     fn stop_all(&self) -> LocalBoxFuture<'_, ()> {
         Box::pin(async {
             let tenants = std::mem::take(&mut *self.tenants.borrow_mut());
-            for redo in tenants {
+            for (_, redo) in tenants {
                 redo.inner().shutdown().await;
             }
         })
     }
 
     fn metrics(&self, metrics: &mut CoreMetrics) {
-        for redo in self.tenants.borrow().iter() {
+        for (_, redo) in self.tenants.borrow().iter() {
             let (native, child) = (redo.counters(), redo.inner().counters());
             metrics.redo_requests += native.pages_native.get() + native.pages_child.get();
             metrics.redo_records += native.native_records() + native.child_records();

@@ -20,7 +20,9 @@ use futures_channel::oneshot;
 use crate::base::{TenantShardId, TimelineId};
 use crate::limits::{CORE_INBOX_MESSAGES_MAX, HEARTBEATS_UNANSWERED_MAX};
 use crate::server::page_service::Session;
-use crate::shard::control::{ControlError, CoreMetrics, CreateTimeline, TimelineInfo};
+use crate::shard::control::{
+    Change, ControlError, CoreMetrics, CreateTimeline, TenantInfo, TimelineInfo,
+};
 
 /// A message to a core.
 pub enum Message {
@@ -46,6 +48,10 @@ pub struct Connection {
 pub enum Control {
     /// All timelines of the core.
     Timelines(oneshot::Sender<Vec<TimelineInfo>>),
+    /// All tenants of the core.
+    Tenants(oneshot::Sender<Vec<TenantInfo>>),
+    /// Change tenants or timelines.
+    Change(Change, oneshot::Sender<Result<(), ControlError>>),
     /// The core's counters.
     Metrics(oneshot::Sender<CoreMetrics>),
     /// Start to make a timeline.

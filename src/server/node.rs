@@ -527,6 +527,15 @@ fn control<S: CoreService>(service: &Rc<Service<S>>, command: Control) {
         Control::Timelines(reply) => {
             let _ = reply.send(backend.timelines());
         }
+        Control::Tenants(reply) => {
+            let _ = reply.send(backend.tenants());
+        }
+        Control::Change(change, reply) => {
+            let work = async move {
+                let _ = reply.send(backend.change(change).await);
+            };
+            glommio::spawn_local(work).detach();
+        }
         Control::Metrics(reply) => {
             let _ = reply.send(metrics(service));
         }

@@ -419,7 +419,9 @@ where
                     ReadError::TenantNotFound(_) | ReadError::TimelineNotFound(..) => {
                         SqlState::UNDEFINED_OBJECT
                     }
-                    ReadError::NotReady { .. } => SqlState::NOT_READY,
+                    ReadError::NotReady { .. }
+                    | ReadError::Unreadable { .. }
+                    | ReadError::Archived { .. } => SqlState::NOT_READY,
                     _ => SqlState::INTERNAL,
                 };
                 self.end_stream(&wanted, state, &error.to_string());

@@ -117,7 +117,7 @@ impl<I: Io> Timeline<I> {
             let distance = mutable.lsns.last_record.bytes_since(mutable.open.start());
             (mutable.open.memory_bytes() as u64, distance)
         };
-        let limit = self.context.config.checkpoint_distance_bytes;
+        let limit = self.context.config.get().checkpoint_distance_bytes;
         if bytes >= limit
             || self.memory.is_asked()
             || distance >= limit.saturating_mul(LSN_DISTANCE_FACTOR)
@@ -129,7 +129,7 @@ impl<I: Io> Timeline<I> {
     /// Freezes the open layer when it is old enough. Between records only.
     pub(super) fn freeze_if_old(&self) {
         let age = self.context.io.now() - self.mutable.borrow().open_since;
-        if age >= Duration::from_secs(self.context.config.checkpoint_timeout_s) {
+        if age >= Duration::from_secs(self.context.config.get().checkpoint_timeout_s) {
             self.freeze();
         }
     }
@@ -159,7 +159,7 @@ impl<I: Io> Timeline<I> {
 
     async fn checkpoint_loop(self: Rc<Self>) {
         while !self.stopping.get() {
-            let timeout = Duration::from_secs(self.context.config.checkpoint_timeout_s);
+            let timeout = Duration::from_secs(self.context.config.get().checkpoint_timeout_s);
             let signal = pin!(self.checkpoint_signal.wait());
             select(signal, pin!(self.context.io.sleep(timeout))).await;
             // Nothing may come in that would close the layer of a timeline that is idle.

@@ -216,12 +216,12 @@ impl<I: Io> Timeline<I> {
             return Ok(false);
         }
         let snapshot = self.snapshot();
-        let config = &self.context.config;
+        let config = self.context.config.get();
         let config = PlanConfig {
             l0_threshold: config.compaction_threshold,
             target_bytes: config.compaction_target_bytes,
             image_percent: config.compaction_image_percent,
-            start_lsn: self.start_lsn,
+            start_lsn: self.start_lsn(),
         };
         let actions = plan(&snapshot.plan, &config);
         if actions.is_empty() {
@@ -247,8 +247,8 @@ impl<I: Io> Timeline<I> {
         JobBase {
             owner: LayerOwner { shard: self.tenant, timeline: self.id },
             dir: self.context.dir.clone(),
-            target_bytes: self.context.config.compaction_target_bytes,
-            start_lsn: self.start_lsn,
+            target_bytes: self.context.config.get().compaction_target_bytes,
+            start_lsn: self.start_lsn(),
             redo: (self.context.background_redo)(),
             flags: self.compaction.flags.clone(),
         }

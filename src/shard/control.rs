@@ -4,6 +4,8 @@ use std::collections::BTreeMap;
 
 use serde::{Deserialize, Serialize};
 
+use super::index::{BranchPoint, WalSourceConfig};
+use super::tenant_config::TenantConfig;
 use crate::base::{Kind, Lsn, TenantShardId, TimelineId};
 
 /// Where a new timeline comes from.
@@ -48,6 +50,72 @@ pub struct CreateTimeline {
     pub source: TimelineSource,
 }
 
+/// A branch to be made.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct CreateBranch {
+    /// The tenant, which exists.
+    pub tenant: TenantShardId,
+    /// The new timeline.
+    pub timeline: TimelineId,
+    /// The timeline to branch off.
+    pub ancestor: TimelineId,
+    /// Its changes at this LSN and below are the branch's too; all that it has if not given.
+    pub lsn: Option<Lsn>,
+    /// Where the branch gets WAL of its own, from the branch point on.
+    pub source: Option<WalSourceConfig>,
+}
+
+/// A change of tenants and timelines. All of them are durable when they are acknowledged.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Change {
+    /// Makes a branch.
+    Branch(CreateBranch),
+    /// Removes a timeline without branches.
+    DeleteTimeline(TenantShardId, TimelineId),
+    /// Archives a timeline (true) or takes that back (false).
+    Archive(TenantShardId, TimelineId, bool),
+    /// Starts to copy what a branch needs of its ancestor; the timeline's `detach` tells how far
+    /// it is, and its `ancestor` is gone when it is done.
+    DetachAncestor(TenantShardId, TimelineId),
+    /// Makes a tenant without timelines, or changes the settings of one.
+    Tenant {
+        /// The tenant.
+        tenant: TenantShardId,
+        /// Its settings over those of the node; all of them.
+        config: TenantConfig,
+        /// It must not exist (true), or it must (false).
+        create: bool,
+    },
+    /// Removes a tenant with all its timelines.
+    DeleteTenant(TenantShardId),
+}
+
+/// One tenant as `/v1/tenant` shows it.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct TenantInfo {
+    /// The tenant shard.
+    pub tenant: TenantShardId,
+    /// The core that has it.
+    pub core: usize,
+    /// Its settings over those of the node.
+    pub config: TenantConfig,
+    /// What they amount to.
+    pub effective_config: TenantConfig,
+    /// Number of its timelines.
+    pub timeline_count: usize,
+    /// Why it cannot be used.
+    pub error: Option<String>,
+}
+
+/// A detaching that is under way or has failed.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct DetachState {
+    /// Values copied so far.
+    pub values: u64,
+    /// Why it failed; it may be started again.
+    pub error: Option<String>,
+}
+
 /// Life of a timeline.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
@@ -58,6 +126,12 @@ pub enum TimelineState {
     CatchingUp,
     /// Readable.
     Active,
+    /// Readable: it is on disk and will be opened when it is first asked for.
+    Idle,
+    /// Takes in no WAL and is not read, but by its branches.
+    Archived,
+    /// It is being removed.
+    Deleting,
     /// Unusable until an operator steps in; `error` says why.
     Broken,
 }
@@ -83,6 +157,10 @@ pub struct TimelineInfo {
     pub import: Option<ImportProgress>,
     /// First LSN that can be read: the end of the base backup.
     pub start_lsn: Lsn,
+    /// The timeline that this one branched off, and where.
+    pub ancestor: Option<BranchPoint>,
+    /// A detaching that is under way or has failed.
+    pub detach: Option<DetachState>,
     pub received_lsn: Lsn,
     pub last_record_lsn: Lsn,
     pub journal_lsn: Lsn,
@@ -97,7 +175,13 @@ pub struct TimelineInfo {
     /// What reads found damaged since the start; not everything, if it is much.
     pub damaged: Vec<String>,
     pub layer_count: u64,
+    /// Physical size: bytes of all layer files of its own.
     pub layer_bytes: u64,
+    /// Bytes of its delta layers: the changes that are kept.
+    pub history_bytes: u64,
+    /// Bytes of all relations at `last_record_lsn`; none until they have been added up, which
+    /// the first look starts.
+    pub logical_bytes: Option<u64>,
     pub open_layer_bytes: u64,
     pub journal_bytes: u64,
 }
@@ -171,6 +255,10 @@ pub trait CoreControl: 'static {
     fn metrics(&self) -> CoreMetrics;
     /// Starts to make a timeline; returns as soon as the work has begun.
     async fn create_timeline(&self, request: CreateTimeline) -> Result<(), ControlError>;
+    /// All tenants of this core.
+    fn tenants(&self) -> Vec<TenantInfo>;
+    /// Changes tenants or timelines.
+    async fn change(&self, change: Change) -> Result<(), ControlError>;
     /// Writes everything in memory to layer files; returns when it is durable.
     async fn checkpoint(
         &self,

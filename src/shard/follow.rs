@@ -91,7 +91,7 @@ impl<I: Io> Timeline<I> {
             return;
         };
         let mut backoff = Backoff::default();
-        while !self.stopping.get() && self.broken().is_none() {
+        while self.may_follow() && self.broken().is_none() {
             let before = self.lsns().received;
             let result = match connector.connect(&config, &self.cluster).await {
                 Ok(mut source) => self.stream(&mut source).await,
@@ -118,6 +118,11 @@ impl<I: Io> Timeline<I> {
             }
         }
         self.follow_ended.set(true);
+    }
+
+    /// False when [`Timeline::follow`] is to end.
+    fn may_follow(&self) -> bool {
+        !self.stopping.get() && !self.archived.get()
     }
 
     /// Asks [`Timeline::follow`] to end.
@@ -203,7 +208,7 @@ impl<I: Io> Timeline<I> {
         let report = std::pin::pin!(self.status_signal.wait());
         let stop = std::pin::pin!(self.stop_signal.wait());
         let tick = std::pin::pin!(self.context.io.sleep(Duration::from_millis(STATUS_INTERVAL_MS)));
-        if self.stopping.get() {
+        if !self.may_follow() {
             return Event::Stop;
         }
         match select(next, select(report, select(stop, tick))).await {

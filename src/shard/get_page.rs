@@ -1,5 +1,8 @@
 //! Reading: from a key and an LSN to a page or a small value.
 //!
+//! A branch has layers of its own only for what came after its branch point; where they have no
+//! base, the read goes on in the ancestor, below the branch point ([`super::branch`]).
+//!
 //! A read takes a snapshot of the layers in one synchronous step (values from memory, handles of
 //! files), then reads the files newest to oldest until it has a base, then rebuilds the page.
 //! Layers are immutable, so nothing that happens meanwhile can change the answer.
@@ -9,6 +12,7 @@ use std::time::Duration;
 use bytes::{Bytes, BytesMut};
 use futures_util::future::{Either, select};
 
+use super::branch::{Older, below_branch_point};
 use super::reader::{ReadError, RequestLsn, TimelineReader};
 use super::timeline::Timeline;
 use crate::base::page::PAGE_SIZE;
@@ -41,10 +45,11 @@ impl<I: Io> Timeline<I> {
                 "request LSN {request} is before not-modified-since LSN {not_modified_since}"
             )));
         }
-        if request < self.start_lsn {
-            return Err(ReadError::BelowStart { request, start: self.start_lsn });
+        let start = self.start_lsn();
+        if request < start {
+            return Err(ReadError::BelowStart { request, start });
         }
-        let needed = not_modified_since.max(self.start_lsn);
+        let needed = not_modified_since.max(start);
         if needed > self.lsns().last_record {
             self.wait_for_lsn(needed).await?;
         }
@@ -59,18 +64,18 @@ impl<I: Io> Timeline<I> {
         if let Some(reason) = self.broken() {
             return Err(ReadError::NotReady { timeline: self.id, reason });
         }
-        if self.stopping.get() {
-            return Err(ReadError::Shutdown);
+        if self.stopping.get() || self.gate.is_closed() {
+            return Err(self.gone());
         }
         let started = self.context.io.now();
-        let limit = Duration::from_millis(self.context.config.wait_lsn_timeout_ms);
+        let limit = Duration::from_millis(self.context.config.get().wait_lsn_timeout_ms);
         let reached = self.waiters.register(lsn);
         let timeout = std::pin::pin!(self.context.io.sleep(limit));
         match select(reached, timeout).await {
             Either::Left((Ok(()), _)) => Ok(()),
             Either::Left((Err(_), _)) => Err(match self.broken() {
                 Some(reason) => ReadError::NotReady { timeline: self.id, reason },
-                None => ReadError::Shutdown,
+                None => self.gone(),
             }),
             Either::Right(_) => Err(ReadError::LsnTimeout {
                 wanted: lsn,
@@ -82,48 +87,78 @@ impl<I: Io> Timeline<I> {
 
     /// Versions of `key` with LSNs at or below `lsn`, newest first, up to a base.
     async fn collect(&self, key: Key, lsn: Lsn) -> Result<Vec<(Lsn, Value)>, LayerError> {
-        let below = Lsn(lsn.0 + 1);
+        let mut below = Lsn(lsn.0 + 1);
         #[cfg(test)]
-        let below = if CANARY_WRONG_END.get() { lsn } else { below };
-        let range = Lsn(0)..below;
+        if CANARY_WRONG_END.get() {
+            below = lsn;
+        }
         let mut found = Vec::new();
-        let layers = {
-            let mutable = self.mutable.borrow();
-            if mutable.open.collect(key, &range, &mut found) != Lookup::Continue {
-                return Ok(found);
-            }
-            for frozen in mutable.frozen.iter().rev() {
-                if frozen.collect(key, &range, &mut found) != Lookup::Continue {
-                    return Ok(found);
-                }
-            }
-            mutable.layers.search(key, below)
-        };
-        for layer in layers {
-            if layer.collect(key, &range, &mut found).await? != Lookup::Continue {
-                break;
-            }
+        let mut older = self.collect_own(key, below, &mut found).await?;
+        while let Some(Older { timeline, lsn, _read }) = older {
+            below = below_branch_point(below, lsn);
+            older = timeline.collect_own(key, below, &mut found).await?;
         }
         Ok(found)
     }
 
-    /// The newest version at or below `lsn` of every key in a range of small values.
-    pub(super) async fn scan(&self, keys: &KeyRange, lsn: Lsn) -> Result<Newest, ReadError> {
-        let below = Lsn(lsn.0 + 1);
-        let mut newest = Newest::new();
-        let layers = {
+    /// What this timeline's own layers have below `below`; returns where the search must go on.
+    async fn collect_own(
+        &self,
+        key: Key,
+        below: Lsn,
+        found: &mut Vec<(Lsn, Value)>,
+    ) -> Result<Option<Older<I>>, LayerError> {
+        let range = Lsn(0)..below;
+        let (layers, older) = {
             let mutable = self.mutable.borrow();
-            mutable.open.scan(keys, below, &mut newest);
-            mutable.frozen.iter().for_each(|layer| layer.scan(keys, below, &mut newest));
-            mutable.layers.search_range(keys, below)
+            if mutable.open.collect(key, &range, found) != Lookup::Continue {
+                return Ok(None);
+            }
+            for frozen in mutable.frozen.iter().rev() {
+                if frozen.collect(key, &range, found) != Lookup::Continue {
+                    return Ok(None);
+                }
+            }
+            (mutable.layers.search(key, below), Older::of(&mutable))
         };
         for layer in layers {
-            layer
-                .scan(keys, below, &mut newest)
-                .await
-                .map_err(|error| damaged("a directory", lsn, &error))?;
+            if layer.collect(key, &range, found).await? != Lookup::Continue {
+                return Ok(None);
+            }
+        }
+        Ok(older)
+    }
+
+    /// The newest version at or below `lsn` of every key in a range of small values.
+    pub(super) async fn scan(&self, keys: &KeyRange, lsn: Lsn) -> Result<Newest, ReadError> {
+        let mut below = Lsn(lsn.0 + 1);
+        let mut newest = Newest::new();
+        let unreadable = |error| damaged("a directory", lsn, &error);
+        let mut older = self.scan_own(keys, below, &mut newest).await.map_err(unreadable)?;
+        while let Some(Older { timeline, lsn, _read }) = older {
+            below = below_branch_point(below, lsn);
+            older = timeline.scan_own(keys, below, &mut newest).await.map_err(unreadable)?;
         }
         Ok(newest)
+    }
+
+    /// What this timeline's own layers have; returns where the scan must go on.
+    async fn scan_own(
+        &self,
+        keys: &KeyRange,
+        below: Lsn,
+        newest: &mut Newest,
+    ) -> Result<Option<Older<I>>, LayerError> {
+        let (layers, older) = {
+            let mutable = self.mutable.borrow();
+            mutable.open.scan(keys, below, newest);
+            mutable.frozen.iter().for_each(|layer| layer.scan(keys, below, newest));
+            (mutable.layers.search_range(keys, below), Older::of(&mutable))
+        };
+        for layer in layers {
+            layer.scan(keys, below, newest).await?;
+        }
+        Ok(older)
     }
 
     /// The newest version of a small value at or below `lsn` and its LSN; `None` when the key
@@ -248,12 +283,14 @@ impl<I: Io> TimelineReader for Timeline<I> {
         lsn: RequestLsn,
     ) -> Result<Bytes, ReadError> {
         check_rel(rel)?;
+        let _read = self.enter()?;
         let lsn = self.effective_lsn(lsn).await?;
         let blocks = self.fork_size(rel, lsn).await?.unwrap_or(0);
-        if block >= blocks {
-            return Ok(zero_page());
-        }
-        let result = self.page(Key::rel_block(rel, block), lsn).await;
+        let result = match block < blocks {
+            true => self.page(Key::rel_block(rel, block), lsn).await,
+            false => Ok(zero_page()),
+        };
+        self.still_readable(lsn)?;
         if let Err(error) = &result {
             tracing::error!(tenant = %self.tenant, timeline = %self.id, "{error}");
             if matches!(error, ReadError::Damaged { .. }) {
@@ -265,22 +302,30 @@ impl<I: Io> TimelineReader for Timeline<I> {
 
     async fn rel_exists(&self, rel: RelTag, lsn: RequestLsn) -> Result<bool, ReadError> {
         check_rel(rel)?;
+        let _read = self.enter()?;
         let lsn = self.effective_lsn(lsn).await?;
-        Ok(self.fork_size(rel, lsn).await?.is_some())
+        let size = self.fork_size(rel, lsn).await?;
+        self.still_readable(lsn)?;
+        Ok(size.is_some())
     }
 
     async fn rel_size(&self, rel: RelTag, lsn: RequestLsn) -> Result<BlockNumber, ReadError> {
         check_rel(rel)?;
+        let _read = self.enter()?;
         let lsn = self.effective_lsn(lsn).await?;
-        Ok(self.fork_size(rel, lsn).await?.unwrap_or(0))
+        let size = self.fork_size(rel, lsn).await?;
+        self.still_readable(lsn)?;
+        Ok(size.unwrap_or(0))
     }
 
     async fn db_size(&self, db: u32, lsn: RequestLsn) -> Result<i64, ReadError> {
+        let _read = self.enter()?;
         let lsn = self.effective_lsn(lsn).await?;
         let mut blocks = 0i64;
         for rel in self.database_forks(DEFAULT_TABLESPACE, db, lsn).await? {
             blocks += i64::from(self.fork_size(rel, lsn).await?.unwrap_or(0));
         }
+        self.still_readable(lsn)?;
         Ok(blocks * PAGE_SIZE as i64)
     }
 
@@ -290,6 +335,7 @@ impl<I: Io> TimelineReader for Timeline<I> {
         segment: u32,
         lsn: RequestLsn,
     ) -> Result<Bytes, ReadError> {
+        let _read = self.enter()?;
         let lsn = self.effective_lsn(lsn).await?;
         let Some((_, blocks)) = self.stored_u32(Key::slru_size(kind, segment), lsn).await? else {
             return Err(ReadError::BadRequest(format!(
@@ -302,6 +348,7 @@ impl<I: Io> TimelineReader for Timeline<I> {
         for block in 0..blocks {
             out.extend_from_slice(&self.page(Key::slru_block(kind, segment, block), lsn).await?);
         }
+        self.still_readable(lsn)?;
         Ok(out.freeze())
     }
 }

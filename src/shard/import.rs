@@ -193,6 +193,8 @@ pub async fn run<I: Io>(io: I, job: ImportJob) -> Result<TimelineIndex, ImportEr
             hint_bits_logged: data_checksums || cluster.parameters.wal_log_hints,
         },
         source,
+        ancestor: None,
+        archived: false,
         start_lsn: readable_from,
         disk_consistent_lsn: data.start_lsn,
         layers,

@@ -10,10 +10,23 @@ use serde::{Deserialize, Serialize};
 use crate::base::{Lsn, TenantShardId, TimelineId};
 
 /// Version of the index's content.
-pub const INDEX_VERSION: u32 = 1;
+pub const INDEX_VERSION: u32 = 2;
 
 /// File name within the timeline's directory.
 pub const INDEX_FILE: &str = "index";
+
+/// What the index is renamed to when the timeline is deleted: from then on the timeline does not
+/// exist, and whoever finds the directory removes it.
+pub const DELETED_FILE: &str = "deleted";
+
+/// Where a branch leaves the timeline that it was made from.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct BranchPoint {
+    /// The ancestor, of the same tenant.
+    pub timeline: TimelineId,
+    /// The ancestor's changes at this LSN and below belong to the branch, later ones do not.
+    pub lsn: Lsn,
+}
 
 /// Where the timeline's WAL comes from.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -61,6 +74,11 @@ pub struct TimelineIndex {
     pub cluster: ClusterIdentity,
     /// WAL source, if there is one.
     pub source: Option<WalSourceConfig>,
+    /// The ancestor of a branch. It has everything up to the branch point; `layers` and journal
+    /// have what follows.
+    pub ancestor: Option<BranchPoint>,
+    /// Takes in no WAL and is not read, but by its branches.
+    pub archived: bool,
     /// First readable LSN: the end of the base backup.
     pub start_lsn: Lsn,
     /// Everything up to here is in `layers`; the journal has what follows.
@@ -123,13 +141,15 @@ mod tests {
                 hint_bits_logged: true,
             },
             source: Some(WalSourceConfig { conninfo: "host=x".into(), slot: None }),
+            ancestor: Some(BranchPoint { timeline: TimelineId([3; 16]), lsn: Lsn(0x2800) }),
+            archived: true,
             start_lsn: Lsn(0x2000),
             disk_consistent_lsn: Lsn(0x3000),
             layers: vec![IndexLayer { name: "a".into(), len: 4096 }],
         };
         assert_eq!(TimelineIndex::decode(&index.encode()), Ok(index.clone()));
-        let other = TimelineIndex { version: 2, ..index };
-        assert_eq!(TimelineIndex::decode(&other.encode()), Err(IndexError::Version { found: 2 }));
+        let other = TimelineIndex { version: 3, ..index };
+        assert_eq!(TimelineIndex::decode(&other.encode()), Err(IndexError::Version { found: 3 }));
         assert!(matches!(TimelineIndex::decode(b"{"), Err(IndexError::Malformed(_))));
     }
 }

@@ -62,16 +62,30 @@ pub enum LoadError {
     JournalShrank { at: Lsn },
     #[error("the index is that of {found}, not of {expected}")]
     Foreign { found: String, expected: String },
+    #[error("its ancestor cannot be read: {reason}")]
+    Ancestor { reason: String, kind: Kind },
 }
 
-/// Opens the timeline in `dir`. `context` makes the timeline's surroundings once the index has
-/// told what redo must know.
-pub async fn load<I: Io>(
-    context: impl FnOnce(RedoSettings) -> TimelineContext<I>,
+impl LoadError {
+    /// What a caller can do about it.
+    pub fn kind(&self) -> Kind {
+        match self {
+            LoadError::Io(error) => error.kind(),
+            LoadError::Container(error) => error.kind(),
+            LoadError::Read(error) => error.kind(),
+            LoadError::Journal(error) => error.kind(),
+            LoadError::Ancestor { kind, .. } => *kind,
+            _ => Kind::Corrupt,
+        }
+    }
+}
+
+/// Reads the index in `dir` and makes sure that it is this timeline's.
+pub async fn read_index<I: Io>(
     io: &I,
     dir: &Path,
     owner: LayerOwner,
-) -> Result<Rc<Timeline<I>>, LoadError> {
+) -> Result<TimelineIndex, LoadError> {
     let bytes = durable::read_file(io, &dir.join(INDEX_FILE)).await?;
     let index = TimelineIndex::decode(&bytes)?;
     if (index.tenant, index.timeline) != (owner.shard, owner.timeline) {
@@ -80,13 +94,29 @@ pub async fn load<I: Io>(
             expected: format!("{}/{}", owner.shard, owner.timeline),
         });
     }
+    Ok(index)
+}
+
+/// Opens the timeline in `dir`. `context` makes the timeline's surroundings once the index has
+/// told what redo must know. `ancestor` is the one that the index names, open.
+pub async fn load<I: Io>(
+    context: impl FnOnce(RedoSettings) -> TimelineContext<I>,
+    io: &I,
+    dir: &Path,
+    owner: LayerOwner,
+    ancestor: Option<Rc<Timeline<I>>>,
+) -> Result<Rc<Timeline<I>>, LoadError> {
+    let index = read_index(io, dir, owner).await?;
     let context = context(RedoSettings { hint_bits_logged: index.cluster.hint_bits_logged });
     let layers = open_layers(&context, &index, owner).await?;
     let journal_dir = dir.join(JOURNAL_DIR);
     let (tli, end) = (index.cluster.tli, index.disk_consistent_lsn);
     let journal = Journal::open(io.clone(), &journal_dir, tli, end).await?;
-    let timeline = Timeline::new(context, Opened { index, layers, journal })?;
-    load_state(&timeline).await?;
+    let timeline = Timeline::new(context, Opened { index, layers, journal, ancestor })?;
+    if let Err(error) = load_state(&timeline).await {
+        timeline.abandon().await;
+        return Err(error);
+    }
     timeline.start_writers();
     if let Err(error) = replay(&timeline).await {
         // Nobody will have the timeline, so its tasks must end here.

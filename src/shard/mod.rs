@@ -6,20 +6,26 @@
 //!
 //! Synchronous methods change state, asynchronous ones wait; no borrow lives across an `.await`.
 
+pub mod activate;
 pub mod apply;
 pub mod background;
+pub mod branch;
 pub mod check;
 pub mod checkpoint;
 pub mod compact;
 pub mod control;
+pub mod detach;
 pub mod follow;
+pub mod gate;
 pub mod get_page;
 pub mod health;
 pub mod import;
 pub mod index;
 pub mod ingest;
 pub mod layer_map;
+pub mod lifecycle;
 pub mod load;
+pub mod logical_size;
 pub mod lsns;
 pub mod memory;
 pub mod metrics;
@@ -28,6 +34,7 @@ pub mod primary;
 pub mod reader;
 pub mod sizes;
 pub mod stored;
+pub mod tenant_config;
 pub mod tenants;
 pub mod timeline;
 mod turn;

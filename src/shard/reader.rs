@@ -33,6 +33,20 @@ pub enum ReadError {
         /// Why.
         reason: String,
     },
+    /// The timeline is on disk but cannot be opened.
+    #[error("timeline {timeline} cannot be opened: {reason}")]
+    Unreadable {
+        /// The timeline.
+        timeline: TimelineId,
+        /// Why.
+        reason: String,
+    },
+    /// The timeline is archived.
+    #[error("timeline {timeline} is archived; unarchive it to read it")]
+    Archived {
+        /// The timeline.
+        timeline: TimelineId,
+    },
     /// WAL up to the wanted LSN did not come in time.
     #[error(
         "timed out after {waited_ms} ms waiting for WAL up to {wanted}; the timeline is at {last_record_lsn}"
@@ -85,11 +99,12 @@ impl ReadError {
         match self {
             ReadError::TenantNotFound(_)
             | ReadError::TimelineNotFound(..)
+            | ReadError::Archived { .. }
             | ReadError::BelowStart { .. }
             | ReadError::BadLsn(_)
             | ReadError::BadRequest(_) => Kind::Invalid,
             ReadError::NotReady { .. } | ReadError::LsnTimeout { .. } => Kind::Retry,
-            ReadError::Damaged { .. } => Kind::Corrupt,
+            ReadError::Damaged { .. } | ReadError::Unreadable { .. } => Kind::Corrupt,
             ReadError::Redo(error) => error.kind(),
             ReadError::Shutdown => Kind::Shutdown,
         }

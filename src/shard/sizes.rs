@@ -28,6 +28,7 @@ pub struct Sizes {
     rels: HashMap<RelTag, RelSize, RandomState>,
     slru: BTreeMap<(SlruKind, u32), BlockNumber>,
     origins: BTreeMap<u16, Lsn>,
+    growth: i64,
 }
 
 impl Sizes {
@@ -46,9 +47,16 @@ impl Sizes {
         self.rel(rel).is_some_and(|size| size.blocks.is_some())
     }
 
-    /// Remembers a fork's newest size.
+    /// Remembers a fork's newest size. The size before must be known, or the fork be new.
     pub fn set_rel(&mut self, rel: RelTag, blocks: Option<BlockNumber>, since: Lsn) {
-        self.rels.insert(rel, RelSize { blocks, since });
+        let before = self.rels.insert(rel, RelSize { blocks, since });
+        let in_blocks = |size: Option<BlockNumber>| i64::from(size.unwrap_or(0));
+        self.growth += in_blocks(blocks) - in_blocks(before.and_then(|size| size.blocks));
+    }
+
+    /// Blocks by which all relations together have grown through [`Sizes::set_rel`].
+    pub fn growth(&self) -> i64 {
+        self.growth
     }
 
     /// Remembers what was read from the layers, unless ingest knows better by now.

@@ -3,36 +3,46 @@
 //! Directory layout under the node's data directory:
 //!
 //! ```text
+//! tenants/<tenant shard>/config                           settings of the tenant
+//! tenants/<tenant shard>/deleted                          only while the tenant is being removed
 //! tenants/<tenant shard>/timelines/<timeline>/index       what the timeline consists of
+//! tenants/<tenant shard>/timelines/<timeline>/deleted     the index of a timeline being removed
 //! tenants/<tenant shard>/timelines/<timeline>/<layer>     layer files
 //! tenants/<tenant shard>/timelines/<timeline>/wal/        the journal
 //! tenants/<tenant shard>/timelines/<timeline>/import/     only while a base backup comes in
 //! ```
+//!
+//! What is known of each timeline, and how it is opened: [`super::activate`]. Branches, deletion,
+//! archives, settings: [`super::lifecycle`].
 
 use std::cell::{Cell, RefCell};
 use std::collections::{BTreeMap, HashMap};
 use std::path::{Path, PathBuf};
 use std::rc::Rc;
 use std::sync::Arc;
-use std::time::Duration;
 
+use super::activate::{Slot, TimelineKey};
 use super::background::Background;
 use super::control::{
-    ControlError, CoreControl, CoreMetrics, CreateTimeline, TimelineInfo, TimelineState,
+    Change, ControlError, CoreControl, CoreMetrics, CreateTimeline, TenantInfo, TimelineInfo,
 };
 use super::follow::Connector;
 use super::import::{self, ImportError, ImportJob, Progress};
 use super::index::INDEX_FILE;
-use super::load::{LoadError, load};
 use super::memory::MemoryBudget;
 use super::metrics::Counters;
 use super::reader::{PageBackend, ReadError};
-use super::timeline::{Timeline, TimelineConfig, TimelineContext};
-use crate::base::{Kind, Lsn, TenantShardId, TimelineId};
+use super::tenant_config::TenantConfig;
+use super::timeline::{Timeline, TimelineConfig};
+use super::turn::Turn;
+use crate::base::{Kind, TenantShardId, TimelineId};
+use crate::io::durable::TEMP_SUFFIX;
 use crate::io::{Io, IoCause, IoError, TaskClass};
 use crate::layers::{BlockCache, LayerOwner};
-use crate::limits::{STOP_POLL_MS, STOP_WAIT_MS};
 use crate::redo::{Redo, RedoMaker, RedoSettings};
+
+/// Name of the directory of a tenant's timelines.
+pub(super) const TIMELINES_DIR: &str = "timelines";
 
 /// Makes and stops the redo service of a tenant.
 pub trait RedoFactory: 'static {
@@ -40,6 +50,9 @@ pub trait RedoFactory: 'static {
     fn start(&self, tenant: TenantShardId, settings: RedoSettings) -> Rc<dyn Redo>;
     /// The service for jobs of the same tenant on the background executor.
     fn background(&self, tenant: TenantShardId, settings: RedoSettings) -> RedoMaker;
+    /// Stops every service of one tenant that was started by `start`; when this returns, no
+    /// process of it is left.
+    fn stop(&self, tenant: TenantShardId) -> futures_util::future::LocalBoxFuture<'_, ()>;
     /// Stops every service that was started by `start`.
     fn stop_all(&self) -> futures_util::future::LocalBoxFuture<'_, ()>;
     /// Adds its counters.
@@ -72,23 +85,27 @@ pub struct ShardContext<I: Io, C: Connector> {
 
 /// See the module's text.
 pub struct Shard<I: Io, C: Connector> {
-    context: ShardContext<I, C>,
-    cache: Rc<BlockCache>,
-    memory: Rc<MemoryBudget>,
-    counters: Rc<Counters>,
-    slots: RefCell<BTreeMap<(TenantShardId, TimelineId), Slot<I>>>,
+    pub(super) context: ShardContext<I, C>,
+    pub(super) cache: Rc<BlockCache>,
+    pub(super) memory: Rc<MemoryBudget>,
+    pub(super) counters: Rc<Counters>,
+    pub(super) slots: RefCell<BTreeMap<TimelineKey, Slot<I>>>,
+    pub(super) tenants: RefCell<BTreeMap<TenantShardId, TenantSlot>>,
     /// By tenant, and by what redo must know of the cluster: timelines may come from several.
     redo: RefCell<HashMap<(TenantShardId, RedoSettings), Rc<dyn Redo>>>,
-    stopping: Cell<bool>,
+    pub(super) stopping: Cell<bool>,
 }
 
-enum Slot<I: Io> {
-    Importing(Arc<Progress>),
-    /// An import that failed: nothing of it is left, and it may be tried again.
-    Failed(String),
-    /// A timeline that is on disk but cannot be opened: only an operator may remove it.
-    Damaged(String),
-    Ready(Rc<Timeline<I>>),
+/// What the shard knows of a tenant.
+pub(super) struct TenantSlot {
+    /// Its settings over those of the node.
+    pub(super) overrides: TenantConfig,
+    /// What they amount to; all its timelines look here.
+    pub(super) config: Rc<Cell<TimelineConfig>>,
+    /// Why it cannot be used.
+    pub(super) error: Option<String>,
+    /// Changes of the tenant and its timelines happen one after the other.
+    pub(super) turn: Rc<Turn>,
 }
 
 impl<I: Io, C: Connector> Shard<I, C> {
@@ -101,6 +118,7 @@ impl<I: Io, C: Connector> Shard<I, C> {
             memory: MemoryBudget::new(context.memory_budget_bytes),
             counters: Rc::new(Counters::default()),
             slots: RefCell::default(),
+            tenants: RefCell::default(),
             redo: RefCell::default(),
             stopping: Cell::new(false),
             context,
@@ -110,6 +128,10 @@ impl<I: Io, C: Connector> Shard<I, C> {
         // Everything that will be acknowledged lies below this name.
         shard.context.io.sync_dir(&shard.context.data_dir).await?;
         for entry in shard.context.io.list(&tenants).await? {
+            if entry.name.ends_with(TEMP_SUFFIX) {
+                shard.context.io.remove_dir_all(&tenants.join(&entry.name)).await?;
+                continue;
+            }
             let Ok(tenant) = entry.name.parse::<TenantShardId>() else {
                 tracing::warn!("{} in {} is no tenant", entry.name, tenants.display());
                 continue;
@@ -121,73 +143,40 @@ impl<I: Io, C: Connector> Shard<I, C> {
         Ok(shard)
     }
 
-    fn timelines_dir(&self, tenant: TenantShardId) -> PathBuf {
-        self.context.data_dir.join("tenants").join(tenant.to_string()).join("timelines")
+    pub(super) fn tenant_dir(&self, tenant: TenantShardId) -> PathBuf {
+        self.context.data_dir.join("tenants").join(tenant.to_string())
     }
 
-    async fn open_tenant(self: &Rc<Self>, tenant: TenantShardId) -> Result<(), IoError> {
-        let dir = self.timelines_dir(tenant);
-        self.context.io.create_dir(&dir).await?;
-        for entry in self.context.io.list(&dir).await? {
-            let Ok(id) = entry.name.parse::<TimelineId>() else { continue };
-            let timeline_dir = dir.join(&entry.name);
-            if !self.has_index(&timeline_dir).await? {
-                tracing::warn!(%tenant, timeline = %id, "removing an import that did not end");
-                self.context.io.remove_dir_all(&timeline_dir).await?;
-                continue;
-            }
-            let slot = match self.open_timeline(tenant, id).await {
-                Ok(timeline) => Slot::Ready(timeline),
-                Err(error) => {
-                    tracing::error!(%tenant, timeline = %id, "cannot be opened: {error}");
-                    Slot::Damaged(error.to_string())
-                }
-            };
-            self.slots.borrow_mut().insert((tenant, id), slot);
+    pub(super) fn timelines_dir(&self, tenant: TenantShardId) -> PathBuf {
+        self.tenant_dir(tenant).join(TIMELINES_DIR)
+    }
+
+    pub(super) fn new_tenant(&self, overrides: TenantConfig) -> TenantSlot {
+        TenantSlot {
+            overrides,
+            config: Rc::new(Cell::new(overrides.over(self.context.config))),
+            error: None,
+            turn: Rc::default(),
         }
-        Ok(())
+    }
+
+    /// The settings of a tenant's timelines; one that is not known yet gets those of the node.
+    pub(super) fn config_of(&self, tenant: TenantShardId) -> Rc<Cell<TimelineConfig>> {
+        let mut tenants = self.tenants.borrow_mut();
+        let new = || self.new_tenant(TenantConfig::default());
+        tenants.entry(tenant).or_insert_with(new).config.clone()
     }
 
     async fn has_index(&self, dir: &Path) -> Result<bool, IoError> {
         Ok(self.context.io.list(dir).await?.iter().any(|entry| entry.name == INDEX_FILE))
     }
 
-    async fn open_timeline(
-        self: &Rc<Self>,
-        tenant: TenantShardId,
-        id: TimelineId,
-    ) -> Result<Rc<Timeline<I>>, LoadError> {
-        let dir = self.timelines_dir(tenant).join(id.to_string());
-        let owner = LayerOwner { shard: tenant, timeline: id };
-        let context = &self.context;
-        let timeline = load(
-            |settings| TimelineContext {
-                io: context.io.clone(),
-                background: context.background.clone(),
-                redo: self.redo_of(tenant, settings),
-                background_redo: self.background_redo_of(tenant, settings),
-                cache: self.cache.clone(),
-                memory: self.memory.clone(),
-                counters: self.counters.clone(),
-                config: context.config,
-                dir: dir.clone(),
-            },
-            &context.io,
-            &dir,
-            owner,
-        )
-        .await?;
-        let follow = timeline.clone().follow(context.connector.clone());
-        context.io.spawn(TaskClass::Ingest, follow);
-        Ok(timeline)
-    }
-
-    fn redo_of(&self, tenant: TenantShardId, settings: RedoSettings) -> Rc<dyn Redo> {
+    pub(super) fn redo_of(&self, tenant: TenantShardId, settings: RedoSettings) -> Rc<dyn Redo> {
         let start = || self.context.redo.start(tenant, settings);
         self.redo.borrow_mut().entry((tenant, settings)).or_insert_with(start).clone()
     }
 
-    fn background_redo_of(
+    pub(super) fn background_redo_of(
         &self,
         tenant: TenantShardId,
         settings: RedoSettings,
@@ -196,11 +185,20 @@ impl<I: Io, C: Connector> Shard<I, C> {
         Rc::new(move || factory.background(tenant, settings))
     }
 
+    /// Ends the redo services of a tenant that is gone.
+    pub(super) async fn forget_redo(&self, tenant: TenantShardId) {
+        self.redo.borrow_mut().retain(|(other, _), _| *other != tenant);
+        self.context.redo.stop(tenant).await;
+    }
+
     /// Brings a base backup in, then opens the timeline. Runs as a task of its own.
     async fn create(self: Rc<Self>, request: CreateTimeline, progress: Arc<Progress>) {
         let key = (request.tenant, request.timeline);
         let slot = match self.import(&request, progress).await {
-            Ok(timeline) => Slot::Ready(timeline),
+            Ok(timeline) => {
+                self.start_following(&timeline);
+                Slot::Ready(timeline)
+            }
             Err(reason) => {
                 tracing::error!(tenant = %key.0, timeline = %key.1, "import failed: {reason}");
                 let dir = self.timelines_dir(key.0).join(key.1.to_string());
@@ -235,7 +233,7 @@ impl<I: Io, C: Connector> Shard<I, C> {
             owner: LayerOwner { shard: request.tenant, timeline: request.timeline },
             dir: dir.clone(),
             source: request.source.clone(),
-            image_layer_bytes: self.context.config.image_layer_bytes,
+            image_layer_bytes: self.config_of(request.tenant).get().image_layer_bytes,
             progress,
         };
         let imported =
@@ -244,13 +242,13 @@ impl<I: Io, C: Connector> Shard<I, C> {
             .map_err(|error| error.to_string())?
             .map_err(|error: ImportError| error.to_string())?;
         import::publish(io, &dir, &index).await.map_err(|error| error.to_string())?;
-        self.open_timeline(request.tenant, request.timeline)
+        self.open_timeline((request.tenant, request.timeline), None)
             .await
             .map_err(|error| error.to_string())
     }
 
     /// Data that could not be opened is not overwritten: an operator may still save it.
-    async fn refuse_existing(
+    pub(super) async fn refuse_existing(
         &self,
         tenant: TenantShardId,
         id: TimelineId,
@@ -271,39 +269,20 @@ impl<I: Io, C: Connector> Shard<I, C> {
         }
     }
 
-    fn ready(&self, tenant: TenantShardId, id: TimelineId) -> Result<Rc<Timeline<I>>, ReadError> {
-        let slots = self.slots.borrow();
-        match slots.get(&(tenant, id)) {
-            Some(Slot::Ready(timeline)) => Ok(timeline.clone()),
-            Some(Slot::Importing(_)) => Err(ReadError::NotReady {
-                timeline: id,
-                reason: "its base backup is being imported".to_owned(),
-            }),
-            Some(Slot::Failed(reason) | Slot::Damaged(reason)) => {
-                Err(ReadError::NotReady { timeline: id, reason: reason.clone() })
-            }
-            None if slots.keys().any(|(present, _)| *present == tenant) => {
-                Err(ReadError::TimelineNotFound(tenant, id))
-            }
-            None => Err(ReadError::TenantNotFound(tenant)),
-        }
-    }
-
     /// Imports that were cancelled remove what they have written; then they are no longer there.
+    /// What is being opened is open, or has failed.
     async fn wait_for_imports(&self) {
-        let importing = |slot: &Slot<I>| matches!(slot, Slot::Importing(_));
-        let mut waited_ms = 0;
-        while waited_ms < STOP_WAIT_MS && self.slots.borrow().values().any(importing) {
-            self.context.io.sleep(Duration::from_millis(STOP_POLL_MS)).await;
-            waited_ms += STOP_POLL_MS;
-        }
+        let importing = |slot: &Slot<I>| {
+            matches!(slot, Slot::Importing(_) | Slot::Loading(_) | Slot::Branching(_))
+        };
+        self.wait_until(|| !self.slots.borrow().values().any(importing)).await;
     }
 
     fn all_ready(&self) -> Vec<Rc<Timeline<I>>> {
         let slots = self.slots.borrow();
         let ready = slots.values().filter_map(|slot| match slot {
             Slot::Ready(timeline) => Some(timeline.clone()),
-            Slot::Importing(_) | Slot::Failed(_) | Slot::Damaged(_) => None,
+            _ => None,
         });
         ready.collect()
     }
@@ -317,47 +296,47 @@ impl<I: Io, C: Connector> PageBackend for Rc<Shard<I, C>> {
         tenant: TenantShardId,
         timeline: TimelineId,
     ) -> Result<Rc<Timeline<I>>, ReadError> {
-        self.ready(tenant, timeline)
+        let found = self.activate((tenant, timeline)).await?;
+        // Refused here already, so that the command fails and not each of its requests.
+        found.enter().map(|_| found.clone())
     }
 }
 
 impl<I: Io, C: Connector> CoreControl for Rc<Shard<I, C>> {
     fn timelines(&self) -> Vec<TimelineInfo> {
         let slots = self.slots.borrow();
-        let info = |(&(tenant, timeline), slot): (&(TenantShardId, TimelineId), &Slot<I>)| {
-            let (state, error, import) = match slot {
-                Slot::Ready(ready) => return ready.info(self.context.core),
-                Slot::Importing(progress) => {
-                    (TimelineState::Importing, None, Some(progress.read()))
+        slots
+            .iter()
+            .map(|(key, slot)| {
+                if let Slot::Ready(timeline) = slot {
+                    timeline.want_logical_size();
                 }
-                Slot::Failed(reason) | Slot::Damaged(reason) => {
-                    (TimelineState::Broken, Some(reason.clone()), None)
-                }
-            };
-            TimelineInfo {
-                tenant,
-                timeline,
+                slot.info(*key, self.context.core)
+            })
+            .collect()
+    }
+
+    fn tenants(&self) -> Vec<TenantInfo> {
+        let tenants = self.tenants.borrow();
+        tenants
+            .iter()
+            .map(|(tenant, slot)| TenantInfo {
+                tenant: *tenant,
                 core: self.context.core,
-                state,
-                error,
-                import,
-                start_lsn: Lsn::INVALID,
-                received_lsn: Lsn::INVALID,
-                last_record_lsn: Lsn::INVALID,
-                journal_lsn: Lsn::INVALID,
-                disk_consistent_lsn: Lsn::INVALID,
-                wal_source: None,
-                wal_source_connected: false,
-                wal_source_error: None,
-                ingest_paused: None,
-                damaged: Vec::new(),
-                layer_count: 0,
-                layer_bytes: 0,
-                open_layer_bytes: 0,
-                journal_bytes: 0,
-            }
-        };
-        slots.iter().map(info).collect()
+                config: slot.overrides,
+                effective_config: TenantConfig::effective(slot.config.get()),
+                timeline_count: self.of_tenant(*tenant, |_, _| ()).len(),
+                error: slot.error.clone(),
+            })
+            .collect()
+    }
+
+    async fn change(&self, change: Change) -> Result<(), ControlError> {
+        if self.stopping.get() {
+            let message = "the node is shutting down".to_owned();
+            return Err(ControlError { kind: Kind::Shutdown, message });
+        }
+        self.carry_out(change).await
     }
 
     fn metrics(&self) -> CoreMetrics {
@@ -398,15 +377,15 @@ impl<I: Io, C: Connector> CoreControl for Rc<Shard<I, C>> {
             let refuse = |message| Err(ControlError { kind: Kind::Invalid, message });
             match slots.get(&key) {
                 None | Some(Slot::Failed(_)) => {}
-                Some(Slot::Importing(_) | Slot::Ready(_)) => {
-                    return refuse(format!("{name} exists already"));
-                }
-                Some(Slot::Damaged(reason)) => {
+                Some(Slot::Damaged(reason, _)) => {
                     return refuse(format!("{name} exists but cannot be opened: {reason}"));
                 }
+                Some(_) => return refuse(format!("{name} exists already")),
             }
             slots.insert(key, Slot::Importing(progress.clone()));
         }
+        // The tenant exists from here on.
+        self.config_of(request.tenant);
         self.context.io.spawn(TaskClass::Background, self.clone().create(request, progress));
         Ok(())
     }
@@ -417,7 +396,8 @@ impl<I: Io, C: Connector> CoreControl for Rc<Shard<I, C>> {
         timeline: TimelineId,
     ) -> Result<(), ControlError> {
         let control = |kind: Kind, message: String| ControlError { kind, message };
-        let found = self.ready(tenant, timeline).map_err(|e| control(e.kind(), e.to_string()))?;
+        let found = self.activate((tenant, timeline)).await;
+        let found = found.map_err(|e| control(e.kind(), e.to_string()))?;
         let done = found.checkpoint_now().await;
         done.map(|_| ()).map_err(|e| control(Kind::Retry, e.to_string()))
     }
@@ -429,17 +409,17 @@ impl<I: Io, C: Connector> CoreControl for Rc<Shard<I, C>> {
                 progress.cancel();
             }
         }
+        self.wait_for_imports().await;
         let timelines = self.all_ready();
         timelines.iter().for_each(|timeline| timeline.stop_following());
-        let mut waited_ms = 0;
-        while waited_ms < STOP_WAIT_MS && timelines.iter().any(|one| !one.has_stopped_following()) {
-            self.context.io.sleep(Duration::from_millis(STOP_POLL_MS)).await;
-            waited_ms += STOP_POLL_MS;
-        }
+        self.wait_until(|| timelines.iter().all(|one| one.has_stopped_following())).await;
+        // What reads goes first: files are closed when nobody reads them, ancestors' too.
+        timelines.iter().for_each(|one| one.gate.close());
+        timelines.iter().for_each(|one| one.waiters.fail_all());
+        self.wait_until(|| timelines.iter().all(|one| one.gate.is_idle())).await;
         for timeline in timelines {
             timeline.shut_down().await;
         }
-        self.wait_for_imports().await;
         self.context.redo.stop_all().await;
         // Not left to the last owner: a task that is stuck must not keep the runner alive.
         self.context.background.close();

@@ -4,14 +4,16 @@
 //! methods only, and is never borrowed across an `.await`.
 
 use std::cell::{Cell, RefCell};
-use std::collections::{BTreeSet, VecDeque};
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::path::PathBuf;
 use std::rc::Rc;
 use std::sync::Arc;
 
 use super::background::Background;
+use super::branch::Ancestor;
 use super::compact::Compaction;
-use super::control::{ImportProgress, TimelineInfo, TimelineState};
+use super::control::{DetachState, ImportProgress, TimelineInfo, TimelineState};
+use super::gate::Gate;
 use super::health::Health;
 use super::index::{ClusterIdentity, IndexLayer, TimelineIndex, WalSourceConfig};
 use super::layer_map::LayerMap;
@@ -82,8 +84,8 @@ pub struct TimelineContext<I: Io> {
     pub memory: Rc<MemoryBudget>,
     /// Counters of the core.
     pub counters: Rc<Counters>,
-    /// Sizes and times.
-    pub config: TimelineConfig,
+    /// Sizes and times of the tenant; they may change at any time.
+    pub config: Rc<Cell<TimelineConfig>>,
     /// The timeline's directory.
     pub dir: PathBuf,
 }
@@ -96,7 +98,6 @@ pub struct Timeline<I: Io> {
     /// The timeline.
     pub id: TimelineId,
     pub(super) cluster: ClusterIdentity,
-    pub(super) start_lsn: Lsn,
     pub(super) source: Option<WalSourceConfig>,
     pub(super) journal: Journal<I>,
     pub(super) mutable: RefCell<Mutable<I>>,
@@ -108,10 +109,17 @@ pub struct Timeline<I: Io> {
     /// Tells the WAL receiver that there is something to report.
     pub(super) status_signal: Signal,
     pub(super) flush_turn: Turn,
+    /// Whoever writes the index holds it.
     pub(super) checkpoint_turn: Turn,
     /// Whoever replaces the index holds this until the layer map says the same.
     pub(super) index_turn: Turn,
     pub(super) compaction: Compaction<I>,
+    /// Reads under way, those of branches too. Closed when the timeline goes away.
+    pub(super) gate: Gate,
+    /// The timeline is being deleted.
+    pub(super) deleting: Cell<bool>,
+    /// Takes in no WAL and answers only its branches.
+    pub(super) archived: Cell<bool>,
     /// A record is being ingested: the open layer must not be frozen.
     pub(super) ingesting: Cell<bool>,
     /// Room for the changes of one record.
@@ -124,11 +132,32 @@ pub struct Timeline<I: Io> {
     pub(super) source_connected: Cell<bool>,
     pub(super) health: RefCell<Health>,
     pub(super) memory: Share,
+    /// Sum of the sizes of all relations when they were added up, and [`Sizes::growth`] then.
+    pub(super) logical_base: Cell<LogicalBase>,
+}
+
+/// What is known of the logical size.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum LogicalBase {
+    /// Nobody has asked yet.
+    Unknown,
+    /// The sizes are being added up.
+    Adding,
+    /// The sum, less the growth until then, in blocks.
+    Known(i64),
 }
 
 /// The parts of a timeline that change.
 pub struct Mutable<I: Io> {
     pub(super) lsns: Lsns,
+    /// First readable LSN.
+    pub(super) start_lsn: Lsn,
+    /// Where the history before the own layers is.
+    pub(super) ancestor: Option<Ancestor<I>>,
+    /// Branch points of the timelines whose ancestor this one is.
+    pub(super) branches: BTreeMap<TimelineId, Lsn>,
+    /// A detaching that is under way, or how the last one failed.
+    pub(super) detach: Option<DetachState>,
     pub(super) open: OpenLayer,
     pub(super) open_since: Instant,
     /// Oldest first.
@@ -181,6 +210,11 @@ impl Signal {
         let _ = self.sender.try_send(());
     }
 
+    /// Forgets a signal that nobody has seen.
+    pub(super) fn clear(&self) {
+        let _ = self.receiver.try_recv();
+    }
+
     pub(super) async fn wait(&self) {
         // The sender lives as long as the receiver, so this cannot fail.
         let _ = self.receiver.recv().await;
@@ -195,14 +229,19 @@ pub struct Opened<I: Io> {
     pub layers: LayerMap<Rc<StoredLayer<I>>>,
     /// The journal, open at its end.
     pub journal: Journal<I>,
+    /// The ancestor that the index names.
+    pub ancestor: Option<Rc<Timeline<I>>>,
 }
 
 impl<I: Io> Timeline<I> {
     /// A timeline from its parts, at the index's `disk_consistent_lsn`. What the journal has after
     /// that is ingested by `load`.
     pub fn new(context: TimelineContext<I>, opened: Opened<I>) -> Result<Rc<Self>, StreamError> {
-        let Opened { index, layers, journal } = opened;
+        let Opened { index, layers, journal, ancestor } = opened;
         let lsn = index.disk_consistent_lsn;
+        let ancestor = ancestor
+            .zip(index.ancestor)
+            .map(|(timeline, point)| Ancestor { timeline, lsn: point.lsn });
         let open_since = context.io.now();
         let checkpoint_signal = Signal::new();
         let wal = WalStream::new(lsn, wal_layout(&index.cluster))?;
@@ -210,11 +249,14 @@ impl<I: Io> Timeline<I> {
             tenant: index.tenant,
             id: index.timeline,
             cluster: index.cluster,
-            start_lsn: index.start_lsn,
             source: index.source,
             journal,
             mutable: RefCell::new(Mutable {
                 lsns: Lsns::at(lsn),
+                start_lsn: index.start_lsn,
+                ancestor,
+                branches: BTreeMap::new(),
+                detach: None,
                 open: OpenLayer::new(Lsn(lsn.0 + 1)),
                 open_since,
                 frozen: Vec::new(),
@@ -236,6 +278,9 @@ impl<I: Io> Timeline<I> {
             checkpoint_turn: Turn::default(),
             index_turn: Turn::default(),
             compaction: Compaction::default(),
+            gate: Gate::default(),
+            deleting: Cell::new(false),
+            archived: Cell::new(index.archived),
             ingesting: Cell::new(false),
             changes: Cell::default(),
             stopping: Cell::new(false),
@@ -243,6 +288,7 @@ impl<I: Io> Timeline<I> {
             follow_ended: Cell::new(false),
             source_connected: Cell::new(false),
             health: RefCell::default(),
+            logical_base: Cell::new(LogicalBase::Unknown),
             context,
         }))
     }
@@ -260,11 +306,6 @@ impl<I: Io> Timeline<I> {
     /// The milestones.
     pub fn lsns(&self) -> Lsns {
         self.mutable.borrow().lsns
-    }
-
-    /// First readable LSN.
-    pub fn start_lsn(&self) -> Lsn {
-        self.start_lsn
     }
 
     /// Why the timeline takes in no more WAL, if so.
@@ -308,7 +349,9 @@ impl<I: Io> Timeline<I> {
             timeline: self.id,
             cluster: self.cluster,
             source: self.source.clone(),
-            start_lsn: self.start_lsn,
+            ancestor: mutable.ancestor.as_ref().map(Ancestor::point),
+            archived: self.archived.get(),
+            start_lsn: mutable.start_lsn,
             disk_consistent_lsn,
             layers: present.chain(added.iter().cloned()).collect(),
         }
@@ -316,12 +359,14 @@ impl<I: Io> Timeline<I> {
 
     /// The timeline as the admin API shows it.
     pub fn info(&self, core: usize) -> TimelineInfo {
+        let start_lsn = self.start_lsn();
         let mutable = self.mutable.borrow();
         let health = self.health.borrow();
         let lsns = mutable.lsns;
         let state = match mutable.broken {
+            _ if self.archived.get() => TimelineState::Archived,
             Some(_) => TimelineState::Broken,
-            None if lsns.last_record < self.start_lsn => TimelineState::CatchingUp,
+            None if lsns.last_record < start_lsn => TimelineState::CatchingUp,
             None => TimelineState::Active,
         };
         let frozen: u64 = mutable.frozen.iter().map(|layer| layer.memory_bytes() as u64).sum();
@@ -332,7 +377,9 @@ impl<I: Io> Timeline<I> {
             state,
             error: mutable.broken.clone(),
             import: None::<ImportProgress>,
-            start_lsn: self.start_lsn,
+            start_lsn,
+            ancestor: mutable.ancestor.as_ref().map(Ancestor::point),
+            detach: mutable.detach.clone(),
             received_lsn: lsns.received,
             last_record_lsn: lsns.last_record,
             journal_lsn: lsns.journal,
@@ -344,6 +391,13 @@ impl<I: Io> Timeline<I> {
             damaged: health.damaged().cloned().collect(),
             layer_count: mutable.layers.len() as u64,
             layer_bytes: mutable.layers.iter().map(|(_, layer)| layer.file_bytes()).sum(),
+            history_bytes: mutable
+                .layers
+                .iter()
+                .filter(|(span, _)| !span.is_image)
+                .map(|(_, layer)| layer.file_bytes())
+                .sum(),
+            logical_bytes: self.logical_bytes(&mutable),
             open_layer_bytes: mutable.open.memory_bytes() as u64 + frozen,
             journal_bytes: lsns.received.bytes_since(lsns.disk_consistent),
         }
@@ -356,7 +410,7 @@ pub(super) fn wal_layout(cluster: &ClusterIdentity) -> WalLayout {
 }
 
 /// A connection string without its password.
-fn redacted(conninfo: &str) -> String {
+pub(super) fn redacted(conninfo: &str) -> String {
     match conninfo.parse::<crate::wal::source::conninfo::ConnInfo>() {
         Ok(parsed) => parsed.to_string(),
         Err(_) => "(unreadable connection string)".to_owned(),

@@ -163,6 +163,8 @@ pub(super) async fn import(io: SimIo) -> Result<(), String> {
             hint_bits_logged: false,
         },
         source: Some(WalSourceConfig { conninfo: "host=primary user=u".into(), slot: None }),
+        ancestor: None,
+        archived: false,
         start_lsn: START,
         disk_consistent_lsn: START,
         layers: vec![IndexLayer { name: layer.name.to_string(), len: layer.file_bytes }],

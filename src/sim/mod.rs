@@ -32,6 +32,8 @@ use std::rc::Rc;
 use std::time::Duration;
 
 #[cfg(test)]
+mod branch_tests;
+#[cfg(test)]
 mod check_tests;
 pub mod disk;
 pub mod engine;
@@ -40,6 +42,8 @@ pub mod file_data;
 #[cfg(test)]
 mod incident_tests;
 mod io;
+#[cfg(test)]
+mod lifecycle_tests;
 mod options;
 pub mod primary;
 pub mod random;

@@ -39,6 +39,10 @@ impl RedoFactory for ToyRedoFactory {
         Box::new(|| Rc::new(ToyRedo))
     }
 
+    fn stop(&self, _: TenantShardId) -> LocalBoxFuture<'_, ()> {
+        Box::pin(async {})
+    }
+
     fn stop_all(&self) -> LocalBoxFuture<'_, ()> {
         Box::pin(async {})
     }

@@ -13,7 +13,7 @@ use crate::base::{TenantShardId, TimelineId};
 use crate::server::page_protocol::*;
 use crate::server::page_service::{Session, serve};
 use crate::server::router;
-use crate::shard::control::{ControlError, CreateTimeline, TimelineInfo};
+use crate::shard::control::{Change, ControlError, CreateTimeline, TenantInfo, TimelineInfo};
 use crate::shard::reader::{ReadError, RequestLsn, TimelineReader};
 
 /// Every tenant whose first byte is not 0xff exists; a page's bytes name the core and the block.
@@ -64,6 +64,12 @@ impl CoreControl for Fake {
     }
     fn metrics(&self) -> CoreMetrics {
         CoreMetrics::default()
+    }
+    fn tenants(&self) -> Vec<TenantInfo> {
+        Vec::new()
+    }
+    async fn change(&self, _: Change) -> Result<(), ControlError> {
+        Ok(())
     }
     async fn create_timeline(&self, _: CreateTimeline) -> Result<(), ControlError> {
         Ok(())

@@ -135,6 +135,8 @@ mod tests {
             },
             source: None,
             start_lsn: Lsn(100),
+            ancestor: None,
+            archived: false,
             disk_consistent_lsn: Lsn(199),
             layers: names
                 .iter()

@@ -1,0 +1,163 @@
+//! Settings of one tenant over those of the node.
+//!
+//! Kept in the file `config` of the tenant's directory: JSON in the checksummed container of
+//! `io::durable`. A setting that is not given follows the node's.
+
+use serde::{Deserialize, Serialize};
+
+use super::timeline::TimelineConfig;
+use crate::base::Kind;
+
+/// File name within the tenant's directory.
+pub const CONFIG_FILE: &str = "config";
+
+/// Version of the file's content.
+const CONFIG_VERSION: u32 = 1;
+
+/// Settings of a tenant; what is `None` follows the node.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct TenantConfig {
+    /// See [`TimelineConfig::checkpoint_distance_bytes`].
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub checkpoint_distance_bytes: Option<u64>,
+    /// See [`TimelineConfig::checkpoint_timeout_s`].
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub checkpoint_timeout_s: Option<u64>,
+    /// See [`TimelineConfig::wait_lsn_timeout_ms`].
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub wait_lsn_timeout_ms: Option<u64>,
+}
+
+/// Why settings of a tenant cannot be used.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum TenantConfigError {
+    /// Not the JSON that we write.
+    #[error("the tenant's settings are malformed: {0}")]
+    Malformed(String),
+    /// Written by another version of the program.
+    #[error(
+        "the tenant's settings have version {found}, this program reads version {CONFIG_VERSION}"
+    )]
+    Version {
+        /// The version found.
+        found: u32,
+    },
+    /// A value that cannot be.
+    #[error("setting {key}: {problem}")]
+    Value {
+        /// The setting.
+        key: &'static str,
+        /// What is wrong.
+        problem: &'static str,
+    },
+}
+
+impl TenantConfigError {
+    /// What a caller can do about it.
+    pub fn kind(&self) -> Kind {
+        match self {
+            TenantConfigError::Malformed(_) => Kind::Corrupt,
+            TenantConfigError::Version { .. } | TenantConfigError::Value { .. } => Kind::Invalid,
+        }
+    }
+}
+
+#[derive(Serialize, Deserialize)]
+struct Stored {
+    version: u32,
+    config: TenantConfig,
+}
+
+impl TenantConfig {
+    /// Refuses what the node's own settings would not take either.
+    pub fn check(&self) -> Result<(), TenantConfigError> {
+        let fail = |key, problem| Err(TenantConfigError::Value { key, problem });
+        if self.checkpoint_distance_bytes.is_some_and(|bytes| bytes < 64 * 1024) {
+            return fail("checkpoint_distance_bytes", "must be at least 65536");
+        }
+        if self.checkpoint_timeout_s == Some(0) {
+            return fail("checkpoint_timeout_s", "must be at least 1");
+        }
+        Ok(())
+    }
+
+    /// The node's settings with these over them.
+    pub fn over(&self, node: TimelineConfig) -> TimelineConfig {
+        TimelineConfig {
+            checkpoint_distance_bytes: self
+                .checkpoint_distance_bytes
+                .unwrap_or(node.checkpoint_distance_bytes),
+            checkpoint_timeout_s: self.checkpoint_timeout_s.unwrap_or(node.checkpoint_timeout_s),
+            wait_lsn_timeout_ms: self.wait_lsn_timeout_ms.unwrap_or(node.wait_lsn_timeout_ms),
+            ..node
+        }
+    }
+
+    /// Every setting with the value that is in force.
+    pub fn effective(config: TimelineConfig) -> TenantConfig {
+        TenantConfig {
+            checkpoint_distance_bytes: Some(config.checkpoint_distance_bytes),
+            checkpoint_timeout_s: Some(config.checkpoint_timeout_s),
+            wait_lsn_timeout_ms: Some(config.wait_lsn_timeout_ms),
+        }
+    }
+
+    /// The written form.
+    pub fn encode(&self) -> Vec<u8> {
+        let stored = Stored { version: CONFIG_VERSION, config: *self };
+        serde_json::to_vec_pretty(&stored).expect("plain fields always have a JSON form")
+    }
+
+    /// Reads the written form.
+    pub fn decode(bytes: &[u8]) -> Result<TenantConfig, TenantConfigError> {
+        #[derive(Deserialize)]
+        struct Version {
+            version: u32,
+        }
+        let malformed = |error: serde_json::Error| TenantConfigError::Malformed(error.to_string());
+        let version: Version = serde_json::from_slice(bytes).map_err(malformed)?;
+        if version.version != CONFIG_VERSION {
+            return Err(TenantConfigError::Version { found: version.version });
+        }
+        let stored: Stored = serde_json::from_slice(bytes).map_err(malformed)?;
+        stored.config.check()?;
+        Ok(stored.config)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const NODE: TimelineConfig = TimelineConfig {
+        checkpoint_distance_bytes: 1 << 20,
+        checkpoint_timeout_s: 600,
+        wait_lsn_timeout_ms: 1000,
+        image_layer_bytes: 1 << 20,
+        compaction_threshold: 4,
+        compaction_target_bytes: 1 << 20,
+        compaction_image_percent: 100,
+    };
+
+    #[test]
+    fn what_is_given_wins_and_the_rest_follows_the_node() {
+        let config = TenantConfig { checkpoint_timeout_s: Some(5), ..TenantConfig::default() };
+        assert_eq!(config.over(NODE), TimelineConfig { checkpoint_timeout_s: 5, ..NODE });
+        assert_eq!(TenantConfig::effective(NODE).over(config.over(NODE)), NODE);
+        assert_eq!(TenantConfig::decode(&config.encode()), Ok(config));
+    }
+
+    #[test]
+    fn mistakes_are_refused() {
+        let text = |json: &str| {
+            serde_json::from_str::<TenantConfig>(json).map_err(|error| error.to_string())
+        };
+        assert!(text(r#"{"chekpoint_timeout_s": 5}"#).unwrap_err().contains("chekpoint_timeout_s"));
+        let zero = TenantConfig { checkpoint_timeout_s: Some(0), ..TenantConfig::default() };
+        assert!(matches!(zero.check(), Err(TenantConfigError::Value { .. })));
+        assert!(TenantConfig::decode(&zero.encode()).is_err());
+        let newer = br#"{"version": 2, "config": {"new": 1}}"#;
+        assert_eq!(TenantConfig::decode(newer), Err(TenantConfigError::Version { found: 2 }));
+    }
+}

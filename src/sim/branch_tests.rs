@@ -1,0 +1,450 @@
+//! Branches in the simulator: a tree of timelines grows, shrinks, is archived and detached while
+//! the root takes in WAL, through kills and power losses; every page of every timeline at every
+//! LSN is compared with the primary's idea of it.
+
+use std::cell::RefCell;
+use std::rc::Rc;
+use std::time::Duration;
+
+use super::engine::{Outside, SimShard, TENANT, TIMELINE, import, start_shard, timeline_dir};
+use super::{Outcome, SimIo, SimOptions, SimWorld, check_seeds};
+use crate::base::{Kind, Lsn, TimelineId};
+use crate::io::Io;
+use crate::shard::branch::CANARY_NO_BRANCH_POINT;
+use crate::shard::control::{
+    Change, ControlError, CoreControl, CreateBranch, TimelineInfo, TimelineState,
+};
+use crate::shard::index::WalSourceConfig;
+use crate::shard::reader::{PageBackend, ReadError, RequestLsn, TimelineReader};
+
+const START: Lsn = Lsn(0x100_0000);
+
+/// What is to be true of a timeline that the story knows.
+#[derive(Clone, Debug, PartialEq)]
+struct Known {
+    id: TimelineId,
+    /// Readable up to here; the root and those with a source of their own go on.
+    end: Lsn,
+    follows: bool,
+    life: Life,
+    archived: Maybe,
+    detached: Maybe,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq)]
+enum Life {
+    /// Being made: there or not after a crash.
+    Coming,
+    There,
+    /// Being deleted: there or not after a crash.
+    Going,
+    Gone,
+}
+
+/// A fact that a crash may leave either way.
+#[derive(Clone, Copy, Debug, PartialEq)]
+enum Maybe {
+    No,
+    Open,
+    Yes,
+}
+
+impl Maybe {
+    fn settle(&mut self, found: bool, what: &str) -> Result<(), String> {
+        match (*self, found) {
+            (Maybe::Yes, false) => Err(format!("{what} was acknowledged and is lost")),
+            (Maybe::No, true) => Err(format!("{what} came true without being asked for")),
+            _ => {
+                *self = if found { Maybe::Yes } else { Maybe::No };
+                Ok(())
+            }
+        }
+    }
+}
+
+#[derive(Default)]
+struct Story {
+    known: RefCell<Vec<Known>>,
+    /// How often each thing was done, over all seeds; a test that does nothing proves nothing.
+    done: RefCell<std::collections::BTreeMap<&'static str, u64>>,
+}
+
+impl Story {
+    fn count(&self, what: &'static str) {
+        *self.done.borrow_mut().entry(what).or_default() += 1;
+    }
+
+    fn change(&self, id: TimelineId, change: impl FnOnce(&mut Known)) {
+        let mut known = self.known.borrow_mut();
+        change(known.iter_mut().find(|one| one.id == id).expect("the story knows it"));
+    }
+
+    fn pick(&self, io: &SimIo, want: impl Fn(&Known) -> bool) -> Option<Known> {
+        let known = self.known.borrow();
+        let fitting: Vec<&Known> =
+            known.iter().filter(|one| one.life == Life::There && want(one)).collect();
+        let number = io.random_u64() as usize;
+        (!fitting.is_empty()).then(|| fitting[number % fitting.len()].clone())
+    }
+}
+
+/// After a crash: what was acknowledged is true, what was asked for may be.
+fn settle(story: &Story, infos: &[TimelineInfo]) -> Result<(), String> {
+    let mut known = story.known.borrow_mut();
+    for one in known.iter_mut() {
+        let found = infos.iter().find(|info| info.timeline == one.id);
+        one.life = match (one.life, found.is_some()) {
+            (Life::There, false) => return Err(format!("{} is lost", one.id)),
+            (Life::Gone, true) => return Err(format!("{} is there again", one.id)),
+            (_, true) => Life::There,
+            (_, false) => Life::Gone,
+        };
+        let Some(info) = found else { continue };
+        if info.state == TimelineState::Broken {
+            return Err(format!("{} is broken: {:?}", one.id, info.error));
+        }
+        one.archived.settle(info.state == TimelineState::Archived, "archiving")?;
+        if one.id != TIMELINE {
+            one.detached.settle(info.ancestor.is_none(), "detaching")?;
+        }
+    }
+    let strangers = infos.iter().filter(|info| known.iter().all(|one| one.id != info.timeline));
+    match strangers.count() {
+        0 => Ok(()),
+        count => Err(format!("{count} timelines that nobody made")),
+    }
+}
+
+async fn start(io: &SimIo, outside: &Rc<Outside>, story: &Story) -> Result<SimShard, String> {
+    let shard = start_shard(io, outside).await?;
+    settle(story, &shard.timelines())?;
+    Ok(shard)
+}
+
+/// Reads one page of one timeline at one LSN.
+async fn check_page(
+    shard: &SimShard,
+    story: &Story,
+    outside: &Outside,
+    io: &SimIo,
+) -> Result<(), String> {
+    let definite = |one: &Known| one.archived != Maybe::Open;
+    let Some(one) = story.pick(io, definite) else { return Ok(()) };
+    let found = shard.timeline(TENANT, one.id).await;
+    if one.archived == Maybe::Yes {
+        let refused = matches!(found, Err(ReadError::Archived { .. }));
+        return if refused { Ok(()) } else { Err(format!("{} is archived and read", one.id)) };
+    }
+    let timeline = found.map_err(|error| error.to_string())?;
+    let last = timeline.lsns().last_record;
+    if !one.follows && last != one.end {
+        return Err(format!("{} ends at {last}, not at {}", one.id, one.end));
+    }
+    let (start, forks) = (timeline.start_lsn(), outside.primary.borrow().forks());
+    if forks.is_empty() || last <= start {
+        return Ok(());
+    }
+    let rel = forks[io.random_u64() as usize % forks.len()];
+    let block = (io.random_u64() % 28) as u32;
+    let newest = io.random_u64().is_multiple_of(4);
+    let at = Lsn(start.0 + io.random_u64() % (last.0 - start.0 + 1));
+    let request = match newest {
+        true => RequestLsn { request: Lsn::MAX, not_modified_since: START },
+        false => RequestLsn { request: at, not_modified_since: START },
+    };
+    let page = timeline.get_page(rel, block, request).await;
+    let size = timeline.rel_size(rel, request).await;
+    // The newest moves on where WAL comes in.
+    let at = if newest { last } else { at };
+    if newest && timeline.lsns().last_record != last {
+        return Ok(());
+    }
+    let (page, size) = match (page, size) {
+        (Ok(page), Ok(size)) => (page, size),
+        // A detaching that ended in the middle.
+        (Err(ReadError::BelowStart { .. }), _) | (_, Err(ReadError::BelowStart { .. }))
+            if timeline.start_lsn() > at =>
+        {
+            return Ok(());
+        }
+        (Err(error), _) | (_, Err(error)) => return Err(format!("{}: {error}", one.id)),
+    };
+    let primary = outside.primary.borrow();
+    if page != primary.page_at(rel, block, at) {
+        return Err(format!("{} of {} block {block} at {at} is wrong", rel, one.id));
+    }
+    let expected = primary.size_at(rel, at);
+    if size != expected {
+        return Err(format!("{rel} of {} at {at} has {size} blocks, not {expected}", one.id));
+    }
+    story.count("read");
+    Ok(())
+}
+
+fn refused<T>(result: &Result<T, ControlError>, part: &str) -> Result<(), String> {
+    match result {
+        Err(error) if error.kind == Kind::Invalid && error.message.contains(part) => Ok(()),
+        Err(error) => Err(format!("'{part}' is not in: {error}")),
+        Ok(_) => Err(format!("this was not refused: {part}")),
+    }
+}
+
+async fn branch(
+    shard: &SimShard,
+    story: &Story,
+    outside: &Outside,
+    io: &SimIo,
+) -> Result<(), String> {
+    let Some(from) = story.pick(io, |one| one.archived == Maybe::No) else { return Ok(()) };
+    let ancestor = shard.timeline(TENANT, from.id).await.map_err(|error| error.to_string())?;
+    let (start, last) = (ancestor.start_lsn(), ancestor.lsns().last_record);
+    let ends: Vec<Lsn> = outside.primary.borrow().record_ends().to_vec();
+    let ends: Vec<Lsn> = ends.into_iter().filter(|end| *end > start && *end <= last).collect();
+    let draw = io.random_u64();
+    let followers = story.known.borrow().iter().filter(|one| one.follows).count();
+    let follows = draw.is_multiple_of(4) && followers < 4 && !ends.is_empty();
+    let lsn = match follows {
+        true => ends[io.random_u64() as usize % ends.len()],
+        false => Lsn(start.0 + io.random_u64() % (last.0 - start.0 + 1)),
+    };
+    let id = TimelineId(u128::from(io.random_u64() | 1).to_be_bytes());
+    let source =
+        follows.then(|| WalSourceConfig { conninfo: "host=primary user=u".into(), slot: None });
+    let end = match lsn.0 % 8 {
+        0 => lsn,
+        rest => Lsn(lsn.0 - rest),
+    };
+    let end = if matches!(end.page_offset(), 1..24) { Lsn(end.0 - end.page_offset()) } else { end };
+    let first_page = end.segment_offset(16 << 20) < 40;
+    let end = if first_page { Lsn(end.0 - end.page_offset()) } else { end };
+    let known =
+        Known { id, end, follows, life: Life::Coming, archived: Maybe::No, detached: Maybe::No };
+    story.known.borrow_mut().push(known);
+    let request =
+        CreateBranch { tenant: TENANT, timeline: id, ancestor: from.id, lsn: Some(lsn), source };
+    let made = shard.change(Change::Branch(request.clone())).await;
+    made.map_err(|error| format!("branch of {} at {lsn}: {error}", from.id))?;
+    story.change(id, |one| one.life = Life::There);
+    refused(&shard.change(Change::Branch(request)).await, "exists already")?;
+    let depth = depth(shard, id);
+    story.count(["depth 0", "depth 1", "depth 2", "depth 3 or more"][depth.min(3)]);
+    if follows {
+        story.count("branch with a source");
+    }
+    Ok(())
+}
+
+fn depth(shard: &SimShard, id: TimelineId) -> usize {
+    let infos = shard.timelines();
+    let mut at = id;
+    for depth in 0.. {
+        let info = infos.iter().find(|info| info.timeline == at);
+        match info.and_then(|info| info.ancestor) {
+            Some(point) => at = point.timeline,
+            None => return depth,
+        }
+    }
+    0
+}
+
+async fn delete(shard: &SimShard, story: &Story, io: &SimIo) -> Result<(), String> {
+    let Some(one) = story.pick(io, |one| one.id != TIMELINE) else { return Ok(()) };
+    let infos = shard.timelines();
+    let is_ancestor =
+        infos.iter().any(|info| info.ancestor.is_some_and(|point| point.timeline == one.id));
+    let open = shard.timeline(TENANT, one.id).await.ok();
+    if !is_ancestor {
+        story.change(one.id, |known| known.life = Life::Going);
+    }
+    let result = shard.change(Change::DeleteTimeline(TENANT, one.id)).await;
+    if is_ancestor {
+        story.count("delete refused");
+        return refused(&result, "has branches");
+    }
+    result.map_err(|error| format!("delete: {error}"))?;
+    story.change(one.id, |known| known.life = Life::Gone);
+    story.count("delete");
+    if let Some(open) = open.filter(|_| one.archived == Maybe::No) {
+        let rel = crate::base::RelNode { spc: 1663, db: 5, rel: 16384 }.fork(0);
+        let request = RequestLsn { request: Lsn::MAX, not_modified_since: START };
+        let read = open.get_page(rel, 0, request).await;
+        if !matches!(read, Err(ReadError::TimelineNotFound(..))) {
+            return Err(format!("a read of a deleted timeline: {read:?}"));
+        }
+    }
+    Ok(())
+}
+
+async fn archive(shard: &SimShard, story: &Story, io: &SimIo) -> Result<(), String> {
+    let Some(one) = story.pick(io, |one| one.id != TIMELINE) else { return Ok(()) };
+    let archived = one.archived == Maybe::No;
+    story.change(one.id, |known| known.archived = Maybe::Open);
+    let changed = shard.change(Change::Archive(TENANT, one.id, archived)).await;
+    changed.map_err(|error| format!("archive: {error}"))?;
+    let now = if archived { Maybe::Yes } else { Maybe::No };
+    story.change(one.id, |known| known.archived = now);
+    story.count(if archived { "archive" } else { "unarchive" });
+    Ok(())
+}
+
+async fn detach(shard: &SimShard, story: &Story, io: &SimIo) -> Result<(), String> {
+    let wanted =
+        |one: &Known| one.id != TIMELINE && one.detached == Maybe::No && one.archived == Maybe::No;
+    let Some(one) = story.pick(io, wanted) else { return Ok(()) };
+    story.change(one.id, |known| known.detached = Maybe::Open);
+    let begun = shard.change(Change::DetachAncestor(TENANT, one.id)).await;
+    begun.map_err(|error| format!("detach: {error}"))?;
+    loop {
+        io.sleep(Duration::from_millis(1)).await;
+        let infos = shard.timelines();
+        let Some(info) = infos.iter().find(|info| info.timeline == one.id) else {
+            return Err("a timeline is gone while it is detached".into());
+        };
+        if info.ancestor.is_none() {
+            break;
+        }
+        if let Some(error) = info.detach.as_ref().and_then(|detach| detach.error.clone()) {
+            return Err(format!("detach: {error}"));
+        }
+    }
+    story.change(one.id, |known| known.detached = Maybe::Yes);
+    story.count("detach");
+    Ok(())
+}
+
+async fn live(io: SimIo, outside: Rc<Outside>, story: Rc<Story>) -> Result<(), String> {
+    let shard = start(&io, &outside, &story).await?;
+    // Reads go on beside the changes.
+    let failed: Rc<RefCell<Option<String>>> = Rc::default();
+    let (reader, its_story, its_outside) = (shard.clone(), story.clone(), outside.clone());
+    let (its_io, problem) = (io.clone(), failed.clone());
+    io.spawn(crate::io::TaskClass::Serve, async move {
+        loop {
+            its_io.sleep(Duration::from_micros(its_io.random_u64() % 2000)).await;
+            let before = its_story.known.borrow().clone();
+            if let Err(error) = check_page(&reader, &its_story, &its_outside, &its_io).await
+                // What was changed while it was read may have gone either way.
+                && before == *its_story.known.borrow()
+            {
+                problem.borrow_mut().get_or_insert(error);
+            }
+        }
+    });
+    loop {
+        io.sleep(Duration::from_micros(io.random_u64() % 3000)).await;
+        match io.random_u64() % 12 {
+            0..5 if story.known.borrow().len() < 24 => {
+                branch(&shard, &story, &outside, &io).await?;
+            }
+            5 => delete(&shard, &story, &io).await?,
+            6 => archive(&shard, &story, &io).await?,
+            7 => detach(&shard, &story, &io).await?,
+            _ => check_page(&shard, &story, &outside, &io).await?,
+        }
+        if let Some(problem) = failed.borrow_mut().take() {
+            return Err(problem);
+        }
+    }
+}
+
+async fn finish(io: SimIo, outside: Rc<Outside>, story: Rc<Story>) -> Result<(), String> {
+    let shard = start(&io, &outside, &story).await?;
+    let end = outside.primary.borrow().record_ends().last().copied().unwrap_or(START);
+    let following = |one: &Known| one.life == Life::There && one.follows;
+    let ids: Vec<TimelineId> = story
+        .known
+        .borrow()
+        .iter()
+        .filter(|one| following(one) && one.archived == Maybe::No)
+        .map(|one| one.id)
+        .collect();
+    for id in ids {
+        let timeline = shard.timeline(TENANT, id).await.map_err(|error| error.to_string())?;
+        timeline.wait_for_lsn(end).await.map_err(|error| format!("{id}: no progress: {error}"))?;
+    }
+    for _ in 0..150 {
+        check_page(&shard, &story, &outside, &io).await?;
+    }
+    // Nothing is left of what was deleted or not made.
+    let dirs = io.list(timeline_dir().parent().unwrap()).await.map_err(|e| e.to_string())?;
+    let there = story.known.borrow().iter().filter(|one| one.life == Life::There).count();
+    if dirs.len() != there {
+        return Err(format!("{} directories for {there} timelines", dirs.len()));
+    }
+    shard.shutdown().await;
+    let shard = start(&io, &outside, &story).await?;
+    check_page(&shard, &story, &outside, &io).await
+}
+
+fn scenario(seed: u64, story: &Rc<Story>) -> Result<u64, String> {
+    let mut world = SimWorld::new(seed, SimOptions::varied(seed));
+    let outside = Outside::new(seed);
+    *story.known.borrow_mut() = vec![Known {
+        id: TIMELINE,
+        end: Lsn::INVALID,
+        follows: true,
+        life: Life::There,
+        archived: Maybe::No,
+        detached: Maybe::No,
+    }];
+    world.run(import).map_err(|error| error.to_string())??;
+    for _ in 0..1 + world.draw("lives", 3) {
+        let steps = 500 + world.draw("life", 6_000);
+        let (outside, story) = (outside.clone(), story.clone());
+        let outcome = world.run_steps(steps, move |io| live(io, outside, story));
+        match outcome.map_err(|error| error.to_string())? {
+            Outcome::Finished(Ok(())) => return Err("a life ended by itself".to_owned()),
+            Outcome::Finished(Err(problem)) => return Err(problem),
+            Outcome::Stopped { .. } => {}
+        }
+        if world.draw("power", 3) > 0 {
+            world.crash();
+        }
+    }
+    let shared = story.clone();
+    world.run(move |io| finish(io, outside, shared)).map_err(|error| error.to_string())??;
+    Ok(world.trace_hash())
+}
+
+#[test]
+fn trees_of_timelines_are_right_through_crashes() {
+    let story = Rc::new(Story::default());
+    for seed in 0..80 {
+        if let Err(problem) = scenario(seed, &story) {
+            panic!("seed {seed}: {problem}");
+        }
+    }
+    let done = story.done.borrow();
+    println!("{done:?}");
+    for what in [
+        "read",
+        "depth 1",
+        "depth 2",
+        "depth 3 or more",
+        "branch with a source",
+        "delete",
+        "delete refused",
+        "archive",
+        "unarchive",
+        "detach",
+    ] {
+        assert!(done.get(what).copied().unwrap_or(0) >= 10, "{what}: {done:?}");
+    }
+}
+
+#[test]
+fn trees_of_timelines_are_deterministic() {
+    let story = Rc::new(Story::default());
+    check_seeds("trees_of_timelines_are_deterministic", 0..8, |seed| scenario(seed, &story))
+        .unwrap();
+}
+
+#[test]
+fn a_branch_that_sees_what_came_later_is_found() {
+    CANARY_NO_BRANCH_POINT.set(true);
+    let story = Rc::new(Story::default());
+    let found = (0..50).find_map(|seed| Some((seed, scenario(seed, &story).err()?)));
+    CANARY_NO_BRANCH_POINT.set(false);
+    let (seed, problem) = found.expect("the planted bug was not found");
+    println!("found at seed {seed}: {problem}");
+}
