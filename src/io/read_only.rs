@@ -26,6 +26,9 @@ use std::time::Duration;
 use super::{ALIGNMENT, DirEntry, File, Instant, Io, IoCause, IoError, TaskClass};
 use crate::limits::READ_AHEAD_BYTES;
 
+/// Past the page cache, and without waiting for whoever would write into a pipe of that name.
+const DIRECT: i32 = nix::libc::O_DIRECT | nix::libc::O_NONBLOCK;
+
 /// Access for one thread; drive its futures with any executor, they never wait.
 #[derive(Clone)]
 pub struct ReadOnlyIo {
@@ -60,7 +63,7 @@ impl Io for ReadOnlyIo {
 
     async fn open(&self, path: &Path) -> Result<ReadOnlyFile, IoError> {
         let mut options = fs::OpenOptions::new();
-        let direct = options.read(true).custom_flags(nix::libc::O_DIRECT).open(path);
+        let direct = options.read(true).custom_flags(DIRECT).open(path);
         let file = match direct {
             // Not every file system knows direct reads.
             Err(error) if error.kind() == ErrorKind::InvalidInput => fs::File::open(path),

@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use super::engine::{Outside, import, start, timeline_dir};
-use super::{SimIo, SimOptions, SimWorld};
+use super::{Outcome, SimIo, SimOptions, SimWorld};
 use crate::base::{Lsn, TenantId, TenantShardId};
 use crate::io::{File, Io, durable};
 use crate::layers::LayerName;
@@ -133,6 +133,43 @@ fn a_running_node_is_not_called_damaged() {
         };
         world.run(story).unwrap();
     }
+}
+
+#[test]
+fn a_crash_damages_nothing_but_the_end_of_a_journal() {
+    let mut torn = 0;
+    for seed in 0..6 {
+        let mut world = SimWorld::new(seed, SimOptions::varied(seed));
+        let outside = Outside::new(seed);
+        world.run(import).unwrap().unwrap();
+        for life in 0..4 {
+            let (steps, shared) = (1_000 + world.draw("life", 4_000), outside.clone());
+            let lived = world.run_steps(steps, move |io| async move {
+                let _node = start(&io, &shared).await.unwrap();
+                io.sleep(Duration::from_secs(3600)).await;
+            });
+            assert!(matches!(lived, Ok(Outcome::Stopped { .. })), "{lived:?}");
+            if life % 2 == 0 {
+                world.crash();
+            }
+            let found = world.run(|io| async move { look(&io).await.0 }).unwrap();
+            for report in found.iter().filter(|report| report.is_damaged()) {
+                assert_eq!(report.kind, FileKind::JournalSegment, "seed {seed}: {report:?}");
+                assert!(report.findings.iter().all(|one| one.text.contains("breaks off at")));
+                torn += 1;
+            }
+        }
+        // Once the WAL has come in again, there is nothing to see any more.
+        let end = outside.primary.borrow().record_ends().last().copied().unwrap();
+        let story = move |io: SimIo| async move {
+            let (shard, timeline) = start(&io, &outside).await.unwrap();
+            timeline.wait_for_lsn(end).await.unwrap();
+            shard.shutdown().await;
+            assert_eq!(damage(&io).await, [], "seed {seed}");
+        };
+        world.run(story).unwrap();
+    }
+    println!("{torn} journals ended in whole records behind a torn one");
 }
 
 /// Exactly one file is damaged, and this is said of it.

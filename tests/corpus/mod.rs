@@ -1,5 +1,6 @@
 //! Makes the corpus of the fuzz targets out of real layers, real WAL and messages of our own:
-//! `RECORD_FUZZ_CORPUS=1 cargo test --test check`. What is there stays; names are checksums.
+//! `RECORD_FUZZ_CORPUS=1 cargo test --test check`. What
+//! is there stays.
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -21,6 +22,8 @@ use pgstrata::wal::stream::{Event, WalStream};
 /// Most bytes of one kind of seeds, and of one seed.
 const TARGET_BYTES_MAX: usize = 100_000;
 const SEED_BYTES_MAX: usize = 40_000;
+/// Most seeds of one kind.
+const SEEDS_MAX: usize = 60;
 
 #[derive(Default)]
 struct Corpus(BTreeMap<&'static str, Vec<Vec<u8>>>);
@@ -29,7 +32,8 @@ impl Corpus {
     fn add(&mut self, target: &'static str, seed: Vec<u8>) {
         let seeds = self.0.entry(target).or_default();
         let total: usize = seeds.iter().map(Vec::len).sum();
-        if seed.len() <= SEED_BYTES_MAX && total + seed.len() <= TARGET_BYTES_MAX {
+        let few = seeds.len() < SEEDS_MAX;
+        if few && seed.len() <= SEED_BYTES_MAX && total + seed.len() <= TARGET_BYTES_MAX {
             seeds.push(seed);
         }
     }
@@ -38,8 +42,10 @@ impl Corpus {
         for (target, seeds) in &self.0 {
             let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("test_data/fuzz").join(target);
             std::fs::create_dir_all(&root).unwrap();
-            for seed in seeds {
-                std::fs::write(root.join(format!("{:08x}", crc32c(seed))), seed).unwrap();
+            for (number, seed) in seeds.iter().enumerate() {
+                // Not of the whole seed: what ends with its own checksum all has the same one.
+                let sum = crc32c(&seed[..seed.len() / 2]);
+                std::fs::write(root.join(format!("{number:03}-{sum:08x}")), seed).unwrap();
             }
         }
     }
