@@ -16,7 +16,8 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use common::*;
-use pgstrata::base::{Lsn, RelTag};
+use pgstrata::base::key::FORK_FSM;
+use pgstrata::base::{Lsn, RelNode, RelTag};
 use pgstrata::cli::demo_node::DemoNode;
 use pgstrata::cli::pg::{PgCluster, StopMode};
 use pgstrata::cli::verify_files::{DataDirectory, scan};
@@ -401,6 +402,38 @@ fn children(pid: u32) -> Vec<u32> {
 }
 
 #[test]
+fn tables_and_b_trees_need_no_process() {
+    let root = Root::new("no-process");
+    let primary = root.cluster("primary", false);
+    primary.pgbench_init("postgres", 1).unwrap();
+    let node = root.node(&[]);
+    let id = Id(1, 1);
+    succeeds(&node, "attach", id, &["--primary", &primary.conninfo()]);
+    primary.pgbench("postgres", &["-c", "2", "-T", "2"], |_| {}).unwrap();
+    primary.psql("postgres", "VACUUM").unwrap();
+    let end = primary.lsn("SELECT pg_current_wal_flush_lsn()").unwrap();
+    wait_for(&node, id, end);
+    for (rel, fork) in scan(primary.data()).unwrap().forks {
+        if rel.fork != FORK_FSM {
+            pages(&node, id, end, rel, fork.blocks);
+        }
+    }
+    let redone = counter(&node, "redo_pages_native");
+    assert!(redone > 100, "{redone} pages");
+    assert_eq!(redone, counter(&node, "redo_requests"));
+    assert_eq!(counter(&node, "redo_misfits"), 0);
+    assert_eq!(children(node.pid().unwrap()), []);
+}
+
+/// The sum of a counter over all cores.
+fn counter(node: &DemoNode, name: &str) -> u64 {
+    let text = node.admin().unwrap().metrics().unwrap();
+    let prefix = format!("pgstrata_{name}_total{{");
+    let lines = text.lines().filter(|line| line.starts_with(&prefix));
+    lines.map(|line| line.rsplit(' ').next().unwrap().parse::<u64>().unwrap()).sum()
+}
+
+#[test]
 fn sigterm_ends_connections_and_children() {
     let root = Root::new("sigterm");
     let primary = root.cluster("primary", false);
@@ -411,15 +444,23 @@ fn sigterm_ends_connections_and_children() {
         succeeds(&node, "attach", id, &["--primary", &source]);
     }
     primary.pgbench("postgres", &["-c", "2", "-T", "1"], |_| {}).unwrap();
+    // Hash indexes are left to the wal-redo processes.
+    let hashed = "CREATE TABLE hashed (id int); CREATE INDEX hashed_id ON hashed USING hash (id);
+        INSERT INTO hashed SELECT generate_series(1, 5000)";
+    primary.psql("postgres", hashed).unwrap();
     let end = primary.lsn("SELECT pg_current_wal_flush_lsn()").unwrap();
-    let (rel, fork) = {
-        let files = scan(primary.data()).unwrap();
-        files.forks.into_iter().max_by_key(|(_, fork)| fork.blocks).unwrap()
-    };
+    let number = |sql| primary.value("postgres", sql).unwrap().parse::<u32>().unwrap();
+    let rel = RelNode {
+        spc: 1663,
+        db: number("SELECT oid FROM pg_database WHERE datname = current_database()"),
+        rel: number("SELECT pg_relation_filenode('hashed_id')"),
+    }
+    .fork(0);
+    let blocks = scan(primary.data()).unwrap().forks[&rel].blocks;
     let mut clients = Vec::new();
     for id in [Id(1, 1), Id(2, 1)] {
         wait_for(&node, id, end);
-        pages(&node, id, end, rel, fork.blocks);
+        pages(&node, id, end, rel, blocks);
         clients.extend((0..20).map(|_| client(&node, id, end)));
     }
     // Half of a start-up message, a request without an end, and one that waits for its LSN.
