@@ -1,7 +1,9 @@
 //! Which layers a read must look at.
 //!
 //! Invariants: for any key, the delta layers that cover it have disjoint LSN ranges, so newest
-//! first is one total order; an image layer at LSN `i` holds every version at or below `i`.
+//! first is one total order; an image layer at LSN `i` holds every version at or below `i`. A
+//! delta layer may begin below the image that a read ends at; the read must not take its versions
+//! at or below `i`, which are in the image.
 
 use super::plan::compaction::is_l0;
 use crate::base::{Key, KeyRange, Lsn, LsnRange};
