@@ -69,6 +69,21 @@ pub(crate) enum Planted {
     ImageLsn,
     /// Makes images without looking at the newest delta layer.
     StaleImages,
+    /// Lets reads take what a delta layer has below the image that they end at.
+    ReadBelowImage,
+}
+
+#[cfg(test)]
+thread_local! {
+    /// What was done on this thread: merges of L0, of L1, image jobs, pages rebuilt.
+    pub(crate) static WRITTEN: Cell<[u64; 4]> = const { Cell::new([0; 4]) };
+}
+
+#[cfg(test)]
+fn count(kind: usize, amount: u64) {
+    let mut written = WRITTEN.get();
+    written[kind] += amount;
+    WRITTEN.set(written);
 }
 
 /// True if this bug is planted.
@@ -231,6 +246,12 @@ impl<I: Io> Timeline<I> {
         let Some(action) = actions.into_iter().nth(chosen) else { return Ok(false) };
         self.compaction.flags.hurry(false);
         tracing::debug!(tenant = %self.tenant, timeline = %self.id, ?action, "compaction");
+        #[cfg(test)]
+        let kind = match action {
+            Action::MergeL0 { .. } => 0,
+            Action::MergeL1 { .. } => 1,
+            Action::MakeImages { .. } => 2,
+        };
         match action {
             Action::MergeL0 { inputs, lsns } | Action::MergeL1 { inputs, lsns } => {
                 self.merge(&snapshot, &inputs, lsns).await?;
@@ -239,6 +260,8 @@ impl<I: Io> Timeline<I> {
                 self.make_images(&snapshot, keys, lsn, (base, &deltas)).await?;
             }
         }
+        #[cfg(test)]
+        count(kind, 1);
         self.context.counters.compactions.add(1);
         Ok(true)
     }
@@ -302,6 +325,8 @@ impl<I: Io> Timeline<I> {
 
     /// Steps 3 and 4 for what a job has made.
     async fn adopt(&self, made: Made, removed: &[Rc<StoredLayer<I>>]) -> Result<(), CompactError> {
+        #[cfg(test)]
+        count(3, made.pages);
         self.context.counters.compaction_pages.add(made.pages);
         self.context.counters.compaction_page_failures.add(made.failures);
         if !made.layers.is_empty() {

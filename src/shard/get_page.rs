@@ -13,6 +13,8 @@ use bytes::{Bytes, BytesMut};
 use futures_util::future::{Either, select};
 
 use super::branch::{Older, below_branch_point};
+#[cfg(test)]
+use super::compact::{Planted, planted};
 use super::reader::{ReadError, RequestLsn, TimelineReader};
 use super::timeline::Timeline;
 use crate::base::page::PAGE_SIZE;
@@ -121,8 +123,18 @@ impl<I: Io> Timeline<I> {
             }
             (mutable.layers.search(key, below), Older::of(&mutable))
         };
+        // A delta layer may reach below the image that a read ends at: what it has there is in the
+        // image already.
+        let image = layers.last().map(|layer| layer.span()).filter(|span| span.is_image);
+        let newer = image.map_or(Lsn(0), |span| span.lsns.end)..below;
+        #[cfg(test)]
+        let newer = match planted(Planted::ReadBelowImage) {
+            true => range.clone(),
+            false => newer,
+        };
         for layer in layers {
-            if layer.collect(key, &range, found).await? != Lookup::Continue {
+            let range = if layer.name().is_image() { &range } else { &newer };
+            if layer.collect(key, range, found).await? != Lookup::Continue {
                 return Ok(None);
             }
         }

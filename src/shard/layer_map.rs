@@ -5,7 +5,8 @@
 //!
 //! Invariants of the layers: for any key, the delta layers that cover it have disjoint LSN
 //! ranges, so newest first is one total order; an image layer at LSN `i` holds every version at or
-//! below `i`. While a compaction publishes piece by piece, a delta layer and what replaces it may
+//! below `i`. A delta layer may begin below the image that a read ends at; the read must not take
+//! its versions at or below `i`, which are in the image. While a compaction publishes piece by piece, a delta layer and what replaces it may
 //! both be here: the map finds both and is slower by the overlap, not wrong. Who wants to know
 //! asks [`LayerMap::overlapping_deltas`].
 //!

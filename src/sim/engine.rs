@@ -314,6 +314,7 @@ pub fn scenario(seed: u64, plant: Plant) -> Result<u64, String> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::shard::compact::{PLANTED, Planted, WRITTEN};
     use crate::shard::get_page::CANARY_WRONG_END;
     use crate::sim::check_seeds;
 
@@ -363,6 +364,55 @@ mod tests {
     fn a_skipped_directory_sync_is_found() {
         let (seed, problem) = found(Plant::DirSync).expect("the planted bug was not found");
         println!("found at seed {seed}: {problem}");
+    }
+
+    fn planted_is_found(bug: Planted) {
+        PLANTED.set(Some(bug));
+        let result = found(Plant::Nothing);
+        PLANTED.set(None);
+        let (seed, problem) = result.unwrap_or_else(|| panic!("{bug:?} was not found"));
+        println!("{bug:?} found at seed {seed}: {problem}");
+    }
+
+    #[test]
+    fn inputs_removed_before_the_index_are_found() {
+        planted_is_found(Planted::RemoveBeforeIndex);
+    }
+
+    #[test]
+    fn inputs_kept_beside_their_merge_are_found() {
+        planted_is_found(Planted::KeepInputs);
+    }
+
+    #[test]
+    fn values_lost_in_a_merge_are_found() {
+        planted_is_found(Planted::DropValues);
+    }
+
+    #[test]
+    fn an_image_with_a_wrong_lsn_is_found() {
+        planted_is_found(Planted::ImageLsn);
+    }
+
+    #[test]
+    fn an_image_without_the_newest_delta_is_found() {
+        planted_is_found(Planted::StaleImages);
+    }
+
+    #[test]
+    fn a_read_that_goes_below_its_image_is_found() {
+        planted_is_found(Planted::ReadBelowImage);
+    }
+
+    #[test]
+    fn every_kind_of_compaction_happens() {
+        WRITTEN.set([0; 4]);
+        for seed in 0..20 {
+            scenario(seed, Plant::Nothing).unwrap();
+        }
+        let [l0, l1, images, pages] = WRITTEN.get();
+        println!("{l0} merges of L0, {l1} of L1, {images} of images, {pages} pages");
+        assert!(l0 > 50 && l1 > 5 && images > 50 && pages > 100);
     }
 
     #[test]

