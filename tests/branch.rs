@@ -119,8 +119,8 @@ fn branches_equal_stock_stand_bys_at_their_points() {
     let early = root.join("middle").join("data");
     let compare = |node: &DemoNode| {
         is_equal(node, MIDDLE, middle.end, &early, false);
-        // The newest of a branch is its branch point; its history is that of its ancestors.
-        is_equal(node, LEAF, Lsn::MAX, standby.data(), false);
+        // The history of a branch is that of its ancestors.
+        is_equal(node, LEAF, late.end, standby.data(), false);
         is_equal(node, LEAF, middle.end, &early, false);
     };
     compare(&node);
@@ -128,6 +128,12 @@ fn branches_equal_stock_stand_bys_at_their_points() {
     node.start_again().unwrap();
     assert_eq!(info(&node, LEAF).state, TimelineState::Idle);
     compare(&node);
+
+    // Nothing will come after the branch point, so nobody waits for it.
+    let Answer::Error(text) = ask(&mut client(&node, LEAF, Lsn(late.end.0 + 8))) else {
+        panic!("a branch has what came after its branch point");
+    };
+    assert!(text.contains("has no WAL source"), "{text}");
 
     // What others need stays.
     refused(timeline(&node, "delete", ROOT, &[]), &MIDDLE.timeline().to_string());

@@ -69,6 +69,10 @@ impl<I: Io> Timeline<I> {
         if self.stopping.get() || self.gate.is_closed() {
             return Err(self.gone());
         }
+        if self.source.is_none() {
+            let last_record_lsn = self.lsns().last_record;
+            return Err(ReadError::NoMoreWal { wanted: lsn, last_record_lsn });
+        }
         let started = self.context.io.now();
         let limit = Duration::from_millis(self.context.config.get().wait_lsn_timeout_ms);
         let reached = self.waiters.register(lsn);

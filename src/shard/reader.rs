@@ -59,6 +59,16 @@ pub enum ReadError {
         /// Time waited, in milliseconds.
         waited_ms: u64,
     },
+    /// WAL up to the wanted LSN will not come.
+    #[error(
+        "cannot read at {wanted}: the timeline ends at {last_record_lsn} and has no WAL source"
+    )]
+    NoMoreWal {
+        /// The LSN asked for.
+        wanted: Lsn,
+        /// Where the timeline ends.
+        last_record_lsn: Lsn,
+    },
     /// Below the first LSN at which the timeline is consistent.
     #[error(
         "cannot read at {request}: history of this timeline begins at {start}, the end of its base backup"
@@ -100,6 +110,7 @@ impl ReadError {
             ReadError::TenantNotFound(_)
             | ReadError::TimelineNotFound(..)
             | ReadError::Archived { .. }
+            | ReadError::NoMoreWal { .. }
             | ReadError::BelowStart { .. }
             | ReadError::BadLsn(_)
             | ReadError::BadRequest(_) => Kind::Invalid,

@@ -128,16 +128,21 @@ impl<I: Io, C: Connector> Shard<I, C> {
         // Everything that will be acknowledged lies below this name.
         shard.context.io.sync_dir(&shard.context.data_dir).await?;
         for entry in shard.context.io.list(&tenants).await? {
-            if entry.name.ends_with(TEMP_SUFFIX) {
-                shard.context.io.remove_dir_all(&tenants.join(&entry.name)).await?;
-                continue;
-            }
-            let Ok(tenant) = entry.name.parse::<TenantShardId>() else {
+            // A tenant whose making did not end has its name with a suffix.
+            let (name, half_made) = match entry.name.strip_suffix(TEMP_SUFFIX) {
+                Some(name) => (name, true),
+                None => (entry.name.as_str(), false),
+            };
+            let Ok(tenant) = name.parse::<TenantShardId>() else {
                 tracing::warn!("{} in {} is no tenant", entry.name, tenants.display());
                 continue;
             };
-            if (shard.context.owns)(tenant) {
-                shard.open_tenant(tenant).await?;
+            match (shard.context.owns)(tenant) {
+                true if half_made => {
+                    shard.context.io.remove_dir_all(&tenants.join(&entry.name)).await?;
+                }
+                true => shard.open_tenant(tenant).await?,
+                false => {}
             }
         }
         Ok(shard)

@@ -319,11 +319,15 @@ fn settings_take_effect_at_once_and_stay() {
         let wait = TenantConfig { wait_lsn_timeout_ms: Some(5), ..TenantConfig::default() };
         let change = Change::Tenant { tenant: TENANT, config: wait, create: false };
         // The timeline is open already.
-        let branch = shard.timeline(TENANT, B).await.unwrap();
+        let root = shard.timeline(TENANT, TIMELINE).await.unwrap();
         shard.change(change).await.unwrap();
         let begin = io.now();
-        let error = branch.wait_for_lsn(Lsn(1 << 40)).await.unwrap_err();
+        let error = root.wait_for_lsn(Lsn(1 << 40)).await.unwrap_err();
         assert!(matches!(error, ReadError::LsnTimeout { .. }), "{error}");
+        // A branch without a source will never have it.
+        let branch = shard.timeline(TENANT, B).await.unwrap();
+        let error = branch.wait_for_lsn(Lsn(1 << 40)).await.unwrap_err();
+        assert!(matches!(error, ReadError::NoMoreWal { .. }), "{error}");
         assert!(io.now() - begin < Duration::from_secs(1));
         shard.shutdown().await;
         let shard = start_shard(&io, &outside).await.unwrap();
