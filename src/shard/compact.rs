@@ -402,11 +402,10 @@ impl<I: Io> Timeline<I> {
         for layer in unused {
             let closed = layer.close().await.map_err(|error| error.to_string());
             let removed = self.context.io.remove(&layer.path()).await;
-            for problem in [closed.err(), removed.err().map(|error| error.to_string())] {
-                if let Some(problem) = problem {
-                    // It costs space until the next start, which removes it.
-                    tracing::warn!(tenant = %self.tenant, timeline = %self.id, "{problem}");
-                }
+            let removed = removed.map_err(|error| error.to_string());
+            for problem in [closed.err(), removed.err()].into_iter().flatten() {
+                // It costs space until the next start, which removes it.
+                tracing::warn!(tenant = %self.tenant, timeline = %self.id, "{problem}");
             }
         }
         self.remove_strays().await;

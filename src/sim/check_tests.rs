@@ -72,6 +72,8 @@ fn with_node<F: Future<Output = ()> + 'static>(seed: u64, test: impl FnOnce(SimI
     let options = SimOptions { steps_max: u64::MAX, ..SimOptions::default() };
     let mut world = SimWorld::new(seed, options);
     let outside = Outside::new(seed);
+    // An index of earlier is put back below: its layers must still be there.
+    outside.no_compaction.set(true);
     let story = move |io: SimIo| async move {
         import(io.clone()).await.unwrap();
         let (shard, timeline) = start(&io, &outside).await.unwrap();

@@ -58,6 +58,8 @@ pub(super) struct Outside {
     pub(super) acknowledged: Cell<Lsn>,
     /// No layer is closed for its size.
     pub(super) large_layers: Cell<bool>,
+    /// Layers stay as checkpoints write them.
+    pub(super) no_compaction: Cell<bool>,
 }
 
 impl Outside {
@@ -67,6 +69,7 @@ impl Outside {
             primary: RefCell::new(primary),
             acknowledged: Cell::new(START),
             large_layers: Cell::new(false),
+            no_compaction: Cell::new(false),
         })
     }
 }
@@ -182,6 +185,8 @@ pub(super) async fn start_shard(io: &SimIo, outside: &Rc<Outside>) -> Result<Sim
     let distance = 64 * 1024 + io.random_u64() % (512 * 1024);
     let budget = 256 * 1024 + io.random_u64() % (1 << 20);
     let large = outside.large_layers.get();
+    let threshold = 1 + (io.random_u64() % 4) as usize;
+    let plain = outside.no_compaction.get();
     let context = ShardContext {
         core: 0,
         io: io.clone(),
@@ -192,7 +197,7 @@ pub(super) async fn start_shard(io: &SimIo, outside: &Rc<Outside>) -> Result<Sim
             checkpoint_timeout_s: 1,
             wait_lsn_timeout_ms: 60_000,
             image_layer_bytes: 1 << 20,
-            compaction_threshold: 1 + (io.random_u64() % 4) as usize,
+            compaction_threshold: if plain { usize::MAX } else { threshold },
             compaction_target_bytes: 16 * 1024 + io.random_u64() % (256 * 1024),
             compaction_image_percent: [10, 50, 200][(io.random_u64() % 3) as usize],
         },

@@ -104,7 +104,7 @@ proptest! {
             0..10 => Value::ZeroPage,
             10..15 => Value::Image(Bytes::new()),
             15..25 => Value::Image(vec![seed as u8; 100].into()),
-            _ => Value::Image((0..8192u64).map(|n| (n * n * seed >> 5) as u8).collect()),
+            _ => Value::Image((0..8192u64).map(|n| ((n * n * seed) >> 5) as u8).collect()),
         };
         let mut values: Vec<(Key, Value)> =
             seeds.iter().map(|(k, seed)| (key(*k), content(*seed))).collect();

@@ -106,73 +106,15 @@ fn walk(record: &[u8], rel: RelTag, block: BlockNumber) -> Option<Found<'_>> {
     if u32_at(record, 0).ok()? as usize != record.len() {
         return None;
     }
-    let wanted = [rel.node.spc, rel.node.db, rel.node.rel];
-    let mut at = HEADER;
-    let mut same: Option<[u32; 3]> = None;
-    let mut blocks = [None; BLOCKS];
-    // Length of what stands behind the headers, before and with the data of the wanted block.
-    let (mut behind, mut next_id) = (0, 0);
-    let mut target: Option<(u8, bool, usize, usize)> = None;
+    let mut walk = Walk { record, at: HEADER, ..Walk::default() };
     let main_len = loop {
-        if record.len().checked_sub(at)? <= behind {
-            break 0;
+        match walk.header()? {
+            Header::Main(len) => break len,
+            Header::Other => {}
+            Header::Block(id) => walk.block(id, rel, block)?,
         }
-        let id = u8_at(record, at).ok()?;
-        match id {
-            255 => {
-                let len = usize::from(u8_at(record, at + 1).ok()?);
-                at += 2;
-                break len;
-            }
-            254 => {
-                let len = u32_at(record, at + 1).ok()? as usize;
-                at += 5;
-                break len;
-            }
-            253 => {
-                at += 3;
-                continue;
-            }
-            252 => {
-                at += 5;
-                continue;
-            }
-            id if id > BLOCK_ID_MAX || id < next_id => return None,
-            _ => next_id = id + 1,
-        }
-        let flags = u8_at(record, at + 1).ok()?;
-        let len = usize::from(u16_at(record, at + 2).ok()?);
-        if (flags & HAS_DATA != 0) != (len > 0) || flags & FORK_MASK > 3 {
-            return None;
-        }
-        at += 4;
-        let mut image_len = 0;
-        if flags & HAS_IMAGE != 0 {
-            image_len = usize::from(u16_at(record, at).ok()?);
-            let info = u8_at(record, at + 4).ok()?;
-            let hole_stored = info & IMAGE_COMPRESSED != 0 && info & IMAGE_HAS_HOLE != 0;
-            at += if hole_stored { 7 } else { 5 };
-        }
-        if flags & SAME_REL == 0 {
-            let [spc, db, rel] = [0, 4, 8].map(|field| u32_at(record, at + field));
-            same = Some([spc.ok()?, db.ok()?, rel.ok()?]);
-            at += 12;
-        }
-        let node = same?;
-        let number = u32::from_le_bytes(bytes_at(record, at).ok()?);
-        at += 4;
-        if let Some(place) = blocks.get_mut(usize::from(id)) {
-            *place = Some(number);
-        }
-        behind += image_len;
-        if number == block && node == wanted && flags & FORK_MASK == rel.fork {
-            if target.is_some() || flags & HAS_IMAGE != 0 {
-                return None;
-            }
-            target = Some((id, flags & WILL_INIT != 0, behind, len));
-        }
-        behind += len;
     };
+    let Walk { at, behind, blocks, target, .. } = walk;
     if record.len() != at.checked_add(behind)?.checked_add(main_len)? {
         return None;
     }
@@ -189,4 +131,89 @@ fn walk(record: &[u8], rel: RelTag, block: BlockNumber) -> Option<Found<'_>> {
         main: slice_at(record, at + behind, main_len).ok()?,
         blocks,
     }))
+}
+
+/// What a header inside of a record begins.
+enum Header {
+    /// The main data, of this length; nothing follows it.
+    Main(usize),
+    /// A block reference with this number; the walk stands at its first byte.
+    Block(u8),
+    /// Something else; the walk stands behind it.
+    Other,
+}
+
+/// A walk over the headers of a record.
+#[derive(Default)]
+struct Walk<'a> {
+    record: &'a [u8],
+    at: usize,
+    /// Length of what stands behind the headers, for those that were passed.
+    behind: usize,
+    next_id: u8,
+    /// Relation of the last block reference.
+    node: Option<[u32; 3]>,
+    blocks: [Option<BlockNumber>; BLOCKS],
+    /// The wanted block: number, "replaces the page", place behind the headers and length of its
+    /// data.
+    target: Option<(u8, bool, usize, usize)>,
+}
+
+impl Walk<'_> {
+    fn header(&mut self) -> Option<Header> {
+        if self.record.len().checked_sub(self.at)? <= self.behind {
+            return Some(Header::Main(0));
+        }
+        let (len, header) = match u8_at(self.record, self.at).ok()? {
+            255 => (2, Header::Main(usize::from(u8_at(self.record, self.at + 1).ok()?))),
+            254 => (5, Header::Main(u32_at(self.record, self.at + 1).ok()? as usize)),
+            253 => (3, Header::Other),
+            252 => (5, Header::Other),
+            id if id > BLOCK_ID_MAX || id < self.next_id => return None,
+            id => {
+                self.next_id = id + 1;
+                (0, Header::Block(id))
+            }
+        };
+        self.at += len;
+        Some(header)
+    }
+
+    fn block(&mut self, id: u8, rel: RelTag, block: BlockNumber) -> Option<()> {
+        let record = self.record;
+        let flags = u8_at(record, self.at + 1).ok()?;
+        let len = usize::from(u16_at(record, self.at + 2).ok()?);
+        if (flags & HAS_DATA != 0) != (len > 0) || flags & FORK_MASK > 3 {
+            return None;
+        }
+        self.at += 4;
+        let mut image_len = 0;
+        if flags & HAS_IMAGE != 0 {
+            image_len = usize::from(u16_at(record, self.at).ok()?);
+            let info = u8_at(record, self.at + 4).ok()?;
+            let hole_stored = info & IMAGE_COMPRESSED != 0 && info & IMAGE_HAS_HOLE != 0;
+            self.at += if hole_stored { 7 } else { 5 };
+        }
+        if flags & SAME_REL == 0 {
+            let [spc, db, rel] = [0, 4, 8].map(|field| u32_at(record, self.at + field));
+            self.node = Some([spc.ok()?, db.ok()?, rel.ok()?]);
+            self.at += 12;
+        }
+        let node = self.node?;
+        let number = u32::from_le_bytes(bytes_at(record, self.at).ok()?);
+        self.at += 4;
+        if let Some(place) = self.blocks.get_mut(usize::from(id)) {
+            *place = Some(number);
+        }
+        self.behind += image_len;
+        let wanted = [rel.node.spc, rel.node.db, rel.node.rel];
+        if number == block && node == wanted && flags & FORK_MASK == rel.fork {
+            if self.target.is_some() || flags & HAS_IMAGE != 0 {
+                return None;
+            }
+            self.target = Some((id, flags & WILL_INIT != 0, self.behind, len));
+        }
+        self.behind += len;
+        Some(())
+    }
 }

@@ -49,17 +49,12 @@ pub struct PlanLayer {
 impl PlanLayer {
     /// True for a delta layer over all keys.
     pub fn is_l0(&self) -> bool {
-        is_l0(&self.span)
+        self.span.is_l0()
     }
 
     fn is_l1(&self) -> bool {
         !self.span.is_image && !self.is_l0()
     }
-}
-
-/// True for a delta layer over all keys.
-pub fn is_l0(span: &LayerSpan) -> bool {
-    !span.is_image && span.keys == (Key::MIN..Key::MAX)
 }
 
 /// What the plan goes by.
