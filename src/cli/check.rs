@@ -46,7 +46,7 @@ fn check_into(args: &CheckArgs, out: &mut dyn Write) -> Result<Summary, String> 
     let io = ReadOnlyIo::default();
     let mut written = Ok(());
     let mut show = |report: &FileReport| {
-        if written.is_ok() && !(args.quiet && !report.is_damaged()) {
+        if written.is_ok() && (report.is_damaged() || !args.quiet) {
             written = match args.json {
                 true => json_line(out, report),
                 false => out.write_all(lines(report, &args.dir).as_bytes()),
