@@ -196,7 +196,7 @@ impl ReadOnlyFile {
     }
 
     /// The bytes out of what was read last.
-    fn take_ahead(&self, offset: u64, len: usize) -> Option<Vec<u8>> {
+    fn read_before(&self, offset: u64, len: usize) -> Option<Vec<u8>> {
         let ahead = self.ahead.borrow();
         let (start, bytes) = ahead.as_ref()?;
         let from = usize::try_from(offset.checked_sub(*start)?).ok()?;
@@ -215,7 +215,7 @@ impl File for ReadOnlyFile {
     async fn read_at(&self, offset: u64, len: usize) -> Result<Vec<u8>, IoError> {
         assert_eq!(offset % ALIGNMENT as u64, 0, "unaligned offset in {}", self.path.display());
         assert_eq!(len % ALIGNMENT, 0, "unaligned length in {}", self.path.display());
-        if let Some(bytes) = self.take_ahead(offset, len) {
+        if let Some(bytes) = self.read_before(offset, len) {
             return Ok(bytes);
         }
         let read = self.read(offset, len.max(READ_AHEAD_BYTES))?;

@@ -26,13 +26,15 @@ use crate::sim::wal::{BlockName, Body, WalWriter};
 
 const MUTATIONS: u64 = 4_000;
 
+type Content = Rc<RefCell<Vec<u8>>>;
+
 /// Files in memory, without faults, time or tasks: as fast as it gets.
 #[derive(Clone, Default)]
 struct MemoryIo {
-    files: Rc<RefCell<BTreeMap<PathBuf, Rc<RefCell<Vec<u8>>>>>>,
+    files: Rc<RefCell<BTreeMap<PathBuf, Content>>>,
 }
 
-struct MemoryFile(Rc<RefCell<Vec<u8>>>);
+struct MemoryFile(Content);
 
 fn missing(path: &Path) -> IoError {
     IoError { operation: "open", path: path.to_owned(), cause: IoCause::NotFound }
@@ -41,7 +43,7 @@ fn missing(path: &Path) -> IoError {
 impl Io for MemoryIo {
     type File = MemoryFile;
     async fn create(&self, path: &Path) -> Result<MemoryFile, IoError> {
-        let file = Rc::<RefCell<Vec<u8>>>::default();
+        let file = Content::default();
         self.files.borrow_mut().insert(path.to_owned(), file.clone());
         Ok(MemoryFile(file))
     }
@@ -91,7 +93,7 @@ impl File for MemoryFile {
         vec![0; len]
     }
     async fn read_at(&self, offset: u64, len: usize) -> Result<Vec<u8>, IoError> {
-        assert!(offset % ALIGNMENT as u64 == 0 && len % ALIGNMENT == 0);
+        assert!(offset.is_multiple_of(ALIGNMENT as u64) && len.is_multiple_of(ALIGNMENT));
         let bytes = self.0.borrow();
         let start = bytes.len().min(offset as usize);
         Ok(bytes[start..bytes.len().min(start + len)].to_vec())
