@@ -30,6 +30,12 @@ pub struct Config {
     pub wait_lsn_timeout_ms: u64,
     /// An import cuts image layers at about this size.
     pub image_layer_bytes: u64,
+    /// So many bytes of WAL before the newest record stay readable.
+    pub gc_horizon_bytes: u64,
+    /// What was committed within this time stays readable; 0: `gc_horizon_bytes` decides alone.
+    pub pitr_interval_s: u64,
+    /// Pause between two garbage collections of a timeline; 0: only by command.
+    pub gc_period_s: u64,
     /// Memory of each core for verified blocks of layer files.
     pub block_cache_bytes: u64,
     /// The `postgres` program of PostgreSQL 15 that applies WAL records.
@@ -54,6 +60,9 @@ impl Default for Config {
             checkpoint_timeout_s: 600,
             wait_lsn_timeout_ms: 300_000,
             image_layer_bytes: 128 * 1024 * 1024,
+            gc_horizon_bytes: 64 * 1024 * 1024,
+            pitr_interval_s: 7 * 24 * 3600,
+            gc_period_s: 3600,
             block_cache_bytes: 64 * 1024 * 1024,
             postgres_bin: PathBuf::from("/usr/lib/postgresql/15/bin/postgres"),
             walredo_library: PathBuf::new(),

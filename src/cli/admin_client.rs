@@ -5,8 +5,10 @@ use std::time::Duration;
 use serde::de::DeserializeOwned;
 use serde_json::Value;
 
-use crate::base::{TenantShardId, TimelineId};
+use crate::base::{Lsn, TenantShardId, TimelineId};
 use crate::shard::control::{TimelineInfo, TimelineSource};
+use crate::shard::gc::{GcReport, GcRequest};
+use crate::shard::leases::Lease;
 
 /// Time to get a connection.
 const CONNECT_TIME_MAX: Duration = Duration::from_secs(5);
@@ -104,6 +106,42 @@ impl AdminClient {
     ) -> Result<(), CommandError> {
         let url = format!("{}/v1/tenant/{tenant}/timeline/{timeline}/checkpoint", self.base);
         self.send(self.client.put(url)).map(|_| ())
+    }
+
+    /// Answers of a timeline's history: `path` is what follows the timeline's.
+    pub fn history<T: DeserializeOwned>(
+        &self,
+        tenant: TenantShardId,
+        timeline: TimelineId,
+        path: &str,
+        query: &[(&str, String)],
+    ) -> Result<T, CommandError> {
+        let url = format!("{}/v1/tenant/{tenant}/timeline/{timeline}/{path}", self.base);
+        Ok(serde_json::from_slice(&self.send(self.client.get(url).query(query))?)?)
+    }
+
+    /// Takes or prolongs a lease.
+    pub fn lease(
+        &self,
+        tenant: TenantShardId,
+        timeline: TimelineId,
+        lsn: Lsn,
+        seconds: Option<u64>,
+    ) -> Result<Lease, CommandError> {
+        let url = format!("{}/v1/tenant/{tenant}/timeline/{timeline}/lsn_lease", self.base);
+        let body = serde_json::json!({ "lsn": lsn, "seconds": seconds });
+        Ok(serde_json::from_slice(&self.send(self.client.post(url).json(&body))?)?)
+    }
+
+    /// Collects a timeline's garbage.
+    pub fn collect_garbage(
+        &self,
+        tenant: TenantShardId,
+        timeline: TimelineId,
+        request: GcRequest,
+    ) -> Result<GcReport, CommandError> {
+        let url = format!("{}/v1/tenant/{tenant}/timeline/{timeline}/do_gc", self.base);
+        Ok(serde_json::from_slice(&self.send(self.client.put(url).json(&request))?)?)
     }
 
     /// The page of metrics.

@@ -19,6 +19,7 @@ pub mod admin_client;
 pub mod attach;
 pub mod demo;
 pub mod demo_node;
+pub mod history;
 pub mod oracle;
 pub mod page_client;
 pub mod pg;
@@ -55,6 +56,8 @@ enum Command {
     Simulate(simulate::SimulateArgs),
     /// Compare a data directory with what a node serves.
     Verify(verify_command::VerifyArgs),
+    /// Ask about a timeline's history, hold it, cut it.
+    Timeline(history::TimelineArgs),
     /// Show the timelines of a running node.
     Status(attach::StatusArgs),
 }
@@ -68,6 +71,7 @@ pub fn main() -> ExitCode {
         Command::Demo(args) => demo::demo(args),
         Command::Simulate(args) => simulate::simulate(args),
         Command::Verify(args) => verify_command::run(args),
+        Command::Timeline(args) => history::run(args),
         Command::Status(args) => attach::status(args),
     };
     match result {

@@ -34,6 +34,9 @@ pub fn timeline_config(config: &Config) -> TimelineConfig {
         checkpoint_timeout_s: config.checkpoint_timeout_s,
         wait_lsn_timeout_ms: config.wait_lsn_timeout_ms,
         image_layer_bytes: config.image_layer_bytes,
+        gc_horizon_bytes: config.gc_horizon_bytes,
+        pitr_interval_s: config.pitr_interval_s,
+        gc_period_s: config.gc_period_s,
     }
 }
 

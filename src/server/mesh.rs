@@ -21,6 +21,7 @@ use crate::base::{TenantShardId, TimelineId};
 use crate::limits::{CORE_INBOX_MESSAGES_MAX, HEARTBEATS_UNANSWERED_MAX};
 use crate::server::page_service::Session;
 use crate::shard::control::{ControlError, CoreMetrics, CreateTimeline, TimelineInfo};
+use crate::shard::history::{HistoryReply, HistoryRequest};
 
 /// A message to a core.
 pub enum Message {
@@ -52,6 +53,13 @@ pub enum Control {
     CreateTimeline(CreateTimeline, oneshot::Sender<Result<(), ControlError>>),
     /// Write what is in memory to layer files.
     Checkpoint(TenantShardId, TimelineId, oneshot::Sender<Result<(), ControlError>>),
+    /// Ask about a timeline's history, or hold or cut it.
+    History(
+        TenantShardId,
+        TimelineId,
+        HistoryRequest,
+        oneshot::Sender<Result<HistoryReply, ControlError>>,
+    ),
 }
 
 /// The sending ends of all cores' inboxes.

@@ -2,6 +2,7 @@
 
 use serde::{Deserialize, Serialize};
 
+use super::history::{HistoryReply, HistoryRequest};
 use crate::base::{Kind, Lsn, TenantShardId, TimelineId};
 
 /// Where a new timeline comes from.
@@ -149,6 +150,13 @@ pub trait CoreControl: 'static {
         tenant: TenantShardId,
         timeline: TimelineId,
     ) -> Result<(), ControlError>;
+    /// Asks about a timeline's history, or holds or cuts it.
+    async fn history(
+        &self,
+        tenant: TenantShardId,
+        timeline: TimelineId,
+        request: HistoryRequest,
+    ) -> Result<HistoryReply, ControlError>;
     /// Stops ingest and everything else, with all data synced. No call follows.
     async fn shutdown(&self);
 }

@@ -44,6 +44,7 @@ impl<I: Io> Timeline<I> {
         if request < self.start_lsn {
             return Err(ReadError::BelowStart { request, start: self.start_lsn });
         }
+        self.check_retained(request)?;
         let needed = not_modified_since.max(self.start_lsn);
         if needed > self.lsns().last_record {
             self.wait_for_lsn(needed).await?;
@@ -117,12 +118,20 @@ impl<I: Io> Timeline<I> {
             mutable.frozen.iter().for_each(|layer| layer.scan(keys, below, &mut newest));
             mutable.layers.search_range(keys, below)
         };
-        for layer in layers {
+        for layer in &layers {
             layer
                 .scan(keys, below, &mut newest)
                 .await
                 .map_err(|error| damaged("a directory", lsn, &error))?;
         }
+        // What an image layer covers and does not have does not exist at its LSN. The layer that
+        // says when it went may be gone, and one that says when it came may still be there.
+        let spans = layers.iter().map(|layer| layer.span());
+        let images: Vec<_> = spans.filter(|span| span.is_image).collect();
+        let outdated = |key: &Key, at: Lsn| {
+            images.iter().any(|image| image.keys.contains(key) && image.lsns.start > at)
+        };
+        newest.retain(|key, (at, _)| !outdated(key, *at));
         Ok(newest)
     }
 
@@ -249,11 +258,13 @@ impl<I: Io> TimelineReader for Timeline<I> {
     ) -> Result<Bytes, ReadError> {
         check_rel(rel)?;
         let lsn = self.effective_lsn(lsn).await?;
-        let blocks = self.fork_size(rel, lsn).await?.unwrap_or(0);
+        let blocks = self.fork_size(rel, lsn).await;
+        let blocks = self.still_retained(lsn, blocks)?.unwrap_or(0);
         if block >= blocks {
             return Ok(zero_page());
         }
         let result = self.page(Key::rel_block(rel, block), lsn).await;
+        let result = self.still_retained(lsn, result);
         if let Err(error) = &result {
             tracing::error!(tenant = %self.tenant, timeline = %self.id, "{error}");
         }
@@ -263,22 +274,21 @@ impl<I: Io> TimelineReader for Timeline<I> {
     async fn rel_exists(&self, rel: RelTag, lsn: RequestLsn) -> Result<bool, ReadError> {
         check_rel(rel)?;
         let lsn = self.effective_lsn(lsn).await?;
-        Ok(self.fork_size(rel, lsn).await?.is_some())
+        let size = self.fork_size(rel, lsn).await;
+        Ok(self.still_retained(lsn, size)?.is_some())
     }
 
     async fn rel_size(&self, rel: RelTag, lsn: RequestLsn) -> Result<BlockNumber, ReadError> {
         check_rel(rel)?;
         let lsn = self.effective_lsn(lsn).await?;
-        Ok(self.fork_size(rel, lsn).await?.unwrap_or(0))
+        let size = self.fork_size(rel, lsn).await;
+        Ok(self.still_retained(lsn, size)?.unwrap_or(0))
     }
 
     async fn db_size(&self, db: u32, lsn: RequestLsn) -> Result<i64, ReadError> {
         let lsn = self.effective_lsn(lsn).await?;
-        let mut blocks = 0i64;
-        for rel in self.database_forks(DEFAULT_TABLESPACE, db, lsn).await? {
-            blocks += i64::from(self.fork_size(rel, lsn).await?.unwrap_or(0));
-        }
-        Ok(blocks * PAGE_SIZE as i64)
+        let bytes = self.database_bytes(db, lsn).await;
+        self.still_retained(lsn, bytes)
     }
 
     async fn slru_segment(
@@ -288,6 +298,21 @@ impl<I: Io> TimelineReader for Timeline<I> {
         lsn: RequestLsn,
     ) -> Result<Bytes, ReadError> {
         let lsn = self.effective_lsn(lsn).await?;
+        let pages = self.slru_pages(kind, segment, lsn).await;
+        self.still_retained(lsn, pages)
+    }
+}
+
+impl<I: Io> Timeline<I> {
+    async fn database_bytes(&self, db: u32, lsn: Lsn) -> Result<i64, ReadError> {
+        let mut blocks = 0i64;
+        for rel in self.database_forks(DEFAULT_TABLESPACE, db, lsn).await? {
+            blocks += i64::from(self.fork_size(rel, lsn).await?.unwrap_or(0));
+        }
+        Ok(blocks * PAGE_SIZE as i64)
+    }
+
+    async fn slru_pages(&self, kind: SlruKind, segment: u32, lsn: Lsn) -> Result<Bytes, ReadError> {
         let Some((_, blocks)) = self.stored_u32(Key::slru_size(kind, segment), lsn).await? else {
             return Err(ReadError::BadRequest(format!(
                 "segment {}/{segment:04X} does not exist at {lsn}",

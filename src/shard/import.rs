@@ -195,6 +195,7 @@ pub async fn run<I: Io>(io: I, job: ImportJob) -> Result<TimelineIndex, ImportEr
         source,
         start_lsn: readable_from,
         disk_consistent_lsn: data.start_lsn,
+        gc_cutoff_lsn: Lsn::INVALID,
         layers,
     })
 }

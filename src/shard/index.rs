@@ -65,6 +65,9 @@ pub struct TimelineIndex {
     pub start_lsn: Lsn,
     /// Everything up to here is in `layers`; the journal has what follows.
     pub disk_consistent_lsn: Lsn,
+    /// Reads before this LSN are refused, unless a lease holds it; `start_lsn` at first.
+    #[serde(default)]
+    pub gc_cutoff_lsn: Lsn,
     /// All layers.
     pub layers: Vec<IndexLayer>,
 }
@@ -100,7 +103,9 @@ impl TimelineIndex {
         if version.version != INDEX_VERSION {
             return Err(IndexError::Version { found: version.version });
         }
-        serde_json::from_slice(bytes).map_err(malformed)
+        let mut index: TimelineIndex = serde_json::from_slice(bytes).map_err(malformed)?;
+        index.gc_cutoff_lsn = index.gc_cutoff_lsn.max(index.start_lsn);
+        Ok(index)
     }
 }
 
@@ -125,11 +130,18 @@ mod tests {
             source: Some(WalSourceConfig { conninfo: "host=x".into(), slot: None }),
             start_lsn: Lsn(0x2000),
             disk_consistent_lsn: Lsn(0x3000),
+            gc_cutoff_lsn: Lsn(0x2800),
             layers: vec![IndexLayer { name: "a".into(), len: 4096 }],
         };
         assert_eq!(TimelineIndex::decode(&index.encode()), Ok(index.clone()));
-        let other = TimelineIndex { version: 2, ..index };
+        let other = TimelineIndex { version: 2, ..index.clone() };
         assert_eq!(TimelineIndex::decode(&other.encode()), Err(IndexError::Version { found: 2 }));
+        // An index from before there was garbage collection.
+        let text = String::from_utf8(index.encode()).unwrap();
+        let old = text.replace("\"gc_cutoff_lsn\": \"0/2800\",", "");
+        assert_ne!(old, text);
+        let old = TimelineIndex::decode(old.as_bytes()).unwrap();
+        assert_eq!(old, TimelineIndex { gc_cutoff_lsn: Lsn(0x2000), ..index });
         assert!(matches!(TimelineIndex::decode(b"{"), Err(IndexError::Malformed(_))));
     }
 }

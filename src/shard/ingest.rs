@@ -153,6 +153,7 @@ impl<I: Io> Timeline<I> {
     }
 
     fn apply_now(&self, lsn: Lsn, changes: Vec<Change>) -> Result<(), CarryOutError> {
+        self.history.note_commits(lsn, &changes);
         let (values, skipped) = self.mutable.borrow_mut().apply(lsn, changes)?;
         self.context.counters.values.add(values);
         self.context.counters.changes_skipped.add(skipped);

@@ -2,7 +2,8 @@
 //!
 //! [`tenants`] holds them, [`timeline`] is one of them. WAL comes in through [`follow`], which
 //! gives records to [`ingest`] and [`apply`]; [`checkpoint`] moves values from memory to files;
-//! [`get_page`] reads; [`import`] makes a timeline, [`load`] opens one again.
+//! [`get_page`] reads; [`import`] makes a timeline, [`load`] opens one again. [`history`] says how
+//! far back it can be read, [`gc`] removes what nobody can need.
 //!
 //! Synchronous methods change state, asynchronous ones wait; no borrow lives across an `.await`.
 
@@ -11,11 +12,14 @@ pub mod background;
 pub mod checkpoint;
 pub mod control;
 pub mod follow;
+pub mod gc;
 pub mod get_page;
+pub mod history;
 pub mod import;
 pub mod index;
 pub mod ingest;
 pub mod layer_map;
+pub mod leases;
 pub mod load;
 pub mod lsns;
 pub mod metrics;

@@ -21,6 +21,7 @@ use super::control::{
     ControlError, CoreControl, CoreMetrics, CreateTimeline, TimelineInfo, TimelineState,
 };
 use super::follow::Connector;
+use super::history::{HistoryReply, HistoryRequest};
 use super::import::{self, ImportError, ImportJob, Progress};
 use super::index::INDEX_FILE;
 use super::load::{LoadError, load};
@@ -170,6 +171,7 @@ impl<I: Io, C: Connector> Shard<I, C> {
         .await?;
         let follow = timeline.clone().follow(context.connector.clone());
         context.io.spawn(TaskClass::Ingest, follow);
+        context.io.spawn(TaskClass::Background, self.clone().gc_loop(timeline.clone()));
         Ok(timeline)
     }
 
@@ -251,6 +253,11 @@ impl<I: Io, C: Connector> Shard<I, C> {
             }),
             Err(error) => Err(ControlError { kind: error.kind(), message: error.to_string() }),
         }
+    }
+
+    /// LSNs of a timeline at which other timelines branch off.
+    pub(super) fn branch_points(&self, _: TenantShardId, _: TimelineId) -> Vec<Lsn> {
+        Vec::new()
     }
 
     fn ready(&self, tenant: TenantShardId, id: TimelineId) -> Result<Rc<Timeline<I>>, ReadError> {
@@ -394,6 +401,38 @@ impl<I: Io, C: Connector> CoreControl for Rc<Shard<I, C>> {
         let found = self.ready(tenant, timeline).map_err(|e| control(e.kind(), e.to_string()))?;
         let done = found.checkpoint_now().await;
         done.map(|_| ()).map_err(|e| control(Kind::Retry, e.to_string()))
+    }
+
+    async fn history(
+        &self,
+        tenant: TenantShardId,
+        timeline: TimelineId,
+        request: HistoryRequest,
+    ) -> Result<HistoryReply, ControlError> {
+        let control = |kind: Kind, message: String| ControlError { kind, message };
+        let found = self.ready(tenant, timeline).map_err(|e| control(e.kind(), e.to_string()))?;
+        match request {
+            HistoryRequest::LsnByTimestamp(time) => {
+                Ok(HistoryReply::LsnByTimestamp(found.lsn_by_timestamp(time)))
+            }
+            HistoryRequest::TimestampOfLsn(lsn) => {
+                let timestamp = found.timestamp_of_lsn(lsn);
+                let timestamp = timestamp.map_err(|e| control(e.kind(), e.to_string()))?;
+                Ok(HistoryReply::TimestampOfLsn { timestamp })
+            }
+            HistoryRequest::Lease(lsn, seconds) => {
+                let lease = found.lease(lsn, seconds).await;
+                lease.map(HistoryReply::Lease).map_err(|e| control(e.kind(), e.to_string()))
+            }
+            HistoryRequest::Leases => Ok(HistoryReply::Leases {
+                gc_cutoff_lsn: found.gc_cutoff(),
+                leases: found.leases(),
+            }),
+            HistoryRequest::Gc(request) => {
+                let report = self.collect_timeline(&found, request).await;
+                report.map(HistoryReply::Gc).map_err(|e| control(e.kind(), e.to_string()))
+            }
+        }
     }
 
     async fn shutdown(&self) {

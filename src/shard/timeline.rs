@@ -11,6 +11,7 @@ use std::sync::Arc;
 
 use super::background::Background;
 use super::control::{ImportProgress, TimelineInfo, TimelineState};
+use super::history::History;
 use super::index::{ClusterIdentity, IndexLayer, TimelineIndex, WalSourceConfig};
 use super::layer_map::LayerMap;
 use super::lsns::{Advance, LsnWaiters, Lsns};
@@ -38,6 +39,13 @@ pub struct TimelineConfig {
     pub wait_lsn_timeout_ms: u64,
     /// An import cuts image layers at this size, in bytes.
     pub image_layer_bytes: u64,
+    /// So many bytes of WAL before the newest record stay readable.
+    pub gc_horizon_bytes: u64,
+    /// What was committed within this time stays readable, in seconds; 0: `gc_horizon_bytes`
+    /// decides alone.
+    pub pitr_interval_s: u64,
+    /// Pause between two garbage collections, in seconds; 0: there are none by themselves.
+    pub gc_period_s: u64,
 }
 
 /// What a timeline needs from its surroundings.
@@ -71,6 +79,7 @@ pub struct Timeline<I: Io> {
     pub(super) journal: Journal<I>,
     pub(super) mutable: RefCell<Mutable<I>>,
     pub(super) waiters: LsnWaiters,
+    pub(super) history: History<I>,
     /// Tells the checkpoint task that a layer is frozen or the journal moved.
     pub(super) checkpoint_signal: Signal,
     /// Tells the journal task that bytes wait.
@@ -190,6 +199,7 @@ impl<I: Io> Timeline<I> {
                 flushed_record: lsn,
             }),
             waiters: LsnWaiters::default(),
+            history: History::new(index.gc_cutoff_lsn.max(index.start_lsn)),
             checkpoint_signal: Signal::new(),
             journal_signal: Signal::new(),
             status_signal: Signal::new(),
@@ -243,6 +253,7 @@ impl<I: Io> Timeline<I> {
             source: self.source.clone(),
             start_lsn: self.start_lsn,
             disk_consistent_lsn,
+            gc_cutoff_lsn: self.history.cutoff.get(),
             layers: present.chain(added.iter().cloned()).collect(),
         }
     }

@@ -16,7 +16,7 @@ use bytes::Bytes;
 use super::primary::Primary;
 use super::redo::ToyRedoFactory;
 use super::{Outcome, SimIo, SimOptions, SimWorld};
-use crate::base::{Key, Lsn, TenantId, TenantShardId, TimelineId, Value};
+use crate::base::{Key, Lsn, TenantId, TenantShardId, TimelineId, Timestamp, Value};
 use crate::io::{Io, TaskClass, durable};
 use crate::layers::{ImageWriter, LayerOwner};
 use crate::shard::background;
@@ -32,7 +32,7 @@ use crate::wal::checkpoint::CHECKPOINT_BYTES;
 use crate::wal::receiver::{StandbyStatus, WalMessage, WalSource};
 use crate::wal::source::SourceError;
 
-const START: Lsn = Lsn(0x100_0000);
+pub(super) const START: Lsn = Lsn(0x100_0000);
 const SEGMENT_BYTES: u64 = 16 * 1024 * 1024;
 const SYSTEM_ID: u64 = 7;
 pub(super) const TENANT: TenantShardId =
@@ -56,12 +56,24 @@ pub enum Plant {
 pub(super) struct Outside {
     pub(super) primary: RefCell<Primary>,
     pub(super) acknowledged: Cell<Lsn>,
+    /// About one in so many records is a commit, at the time of the simulated clock; 0: none is.
+    pub(super) records_per_commit: Cell<u64>,
+    /// How far the primary's clock is ahead, in microseconds.
+    pub(super) clock_ahead_us: Cell<i64>,
+    /// `gc_period_s` of the timeline.
+    pub(super) gc_period_s: Cell<u64>,
 }
 
 impl Outside {
     pub(super) fn new(seed: u64) -> Rc<Outside> {
         let primary = Primary::new(seed, START, SEGMENT_BYTES, SYSTEM_ID);
-        Rc::new(Outside { primary: RefCell::new(primary), acknowledged: Cell::new(START) })
+        Rc::new(Outside {
+            primary: RefCell::new(primary),
+            acknowledged: Cell::new(START),
+            records_per_commit: Cell::new(0),
+            clock_ahead_us: Cell::new(0),
+            gc_period_s: Cell::new(0),
+        })
     }
 }
 
@@ -106,6 +118,11 @@ impl WalSource for SimSource {
         let mut primary = self.outside.primary.borrow_mut();
         for _ in 0..self.io.random_u64() % 12 {
             primary.step();
+            let one_in = self.outside.records_per_commit.get();
+            if one_in > 0 && self.io.random_u64().is_multiple_of(one_in) {
+                let time = self.io.unix_time_us() + self.outside.clock_ahead_us.get();
+                primary.commit(Timestamp(time));
+            }
         }
         let end_of_wal = primary.end();
         let bytes = Bytes::copy_from_slice(primary.read(self.at, len));
@@ -159,6 +176,7 @@ pub(super) async fn import(io: SimIo) -> Result<(), String> {
         source: Some(WalSourceConfig { conninfo: "host=primary user=u".into(), slot: None }),
         start_lsn: START,
         disk_consistent_lsn: START,
+        gc_cutoff_lsn: START,
         layers: vec![IndexLayer { name: layer.name.to_string(), len: layer.file_bytes }],
     };
     durable::write_file_atomic(&io, &path.join(INDEX_FILE), &index.encode())
@@ -181,6 +199,9 @@ pub(super) async fn start_shard(io: &SimIo, outside: &Rc<Outside>) -> Result<Sim
             checkpoint_timeout_s: 1,
             wait_lsn_timeout_ms: 60_000,
             image_layer_bytes: 1 << 20,
+            gc_horizon_bytes: 0,
+            pitr_interval_s: 0,
+            gc_period_s: outside.gc_period_s.get(),
         },
         block_cache_bytes: (io.random_u64() % (1 << 20)) as usize,
         connector: SimConnector { io: io.clone(), outside: outside.clone() },
