@@ -60,6 +60,8 @@ pub(super) struct Outside {
     pub(super) records_per_commit: Cell<u64>,
     /// How far the primary's clock is ahead, in microseconds.
     pub(super) clock_ahead_us: Cell<i64>,
+    /// The primary does nothing any more.
+    pub(super) quiet: Cell<bool>,
     /// `gc_period_s` of the timeline.
     pub(super) gc_period_s: Cell<u64>,
 }
@@ -72,6 +74,7 @@ impl Outside {
             acknowledged: Cell::new(START),
             records_per_commit: Cell::new(0),
             clock_ahead_us: Cell::new(0),
+            quiet: Cell::new(false),
             gc_period_s: Cell::new(0),
         })
     }
@@ -116,7 +119,8 @@ impl WalSource for SimSource {
         }
         let len = 1 + (self.io.random_u64() % 20_000) as usize;
         let mut primary = self.outside.primary.borrow_mut();
-        for _ in 0..self.io.random_u64() % 12 {
+        let records = self.io.random_u64() % 12;
+        for _ in 0..if self.outside.quiet.get() { 0 } else { records } {
             primary.step();
             let one_in = self.outside.records_per_commit.get();
             if one_in > 0 && self.io.random_u64().is_multiple_of(one_in) {

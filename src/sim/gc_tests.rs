@@ -14,12 +14,12 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::rc::Rc;
 use std::time::Duration;
 
-use futures_util::future::try_join3;
+use futures_util::future::{join, try_join3};
 
 use super::engine::{Outside, START, SimShard, TENANT, TIMELINE, import, start, timeline_dir};
 use super::{Outcome, SimIo, SimOptions, SimWorld};
 use crate::base::{Key, Lsn, RelTag, Timestamp};
-use crate::io::Io;
+use crate::io::{File, Io};
 use crate::shard::control::CoreControl;
 use crate::shard::gc::{GcRequest, planted};
 use crate::shard::history::{HISTORY_FILES, TimeKind};
@@ -29,8 +29,8 @@ use crate::shard::plan::gc::planted as planted_in_plan;
 use crate::shard::reader::{ReadError, RequestLsn, TimelineReader};
 use crate::shard::timeline::Timeline;
 
-const SEEDS: u64 = 200;
-const CANARY_SEEDS: u64 = 200;
+const SEEDS: u64 = 40;
+const CANARY_SEEDS: u64 = 60;
 const SECOND_US: i64 = 1_000_000;
 
 /// What the node has promised; it survives the node.
@@ -54,8 +54,7 @@ struct Life {
 
 impl Life {
     async fn begin(io: SimIo, model: Rc<Model>) -> Result<Life, String> {
-        let (shard, timeline) = start(&io, &model.outside).await?;
-        let life = Life { io, model, shard, timeline };
+        let life = Life::begin_anyhow(io, model).await?;
         let (cutoff, seen) = (life.timeline.gc_cutoff(), life.model.cutoff.get());
         if cutoff < seen {
             return Err(format!("the cut-off went back from {seen} to {cutoff}"));
@@ -68,6 +67,12 @@ impl Life {
             }
         }
         Ok(life)
+    }
+
+    /// Without looking whether promises are kept.
+    async fn begin_anyhow(io: SimIo, model: Rc<Model>) -> Result<Life, String> {
+        let (shard, timeline) = start(&io, &model.outside).await?;
+        Ok(Life { io, model, shard, timeline })
     }
 
     fn now(&self) -> Timestamp {
@@ -170,7 +175,7 @@ impl Life {
             Err(LeaseError::BelowCutoff { .. }) if self.is_leased(lsn) => {
                 Err(format!("the lease on {lsn} lasts, but was not prolonged"))
             }
-            Err(LeaseError::BelowCutoff { .. } | LeaseError::TooMany { .. }) => Ok(()),
+            Err(LeaseError::BelowCutoff { .. }) => Ok(()),
             Err(error) => Err(error.to_string()),
         }
     }
@@ -223,7 +228,7 @@ impl Life {
         let (a, b) = (cuts[self.below(7) as usize], cuts[self.below(7) as usize]);
         let keys = if a < b { a..b } else { Key::MIN..Key::MAX };
         let lsn = self.timeline.make_image_layer(keys).await?;
-        self.model.images.borrow_mut().push(lsn);
+        self.model.images.borrow_mut().extend(lsn);
         Ok(())
     }
 
@@ -305,17 +310,23 @@ impl Life {
     /// Without holders, one whole image and the newest LSN leave nothing old.
     async fn clean_up(&self) -> Result<(), String> {
         self.model.branches.borrow_mut().clear();
-        self.io.sleep(Duration::from_secs(5)).await;
-        let done = self.shard.checkpoint(TENANT, TIMELINE).await;
-        done.map_err(|error| error.to_string())?;
-        let end = self.timeline.lsns().disk_consistent;
-        self.timeline.make_image_layer(Key::MIN..Key::MAX).await?;
+        let end = loop {
+            let done = self.shard.checkpoint(TENANT, TIMELINE).await;
+            done.map_err(|error| error.to_string())?;
+            if let Some(lsn) = self.timeline.make_image_layer(Key::MIN..Key::MAX).await? {
+                break lsn;
+            }
+            // An image is there already: one more record makes room for another.
+            self.model.outside.primary.borrow_mut().step();
+            let end = self.model.outside.primary.borrow().end();
+            self.timeline.wait_for_lsn(end).await.map_err(|error| error.to_string())?;
+        };
         self.collect(end, 0).await?;
         if self.timeline.gc_cutoff() != end || !self.timeline.leases().is_empty() {
             return Err(format!("history goes back to {}", self.timeline.gc_cutoff()));
         }
         let layers = self.timeline.layer_names();
-        if layers.len() > 8 {
+        if layers.len() != 1 {
             return Err(format!("these layers are left: {layers:?}"));
         }
         let entries = self.io.list(&timeline_dir()).await.map_err(|error| error.to_string())?;
@@ -350,32 +361,26 @@ async fn finish(io: SimIo, model: Rc<Model>) -> Result<(), String> {
         life.read_branch().await?;
         life.ask_time()?;
     }
-    life.clean_up().await?;
     life.shard.shutdown().await;
-    let Life { io, model, shard, timeline } = life;
-    drop((shard, timeline));
+    Ok(())
+}
+
+/// When all leases have ended.
+async fn late(io: SimIo, model: Rc<Model>) -> Result<(), String> {
     let life = Life::begin(io, model).await?;
-    life.read().await?;
     life.ask_time()?;
+    life.clean_up().await?;
     life.shard.shutdown().await;
     Ok(())
 }
 
 fn scenario(seed: u64) -> Result<u64, String> {
     let mut world = SimWorld::new(seed, SimOptions::varied(seed));
-    let outside = Outside::new(seed);
-    outside.records_per_commit.set(1 + world.draw("commits", 60));
-    let model = Rc::new(Model {
-        outside,
-        leases: RefCell::default(),
-        branches: RefCell::default(),
-        cutoff: Cell::new(START),
-        images: RefCell::default(),
-        collected: Cell::new(0),
-    });
+    let model = new_model(seed);
+    model.outside.records_per_commit.set(1 + world.draw("commits", 60));
     world.run(import).map_err(|error| error.to_string())??;
     for _ in 0..1 + world.draw("lives", 4) {
-        let steps = 500 + world.draw("life", 8_000);
+        let steps = 500 + world.draw("life", 3_000);
         let shared = model.clone();
         let outcome = world.run_steps(steps, move |io| live(io, shared));
         match outcome.map_err(|error| error.to_string())? {
@@ -389,8 +394,13 @@ fn scenario(seed: u64) -> Result<u64, String> {
         let pause = Duration::from_millis(world.draw("pause", 4_000));
         world.run(move |io| async move { io.sleep(pause).await }).map_err(|e| e.to_string())?;
     }
+    model.outside.quiet.set(true);
     let shared = model.clone();
     world.run(move |io| finish(io, shared)).map_err(|error| error.to_string())??;
+    let pause = Duration::from_secs(5);
+    world.run(move |io| async move { io.sleep(pause).await }).map_err(|e| e.to_string())?;
+    let shared = model.clone();
+    world.run(move |io| late(io, shared)).map_err(|error| error.to_string())??;
     Ok(model.collected.get())
 }
 
@@ -440,7 +450,152 @@ fn an_index_that_is_not_written_is_found() {
     found("files go before the index does", |on| planted::INDEX_UNWRITTEN.set(on));
 }
 
+/// Reads at an LSN that a collection passes at the same time, with nothing cached.
+fn overtaken(seed: u64) -> Result<(), String> {
+    let mut world =
+        SimWorld::new(seed, SimOptions { yield_per_million: 0, ..SimOptions::default() });
+    let model = new_model(seed);
+    world.run(import).map_err(|error| error.to_string())??;
+    let shared = model.clone();
+    let story = move |io| async move {
+        let life = Life::begin(io, shared).await.unwrap();
+        fill(&life).await;
+        life.shard.shutdown().await;
+    };
+    world.run(story).map_err(|error| error.to_string())?;
+    let story = move |io| async move {
+        let life = Life::begin(io, model).await?;
+        let end = life.timeline.lsns().disk_consistent;
+        let reads = async {
+            life.pause(1_500).await;
+            for _ in 0..4 {
+                life.read().await?;
+            }
+            Ok(())
+        };
+        let (read, collected) = join(reads, life.collect(end, 0)).await;
+        life.shard.shutdown().await;
+        read.and(collected)
+    };
+    world.run(story).map_err(|error| error.to_string())?
+}
+
 #[test]
-fn a_read_that_is_overtaken_is_found() {
-    found("reads look at the cut-off only once", |on| planted::NO_SECOND_LOOK.set(on));
+fn a_read_that_is_overtaken_is_right_or_refused() {
+    for seed in 0..2 * CANARY_SEEDS {
+        overtaken(seed).unwrap_or_else(|problem| panic!("seed {seed}: {problem}"));
+    }
+    planted::NO_SECOND_LOOK.set(true);
+    let found = (0..2 * CANARY_SEEDS).find_map(|seed| Some((seed, overtaken(seed).err()?)));
+    planted::NO_SECOND_LOOK.set(false);
+    let (seed, problem) = found.expect("the planted bug was not found");
+    println!("found at seed {seed}: {problem}");
+}
+
+fn new_model(seed: u64) -> Rc<Model> {
+    let outside = Outside::new(seed);
+    Rc::new(Model {
+        outside,
+        leases: RefCell::default(),
+        branches: RefCell::default(),
+        cutoff: Cell::new(START),
+        images: RefCell::default(),
+        collected: Cell::new(0),
+    })
+}
+
+/// Some WAL, all of it in layers, and one image of all keys at the end.
+async fn fill(life: &Life) -> Lsn {
+    for _ in 0..100 {
+        life.model.outside.primary.borrow_mut().step();
+    }
+    life.model.outside.quiet.set(true);
+    let end = life.model.outside.primary.borrow().end();
+    life.timeline.wait_for_lsn(end).await.unwrap();
+    life.shard.checkpoint(TENANT, TIMELINE).await.unwrap();
+    life.timeline.make_image_layer(Key::MIN..Key::MAX).await.unwrap().unwrap()
+}
+
+#[test]
+fn collections_come_by_themselves() {
+    let mut world = SimWorld::new(1, SimOptions::default());
+    let model = new_model(1);
+    model.outside.gc_period_s.set(1);
+    let story = move |io: SimIo| async move {
+        import(io.clone()).await.unwrap();
+        let life = Life::begin(io.clone(), model).await.unwrap();
+        let end = fill(&life).await;
+        io.sleep(Duration::from_millis(2_100)).await;
+        assert_eq!(life.timeline.gc_cutoff(), end);
+        assert_eq!(life.timeline.layer_names().len(), 1);
+        life.shard.shutdown().await;
+    };
+    world.run(story).unwrap();
+}
+
+#[test]
+fn what_damaged_files_held_is_neither_forgotten_nor_a_reason_to_stop() {
+    for (name, leases_known) in [(HISTORY_FILES[0], true), (HISTORY_FILES[1], false)] {
+        let mut world = SimWorld::new(1, SimOptions::default());
+        let model = new_model(1);
+        model.outside.records_per_commit.set(2);
+        let story = move |io: SimIo| async move {
+            import(io.clone()).await.unwrap();
+            let life = Life::begin(io.clone(), model.clone()).await.unwrap();
+            io.sleep(Duration::from_millis(20)).await;
+            let end = fill(&life).await;
+            life.timeline.lease(Lsn(end.0 - 1), None).await.unwrap();
+            let known = life.timeline.lsn_by_timestamp(life.now());
+            assert_eq!(known.kind, TimeKind::Future);
+            life.shard.shutdown().await;
+            drop(life);
+            let path = timeline_dir().join(name);
+            io.remove(&path).await.unwrap();
+            io.create(&path).await.unwrap().close().await.unwrap();
+            let life = Life::begin_anyhow(io.clone(), model).await.unwrap();
+            let gc = life.timeline.collect_garbage(GcRequest::default(), Vec::new).await;
+            let lease = life.timeline.lease(end, None).await;
+            if leases_known {
+                assert_eq!(life.timeline.lsn_by_timestamp(life.now()).kind, TimeKind::Nodata);
+                assert_eq!(gc.unwrap().retained_lsns, 1);
+                lease.unwrap();
+            } else {
+                assert_eq!(life.timeline.lsn_by_timestamp(life.now()), known);
+                assert!(gc.unwrap_err().to_string().contains("leases"));
+                assert!(matches!(lease, Err(LeaseError::Unreadable { .. })));
+            }
+            life.read().await.unwrap();
+            life.shard.shutdown().await;
+        };
+        world.run(story).unwrap();
+    }
+}
+
+#[test]
+fn what_is_refused_says_why() {
+    let mut world = SimWorld::new(1, SimOptions::default());
+    let model = new_model(1);
+    let story = move |io: SimIo| async move {
+        import(io.clone()).await.unwrap();
+        let life = Life::begin(io.clone(), model).await.unwrap();
+        let end = fill(&life).await;
+        life.collect(end, 0).await.unwrap();
+        let below = RequestLsn { request: Lsn(end.0 - 1), not_modified_since: START };
+        let refused = life.timeline.get_page(rel(0), 0, below).await.unwrap_err();
+        assert_eq!(refused.kind(), crate::base::Kind::Invalid);
+        let text = refused.to_string();
+        let known = "tried to request a page version that was garbage collected";
+        assert!(text.starts_with(known) && text.contains(&end.to_string()), "{text}");
+        let lease = |lsn, seconds| life.timeline.lease(lsn, seconds);
+        assert!(matches!(lease(below.request, None).await, Err(LeaseError::BelowCutoff { .. })));
+        assert!(matches!(lease(Lsn(1), None).await, Err(LeaseError::BelowStart { .. })));
+        assert!(matches!(lease(Lsn::MAX, None).await, Err(LeaseError::NotThereYet { .. })));
+        assert!(matches!(lease(end, Some(0)).await, Err(LeaseError::Length { seconds: 0 })));
+        let length = lease(end, Some(u64::MAX)).await;
+        assert!(matches!(length, Err(LeaseError::Length { .. })));
+        assert!(life.timeline.check_holdable(below.request).is_err());
+        assert!(life.timeline.check_holdable(end).is_ok());
+        life.shard.shutdown().await;
+    };
+    world.run(story).unwrap();
 }

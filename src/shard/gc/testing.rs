@@ -9,8 +9,9 @@ use crate::shard::get_page::zero_page;
 use crate::shard::reader::ReadError;
 
 impl<I: Io> Timeline<I> {
-    /// Makes an image layer of `keys` at `disk_consistent_lsn`, and publishes it.
-    pub(crate) async fn make_image_layer(&self, keys: KeyRange) -> Result<Lsn, String> {
+    /// Makes an image layer of `keys` at `disk_consistent_lsn`, and publishes it; `None` if there
+    /// is one at that LSN that overlaps it.
+    pub(crate) async fn make_image_layer(&self, keys: KeyRange) -> Result<Option<Lsn>, String> {
         let _index = self.checkpoint_turn.acquire().await;
         let lsn = self.lsns().disk_consistent;
         let present = self.mutable.borrow().layers.iter().any(|(span, _)| {
@@ -20,7 +21,7 @@ impl<I: Io> Timeline<I> {
                 && keys.start < span.keys.end
         });
         if present {
-            return Ok(lsn);
+            return Ok(None);
         }
         let desc = self.write_image_layer(keys, lsn).await?;
         let added = IndexLayer { name: desc.name.to_string(), len: desc.file_bytes };
@@ -33,7 +34,7 @@ impl<I: Io> Timeline<I> {
         let layer =
             StoredLayer::new(io, &self.context.dir, desc.name, desc.file_bytes, owner, cache);
         self.mutable.borrow_mut().layers.insert(layer.span(), layer);
-        Ok(lsn)
+        Ok(Some(lsn))
     }
 
     async fn write_image_layer(&self, keys: KeyRange, lsn: Lsn) -> Result<LayerDesc, String> {
