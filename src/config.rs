@@ -40,6 +40,12 @@ pub struct Config {
     /// A key range gets new images when the deltas on it have grown to so many percent of the
     /// images' size: more means fewer bytes written and longer reads.
     pub compaction_image_percent: u64,
+    /// So many bytes of WAL before the newest record stay readable.
+    pub gc_horizon_bytes: u64,
+    /// What was committed within this time stays readable; 0: `gc_horizon_bytes` decides alone.
+    pub pitr_interval_s: u64,
+    /// Pause between two garbage collections of a timeline; 0: only by command.
+    pub gc_period_s: u64,
     /// Memory of each core for verified blocks of layer files.
     pub block_cache_bytes: u64,
     /// The `postgres` program of PostgreSQL 15 that applies WAL records.
@@ -68,6 +74,9 @@ impl Default for Config {
             compaction_threshold: 3,
             compaction_target_bytes: 128 * 1024 * 1024,
             compaction_image_percent: 50,
+            gc_horizon_bytes: 64 * 1024 * 1024,
+            pitr_interval_s: 7 * 24 * 3600,
+            gc_period_s: 3600,
             block_cache_bytes: 64 * 1024 * 1024,
             postgres_bin: PathBuf::from("/usr/lib/postgresql/15/bin/postgres"),
             walredo_library: PathBuf::new(),

@@ -319,3 +319,30 @@ const _: () = assert!(COMPACT_LEVELS_MAX * 3 * COMPACT_READ_BYTES <= 8 * 1024 * 
 pub const DETACH_QUEUE_VALUES: usize = 64;
 /// Pages that are rebuilt at once for it.
 pub const DETACH_READS_CONCURRENT: usize = 8;
+// History: garbage collection, leases, commit times.
+
+/// Samples of commit times that a timeline keeps, of 16 bytes each.
+pub const COMMIT_TIMES_MAX: usize = 65_536;
+/// Commits within this time share a sample, in microseconds.
+pub const COMMIT_TIMES_WIDTH_US: i64 = 1_000_000;
+/// When there are too many samples, those of an age share one for so much of it: 1/14,000, which
+/// is 43 s after a week. 65,536 samples reach for 7 days at a commit every second.
+pub const COMMIT_TIMES_SHARE_OF_AGE: i64 = 14_000;
+/// A primary whose clock is so far ahead of the node's is told of in the log, in seconds: commits
+/// of the future hold up garbage collection by time.
+pub const COMMIT_TIME_AHEAD_S_MAX: u64 = 3600;
+/// Leases of one timeline.
+pub const LEASES_MAX: usize = 1024;
+/// Time that a lease is given when none is asked for, in seconds.
+pub const LEASE_S_DEFAULT: u64 = 600;
+/// Longest time that a lease is given, in seconds; it can be renewed.
+pub const LEASE_S_MAX: u64 = 30 * 24 * 3600;
+/// Pause between two looks at whether reads of removed layers have ended, in milliseconds.
+pub const GC_READERS_POLL_MS: u64 = 20;
+/// Looks before the files are left to the next collection.
+pub const GC_READERS_POLLS: u32 = 50;
+/// Removed layers that a reply names.
+pub const GC_NAMES_MAX: usize = 1000;
+
+/// Where garbage collection is switched off, its setting is looked at again so often.
+pub const GC_SETTING_LOOK_MS: u64 = 60_000;

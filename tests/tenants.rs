@@ -62,6 +62,7 @@ fn index(owner: LayerOwner, ancestor: Option<BranchPoint>) -> TimelineIndex {
         ancestor,
         archived: false,
         start_lsn: START,
+        gc_cutoff_lsn: START,
         disk_consistent_lsn: START,
         layers: Vec::new(),
     }

@@ -3,6 +3,7 @@
 //! It owns nothing: every request becomes messages to the cores, and their replies become JSON.
 //! The control thread is the only one with a tokio runtime.
 
+mod history;
 mod metrics;
 mod routes;
 

@@ -17,9 +17,14 @@
 //! | PUT `/v1/tenant/{tenant}/timeline/{timeline}/unarchive` | takes that back |
 //! | PUT `/v1/tenant/{tenant}/timeline/{timeline}/detach_ancestor` | starts to copy what the branch needs; done when `ancestor` is null |
 //! | PUT `/v1/tenant/{tenant}/timeline/{timeline}/checkpoint` | writes memory to layer files |
+//! | GET `…/{timeline}/get_lsn_by_timestamp?timestamp=` | `{"lsn", "kind"}`: the LSN of a time |
+//! | GET `…/{timeline}/get_timestamp_of_lsn?lsn=` | `{"timestamp"}`: when the last commit was |
+//! | GET `…/{timeline}/lsn_lease` | `{"gc_cutoff_lsn", "leases"}` |
+//! | POST `…/{timeline}/lsn_lease` | takes or prolongs a lease: `{"lsn": …, "seconds": …}` |
+//! | PUT `…/{timeline}/do_gc` | collects garbage: `{"gc_horizon_bytes": …, "pitr_interval_s": …}` |
 //! | GET `/metrics` | Prometheus text |
 //!
-//! Errors are `{"error": "what happened"}` with 400, 404, 409 or 503.
+//! Points in time are RFC 3339. Errors are `{"error": "what happened"}` with 400, 404, 409 or 503.
 
 use std::collections::BTreeMap;
 use std::future::Future;
@@ -54,7 +59,7 @@ pub struct AdminState {
 }
 
 /// An error as the client gets it.
-struct ApiError {
+pub(super) struct ApiError {
     status: StatusCode,
     message: String,
 }
@@ -77,7 +82,7 @@ impl From<ControlError> for ApiError {
     }
 }
 
-fn bad_request(message: impl ToString) -> ApiError {
+pub(super) fn bad_request(message: impl ToString) -> ApiError {
     ApiError { status: StatusCode::BAD_REQUEST, message: message.to_string() }
 }
 
@@ -91,7 +96,7 @@ fn unavailable(message: impl ToString) -> ApiError {
 
 impl AdminState {
     /// Asks one core and waits for its reply.
-    async fn ask<T>(
+    pub(super) async fn ask<T>(
         &self,
         core: usize,
         question: impl FnOnce(oneshot::Sender<T>) -> Control,
@@ -141,6 +146,7 @@ fn router(state: AdminState) -> Router {
         .route("/v1/tenant/{tenant}/timeline/{timeline}/unarchive", put(unarchive))
         .route("/v1/tenant/{tenant}/timeline/{timeline}/detach_ancestor", put(detach_ancestor))
         .route("/v1/tenant/{tenant}/timeline/{timeline}/checkpoint", put(checkpoint))
+        .merge(super::history::routes())
         .route("/metrics", get(metrics_text))
         .fallback(|| async { not_found("there is no such path; see /v1/status, /v1/tenant") })
         .layer(DefaultBodyLimit::max(ADMIN_BODY_BYTES_MAX))

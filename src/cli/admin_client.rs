@@ -7,7 +7,9 @@ use serde_json::Value;
 
 use crate::base::{Lsn, TenantShardId, TimelineId};
 use crate::shard::control::{TenantInfo, TimelineInfo, TimelineSource};
+use crate::shard::gc::{GcReport, GcRequest};
 use crate::shard::index::WalSourceConfig;
+use crate::shard::leases::Lease;
 use crate::shard::tenant_config::TenantConfig;
 
 /// Time to get a connection.
@@ -185,6 +187,42 @@ impl AdminClient {
     ) -> Result<(), CommandError> {
         let url = format!("{}/v1/tenant/{tenant}/timeline/{timeline}/checkpoint", self.base);
         self.send(self.client.put(url)).map(|_| ())
+    }
+
+    /// Answers of a timeline's history: `path` is what follows the timeline's.
+    pub fn history<T: DeserializeOwned>(
+        &self,
+        tenant: TenantShardId,
+        timeline: TimelineId,
+        path: &str,
+        query: &[(&str, String)],
+    ) -> Result<T, CommandError> {
+        let url = format!("{}/v1/tenant/{tenant}/timeline/{timeline}/{path}", self.base);
+        Ok(serde_json::from_slice(&self.send(self.client.get(url).query(query))?)?)
+    }
+
+    /// Takes or prolongs a lease.
+    pub fn lease(
+        &self,
+        tenant: TenantShardId,
+        timeline: TimelineId,
+        lsn: Lsn,
+        seconds: Option<u64>,
+    ) -> Result<Lease, CommandError> {
+        let url = format!("{}/v1/tenant/{tenant}/timeline/{timeline}/lsn_lease", self.base);
+        let body = serde_json::json!({ "lsn": lsn, "seconds": seconds });
+        Ok(serde_json::from_slice(&self.send(self.client.post(url).json(&body))?)?)
+    }
+
+    /// Collects a timeline's garbage.
+    pub fn collect_garbage(
+        &self,
+        tenant: TenantShardId,
+        timeline: TimelineId,
+        request: GcRequest,
+    ) -> Result<GcReport, CommandError> {
+        let url = format!("{}/v1/tenant/{tenant}/timeline/{timeline}/do_gc", self.base);
+        Ok(serde_json::from_slice(&self.send(self.client.put(url).json(&request))?)?)
     }
 
     /// The page of metrics.

@@ -20,6 +20,7 @@ pub mod attach;
 pub mod check;
 pub mod demo;
 pub mod demo_node;
+pub mod history;
 pub mod layer;
 pub mod oracle;
 pub mod page_client;
@@ -70,7 +71,7 @@ enum Command {
     Layer(layer::LayerCommand),
     /// Show the timelines of a running node.
     Status(attach::StatusArgs),
-    /// Branch, delete, archive, detach timelines.
+    /// Branch, delete, archive, detach timelines; ask about their history, hold it, cut it.
     Timeline(timeline::TimelineArgs),
     /// Make, remove, configure tenants.
     Tenant(tenant::TenantArgs),

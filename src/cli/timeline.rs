@@ -4,6 +4,7 @@ use std::time::Duration;
 
 use super::admin_client::{AdminClient, CommandError};
 use super::attach::random_id;
+use super::history::{self, HistoryCommand};
 use crate::base::{Lsn, TenantShardId, TimelineId};
 use crate::shard::control::TimelineInfo;
 use crate::shard::index::WalSourceConfig;
@@ -32,6 +33,8 @@ enum TimelineCommand {
     Unarchive(OneArgs),
     /// Copy what a branch needs of its ancestor, so that it stands alone.
     DetachAncestor(OneArgs),
+    #[command(flatten)]
+    History(HistoryCommand),
 }
 
 #[derive(clap::Args, Debug)]
@@ -93,6 +96,7 @@ pub fn run(args: TimelineArgs) -> Result<(), CommandError> {
         TimelineCommand::Archive(args) => change(&args, "archive"),
         TimelineCommand::Unarchive(args) => change(&args, "unarchive"),
         TimelineCommand::DetachAncestor(args) => detach(&args),
+        TimelineCommand::History(command) => history::run(command),
     }
 }
 

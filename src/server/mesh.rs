@@ -23,6 +23,7 @@ use crate::server::page_service::Session;
 use crate::shard::control::{
     Change, ControlError, CoreMetrics, CreateTimeline, TenantInfo, TimelineInfo,
 };
+use crate::shard::history::{HistoryReply, HistoryRequest};
 
 /// A message to a core.
 pub enum Message {
@@ -58,6 +59,13 @@ pub enum Control {
     CreateTimeline(CreateTimeline, oneshot::Sender<Result<(), ControlError>>),
     /// Write what is in memory to layer files.
     Checkpoint(TenantShardId, TimelineId, oneshot::Sender<Result<(), ControlError>>),
+    /// Ask about a timeline's history, or hold or cut it.
+    History(
+        TenantShardId,
+        TimelineId,
+        HistoryRequest,
+        oneshot::Sender<Result<HistoryReply, ControlError>>,
+    ),
 }
 
 /// The sending ends of all cores' inboxes.

@@ -551,6 +551,12 @@ fn control<S: CoreService>(service: &Rc<Service<S>>, command: Control) {
             };
             glommio::spawn_local(work).detach();
         }
+        Control::History(tenant, timeline, request, reply) => {
+            let work = async move {
+                let _ = reply.send(backend.history(tenant, timeline, request).await);
+            };
+            glommio::spawn_local(work).detach();
+        }
     }
 }
 

@@ -398,7 +398,9 @@ impl<I: Io, C: Connector> Shard<I, C> {
             config: self.config_of(tenant),
             dir: dir.clone(),
         };
-        load(make, &context.io, &dir, owner, ancestor).await
+        let timeline = load(make, &context.io, &dir, owner, ancestor).await?;
+        context.io.spawn(TaskClass::Background, self.clone().gc_loop(timeline.clone()));
+        Ok(timeline)
     }
 
     /// Starts to take in WAL, if the timeline has a source and may.

@@ -106,6 +106,16 @@ pub enum BranchPointError {
         /// The last one that would do.
         last_record_lsn: Lsn,
     },
+    /// History before it was collected.
+    #[error("timeline {timeline} cannot be branched at {lsn}: {why}")]
+    Collected {
+        /// The ancestor.
+        timeline: TimelineId,
+        /// The LSN asked for.
+        lsn: Lsn,
+        /// The rule that says so.
+        why: String,
+    },
 }
 
 impl<I: Io> Timeline<I> {
@@ -121,7 +131,15 @@ impl<I: Io> Timeline<I> {
         if lsn > last_record_lsn {
             return Err(BranchPointError::NotYet { timeline, lsn, last_record_lsn });
         }
-        Ok(())
+        // History before this timeline's own branch point is its ancestor's, and so is the branch.
+        match self.ancestor().filter(|ancestor| lsn < ancestor.lsn) {
+            Some(ancestor) => ancestor.timeline.check_branch_point(lsn),
+            None => self.check_holdable(lsn).map_err(|error| BranchPointError::Collected {
+                timeline,
+                lsn,
+                why: error.to_string(),
+            }),
+        }
     }
 
     /// First readable LSN: that of the youngest history, where several timelines make it up.

@@ -3,7 +3,7 @@
 //! A checkpoint of one frozen layer:
 //! 1. the journal is synced past the layer's end;
 //! 2. the background executor writes the delta file and publishes it (sync, rename, sync dir);
-//! 3. the timeline's index is replaced by one that names the file and moves
+//! 3. commit times up to there are written (`timestamps`), then the timeline's index is replaced by one that names the file and moves
 //!    `disk_consistent_lsn`;
 //! 4. in one synchronous step the file takes the frozen layer's place;
 //! 5. journal segments that lie wholly before `disk_consistent_lsn` go.
@@ -149,6 +149,7 @@ impl<I: Io> Timeline<I> {
         drop(mutable);
         self.memory.done();
         self.note_memory();
+        self.history.times.borrow_mut().close_bucket();
         self.checkpoint_signal.set();
     }
 
@@ -212,6 +213,7 @@ impl<I: Io> Timeline<I> {
             .iter()
             .map(|desc| IndexLayer { name: desc.name.to_string(), len: desc.file_bytes })
             .collect();
+        self.write_commit_times(lsn).await.map_err(|error| fail(error.to_string()))?;
         let _turn = self.index_turn.acquire().await;
         let index = self.index_with(&added, lsn);
         durable::write_file_atomic(
@@ -290,8 +292,11 @@ impl<I: Io> Timeline<I> {
         self.checkpoint_signal.set();
         self.journal_signal.set();
         self.waiters.fail_all();
+        self.history.gc_signal.set();
         self.end_compaction().await;
         {
+            let _gc = self.history.gc_turn.acquire().await;
+            let _lease = self.history.lease_turn.acquire().await;
             // Whoever writes comes to an end first.
             let _checkpoint = self.checkpoint_turn.acquire().await;
             let _flush = self.flush_turn.acquire().await;
@@ -303,6 +308,7 @@ impl<I: Io> Timeline<I> {
                 tracing::warn!(tenant = %self.tenant, timeline = %self.id, "{error}");
             }
         }
+        self.close_doomed().await;
         if let Err(error) = self.journal.close().await {
             tracing::warn!(tenant = %self.tenant, timeline = %self.id, "{error}");
         }

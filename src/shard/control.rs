@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 
 use serde::{Deserialize, Serialize};
 
+use super::history::{HistoryReply, HistoryRequest};
 use super::index::{BranchPoint, WalSourceConfig};
 use super::tenant_config::TenantConfig;
 use crate::base::{Kind, Lsn, TenantShardId, TimelineId};
@@ -265,6 +266,13 @@ pub trait CoreControl: 'static {
         tenant: TenantShardId,
         timeline: TimelineId,
     ) -> Result<(), ControlError>;
+    /// Asks about a timeline's history, or holds or cuts it.
+    async fn history(
+        &self,
+        tenant: TenantShardId,
+        timeline: TimelineId,
+        request: HistoryRequest,
+    ) -> Result<HistoryReply, ControlError>;
     /// Stops ingest and everything else, with all data synced. No call follows.
     async fn shutdown(&self);
 }

@@ -15,6 +15,7 @@ use futures_util::future::{Either, select};
 use super::branch::{Older, below_branch_point};
 #[cfg(test)]
 use super::compact::{Planted, planted};
+use super::layer_map::LayerSpan;
 use super::reader::{ReadError, RequestLsn, TimelineReader};
 use super::timeline::Timeline;
 use crate::base::page::PAGE_SIZE;
@@ -51,6 +52,7 @@ impl<I: Io> Timeline<I> {
         if request < start {
             return Err(ReadError::BelowStart { request, start });
         }
+        self.check_retained(request)?;
         let needed = not_modified_since.max(start);
         if needed > self.lsns().last_record {
             self.wait_for_lsn(needed).await?;
@@ -150,20 +152,31 @@ impl<I: Io> Timeline<I> {
         let mut below = Lsn(lsn.0 + 1);
         let mut newest = Newest::new();
         let unreadable = |error| damaged("a directory", lsn, &error);
-        let mut older = self.scan_own(keys, below, &mut newest).await.map_err(unreadable)?;
+        let mut images = Vec::new();
+        let found = self.scan_own(keys, below, &mut newest, &mut images).await;
+        let mut older = found.map_err(unreadable)?;
         while let Some(Older { timeline, lsn, _read }) = older {
             below = below_branch_point(below, lsn);
-            older = timeline.scan_own(keys, below, &mut newest).await.map_err(unreadable)?;
+            let found = timeline.scan_own(keys, below, &mut newest, &mut images).await;
+            older = found.map_err(unreadable)?;
         }
+        // What an image layer covers and does not have does not exist at its LSN. The layer that
+        // says when it went may be gone, and one that says when it came may still be there.
+        let outdated = |key: &Key, at: Lsn| {
+            images.iter().any(|image| image.keys.contains(key) && image.lsns.start > at)
+        };
+        newest.retain(|key, (at, _)| !outdated(key, *at));
         Ok(newest)
     }
 
-    /// What this timeline's own layers have; returns where the scan must go on.
+    /// What this timeline's own layers have, and its image layers; returns where the scan must go
+    /// on.
     async fn scan_own(
         &self,
         keys: &KeyRange,
         below: Lsn,
         newest: &mut Newest,
+        images: &mut Vec<LayerSpan>,
     ) -> Result<Option<Older<I>>, LayerError> {
         let (layers, older) = {
             let mutable = self.mutable.borrow();
@@ -173,6 +186,7 @@ impl<I: Io> Timeline<I> {
         };
         for layer in layers {
             layer.scan(keys, below, newest).await?;
+            images.extend(Some(layer.span()).filter(|span| span.is_image));
         }
         Ok(older)
     }
@@ -301,12 +315,13 @@ impl<I: Io> TimelineReader for Timeline<I> {
         check_rel(rel)?;
         let _read = self.enter()?;
         let lsn = self.effective_lsn(lsn).await?;
-        let blocks = self.fork_size(rel, lsn).await?.unwrap_or(0);
-        let result = match block < blocks {
-            true => self.page(Key::rel_block(rel, block), lsn).await,
-            false => Ok(zero_page()),
-        };
-        self.still_readable(lsn)?;
+        let blocks = self.fork_size(rel, lsn).await;
+        let blocks = self.still_retained(lsn, blocks)?.unwrap_or(0);
+        if block >= blocks {
+            return Ok(zero_page());
+        }
+        let result = self.page(Key::rel_block(rel, block), lsn).await;
+        let result = self.still_retained(lsn, result);
         if let Err(error) = &result {
             tracing::error!(tenant = %self.tenant, timeline = %self.id, "{error}");
             if matches!(error, ReadError::Damaged { .. }) {
@@ -320,29 +335,23 @@ impl<I: Io> TimelineReader for Timeline<I> {
         check_rel(rel)?;
         let _read = self.enter()?;
         let lsn = self.effective_lsn(lsn).await?;
-        let size = self.fork_size(rel, lsn).await?;
-        self.still_readable(lsn)?;
-        Ok(size.is_some())
+        let size = self.fork_size(rel, lsn).await;
+        Ok(self.still_retained(lsn, size)?.is_some())
     }
 
     async fn rel_size(&self, rel: RelTag, lsn: RequestLsn) -> Result<BlockNumber, ReadError> {
         check_rel(rel)?;
         let _read = self.enter()?;
         let lsn = self.effective_lsn(lsn).await?;
-        let size = self.fork_size(rel, lsn).await?;
-        self.still_readable(lsn)?;
-        Ok(size.unwrap_or(0))
+        let size = self.fork_size(rel, lsn).await;
+        Ok(self.still_retained(lsn, size)?.unwrap_or(0))
     }
 
     async fn db_size(&self, db: u32, lsn: RequestLsn) -> Result<i64, ReadError> {
         let _read = self.enter()?;
         let lsn = self.effective_lsn(lsn).await?;
-        let mut blocks = 0i64;
-        for rel in self.database_forks(DEFAULT_TABLESPACE, db, lsn).await? {
-            blocks += i64::from(self.fork_size(rel, lsn).await?.unwrap_or(0));
-        }
-        self.still_readable(lsn)?;
-        Ok(blocks * PAGE_SIZE as i64)
+        let bytes = self.database_bytes(db, lsn).await;
+        self.still_retained(lsn, bytes)
     }
 
     async fn slru_segment(
@@ -353,6 +362,21 @@ impl<I: Io> TimelineReader for Timeline<I> {
     ) -> Result<Bytes, ReadError> {
         let _read = self.enter()?;
         let lsn = self.effective_lsn(lsn).await?;
+        let pages = self.slru_pages(kind, segment, lsn).await;
+        self.still_retained(lsn, pages)
+    }
+}
+
+impl<I: Io> Timeline<I> {
+    async fn database_bytes(&self, db: u32, lsn: Lsn) -> Result<i64, ReadError> {
+        let mut blocks = 0i64;
+        for rel in self.database_forks(DEFAULT_TABLESPACE, db, lsn).await? {
+            blocks += i64::from(self.fork_size(rel, lsn).await?.unwrap_or(0));
+        }
+        Ok(blocks * PAGE_SIZE as i64)
+    }
+
+    async fn slru_pages(&self, kind: SlruKind, segment: u32, lsn: Lsn) -> Result<Bytes, ReadError> {
         let Some((_, blocks)) = self.stored_u32(Key::slru_size(kind, segment), lsn).await? else {
             return Err(ReadError::BadRequest(format!(
                 "segment {}/{segment:04X} does not exist at {lsn}",

@@ -197,6 +197,7 @@ pub async fn run<I: Io>(io: I, job: ImportJob) -> Result<TimelineIndex, ImportEr
         archived: false,
         start_lsn: readable_from,
         disk_consistent_lsn: data.start_lsn,
+        gc_cutoff_lsn: Lsn::INVALID,
         layers,
     })
 }

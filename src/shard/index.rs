@@ -83,6 +83,9 @@ pub struct TimelineIndex {
     pub start_lsn: Lsn,
     /// Everything up to here is in `layers`; the journal has what follows.
     pub disk_consistent_lsn: Lsn,
+    /// Reads before this LSN are refused, unless a lease holds it; `start_lsn` at first.
+    #[serde(default)]
+    pub gc_cutoff_lsn: Lsn,
     /// All layers.
     pub layers: Vec<IndexLayer>,
 }
@@ -118,7 +121,9 @@ impl TimelineIndex {
         if version.version != INDEX_VERSION {
             return Err(IndexError::Version { found: version.version });
         }
-        serde_json::from_slice(bytes).map_err(malformed)
+        let mut index: TimelineIndex = serde_json::from_slice(bytes).map_err(malformed)?;
+        index.gc_cutoff_lsn = index.gc_cutoff_lsn.max(index.start_lsn);
+        Ok(index)
     }
 }
 
@@ -145,6 +150,7 @@ mod tests {
             archived: true,
             start_lsn: Lsn(0x2000),
             disk_consistent_lsn: Lsn(0x3000),
+            gc_cutoff_lsn: Lsn(0x2800),
             layers: vec![IndexLayer { name: "a".into(), len: 4096 }],
         };
         assert_eq!(TimelineIndex::decode(&index.encode()), Ok(index.clone()));

@@ -124,6 +124,7 @@ impl<I: Io> Timeline<I> {
         let mut changes = self.changes.take();
         decode_into(bytes, start, end, &mut changes)
             .map_err(|cause| IngestError::Decode { start, cause })?;
+        self.history.note_commits(end, &changes);
         if self.mutable.borrow().is_ready_for(&changes) {
             self.apply_now(end, changes.drain(..)).map_err(IngestError::Apply)?;
         } else {

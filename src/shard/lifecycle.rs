@@ -129,6 +129,8 @@ impl<I: Io, C: Connector> Shard<I, C> {
         }
         let lsn = ancestor.record_position(wanted);
         ancestor.make_durable().await?;
+        // Once more, in one step with what keeps collections away: one may have come between.
+        ancestor.check_branch_point(lsn).map_err(|error| refused(error.to_string()))?;
         let index = TimelineIndex {
             version: INDEX_VERSION,
             tenant: key.0,
@@ -138,6 +140,7 @@ impl<I: Io, C: Connector> Shard<I, C> {
             ancestor: Some(BranchPoint { timeline: ancestor.id, lsn }),
             archived: false,
             start_lsn: ancestor.start_lsn(),
+            gc_cutoff_lsn: ancestor.start_lsn(),
             disk_consistent_lsn: lsn,
             layers: Vec::new(),
         };

@@ -3,6 +3,7 @@
 //! 1. Read the index. A directory without one is an import that never ended.
 //! 2. Remove what the index does not name: left over from a crash.
 //! 3. Read the tracked checkpoint struct and the SLRU sizes as of `disk_consistent_lsn`.
+//!    Commit times and leases are read as well.
 //! 4. Find the journal's last whole, undamaged record. Everything that was ever acknowledged
 //!    lies before its end, because acknowledging waits for the journal's sync.
 //! 5. Sync the journal up to there: a killed process may have written it without a sync.
@@ -12,6 +13,7 @@ use std::path::Path;
 use std::rc::Rc;
 
 use super::follow::TakeInError;
+use super::history::HISTORY_FILES;
 use super::index::{INDEX_FILE, IndexError, TimelineIndex};
 use super::layer_map::LayerMap;
 use super::lsns::Advance;
@@ -117,6 +119,7 @@ pub async fn load<I: Io>(
         timeline.abandon().await;
         return Err(error);
     }
+    timeline.load_history().await;
     timeline.start_writers();
     if let Err(error) = replay(&timeline).await {
         // Nobody will have the timeline, so its tasks must end here.
@@ -141,12 +144,13 @@ async fn open_layers<I: Io>(
     index: &TimelineIndex,
     owner: LayerOwner,
 ) -> Result<LayerMap<Rc<StoredLayer<I>>>, LoadError> {
+    let known = |name: &str| name == INDEX_FILE || HISTORY_FILES.contains(&name);
     let mut files: std::collections::BTreeMap<String, u64> = context
         .io
         .list(&context.dir)
         .await?
         .into_iter()
-        .filter(|entry| !entry.is_dir && entry.name != INDEX_FILE)
+        .filter(|entry| !entry.is_dir && !known(&entry.name))
         .map(|entry| (entry.name, entry.len))
         .collect();
     let mut layers = LayerMap::default();

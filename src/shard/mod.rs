@@ -3,6 +3,9 @@
 //! [`tenants`] holds them, [`timeline`] is one of them. WAL comes in through [`follow`], which
 //! gives records to [`ingest`] and [`apply`]; [`checkpoint`] moves values from memory to files, [`compact`] merges these;
 //! [`get_page`] reads; [`import`] makes a timeline, [`load`] opens one again.
+//! gives records to [`ingest`] and [`apply`]; [`checkpoint`] moves values from memory to files;
+//! [`get_page`] reads; [`import`] makes a timeline, [`load`] opens one again. [`history`] says how
+//! far back it can be read, [`gc`] removes what nobody can need.
 //!
 //! Synchronous methods change state, asynchronous ones wait; no borrow lives across an `.await`.
 
@@ -17,12 +20,15 @@ pub mod control;
 pub mod detach;
 pub mod follow;
 pub mod gate;
+pub mod gc;
 pub mod get_page;
 pub mod health;
+pub mod history;
 pub mod import;
 pub mod index;
 pub mod ingest;
 pub mod layer_map;
+pub mod leases;
 pub mod lifecycle;
 pub mod load;
 pub mod logical_size;
@@ -37,4 +43,5 @@ pub mod stored;
 pub mod tenant_config;
 pub mod tenants;
 pub mod timeline;
+pub mod timestamps;
 mod turn;

@@ -79,6 +79,16 @@ pub enum ReadError {
         /// The first readable LSN.
         start: Lsn,
     },
+    /// Below the cut-off of garbage collection, and no lease holds it.
+    #[error(
+        "tried to request a page version that was garbage collected. requested at {request} gc cutoff {cutoff}; read at {cutoff} or later, and take a lease on an LSN to keep it readable"
+    )]
+    GarbageCollected {
+        /// The LSN asked for.
+        request: Lsn,
+        /// The lowest LSN of which all history is readable.
+        cutoff: Lsn,
+    },
     /// The request's LSNs make no sense.
     #[error("bad LSNs in request: {0}")]
     BadLsn(String),
@@ -112,6 +122,7 @@ impl ReadError {
             | ReadError::Archived { .. }
             | ReadError::NoMoreWal { .. }
             | ReadError::BelowStart { .. }
+            | ReadError::GarbageCollected { .. }
             | ReadError::BadLsn(_)
             | ReadError::BadRequest(_) => Kind::Invalid,
             ReadError::NotReady { .. } | ReadError::LsnTimeout { .. } => Kind::Retry,

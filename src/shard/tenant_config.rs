@@ -27,6 +27,15 @@ pub struct TenantConfig {
     /// See [`TimelineConfig::wait_lsn_timeout_ms`].
     #[serde(skip_serializing_if = "Option::is_none")]
     pub wait_lsn_timeout_ms: Option<u64>,
+    /// See [`TimelineConfig::gc_horizon_bytes`].
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub gc_horizon_bytes: Option<u64>,
+    /// See [`TimelineConfig::pitr_interval_s`].
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub pitr_interval_s: Option<u64>,
+    /// See [`TimelineConfig::gc_period_s`].
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub gc_period_s: Option<u64>,
 }
 
 /// Why settings of a tenant cannot be used.
@@ -90,6 +99,9 @@ impl TenantConfig {
                 .unwrap_or(node.checkpoint_distance_bytes),
             checkpoint_timeout_s: self.checkpoint_timeout_s.unwrap_or(node.checkpoint_timeout_s),
             wait_lsn_timeout_ms: self.wait_lsn_timeout_ms.unwrap_or(node.wait_lsn_timeout_ms),
+            gc_horizon_bytes: self.gc_horizon_bytes.unwrap_or(node.gc_horizon_bytes),
+            pitr_interval_s: self.pitr_interval_s.unwrap_or(node.pitr_interval_s),
+            gc_period_s: self.gc_period_s.unwrap_or(node.gc_period_s),
             ..node
         }
     }
@@ -100,6 +112,9 @@ impl TenantConfig {
             checkpoint_distance_bytes: Some(config.checkpoint_distance_bytes),
             checkpoint_timeout_s: Some(config.checkpoint_timeout_s),
             wait_lsn_timeout_ms: Some(config.wait_lsn_timeout_ms),
+            gc_horizon_bytes: Some(config.gc_horizon_bytes),
+            pitr_interval_s: Some(config.pitr_interval_s),
+            gc_period_s: Some(config.gc_period_s),
         }
     }
 
@@ -138,6 +153,9 @@ mod tests {
         compaction_threshold: 4,
         compaction_target_bytes: 1 << 20,
         compaction_image_percent: 100,
+        gc_horizon_bytes: 1,
+        pitr_interval_s: 2,
+        gc_period_s: 3,
     };
 
     #[test]

@@ -27,6 +27,7 @@ use super::control::{
     Change, ControlError, CoreControl, CoreMetrics, CreateTimeline, TenantInfo, TimelineInfo,
 };
 use super::follow::Connector;
+use super::history::{HistoryReply, HistoryRequest};
 use super::import::{self, ImportError, ImportJob, Progress};
 use super::index::INDEX_FILE;
 use super::memory::MemoryBudget;
@@ -405,6 +406,39 @@ impl<I: Io, C: Connector> CoreControl for Rc<Shard<I, C>> {
         let found = found.map_err(|e| control(e.kind(), e.to_string()))?;
         let done = found.checkpoint_now().await;
         done.map(|_| ()).map_err(|e| control(Kind::Retry, e.to_string()))
+    }
+
+    async fn history(
+        &self,
+        tenant: TenantShardId,
+        timeline: TimelineId,
+        request: HistoryRequest,
+    ) -> Result<HistoryReply, ControlError> {
+        let control = |kind: Kind, message: String| ControlError { kind, message };
+        let found = self.activate((tenant, timeline)).await;
+        let found = found.map_err(|e| control(e.kind(), e.to_string()))?;
+        match request {
+            HistoryRequest::LsnByTimestamp(time) => {
+                Ok(HistoryReply::LsnByTimestamp(found.lsn_by_timestamp(time)))
+            }
+            HistoryRequest::TimestampOfLsn(lsn) => {
+                let timestamp = found.timestamp_of_lsn(lsn);
+                let timestamp = timestamp.map_err(|e| control(e.kind(), e.to_string()))?;
+                Ok(HistoryReply::TimestampOfLsn { timestamp })
+            }
+            HistoryRequest::Lease(lsn, seconds) => {
+                let lease = found.lease(lsn, seconds).await;
+                lease.map(HistoryReply::Lease).map_err(|e| control(e.kind(), e.to_string()))
+            }
+            HistoryRequest::Leases => Ok(HistoryReply::Leases {
+                gc_cutoff_lsn: found.gc_cutoff(),
+                leases: found.leases(),
+            }),
+            HistoryRequest::Gc(request) => {
+                let report = self.collect_timeline(&found, request).await;
+                report.map(HistoryReply::Gc).map_err(|e| control(e.kind(), e.to_string()))
+            }
+        }
     }
 
     async fn shutdown(&self) {

@@ -15,6 +15,7 @@ use super::compact::Compaction;
 use super::control::{DetachState, ImportProgress, TimelineInfo, TimelineState};
 use super::gate::Gate;
 use super::health::Health;
+use super::history::History;
 use super::index::{ClusterIdentity, IndexLayer, TimelineIndex, WalSourceConfig};
 use super::layer_map::LayerMap;
 use super::lsns::{Advance, LsnWaiters, Lsns};
@@ -52,6 +53,13 @@ pub struct TimelineConfig {
     /// Images are made of a key range when the deltas on it have grown to so many percent of its
     /// images.
     pub compaction_image_percent: u64,
+    /// So many bytes of WAL before the newest record stay readable.
+    pub gc_horizon_bytes: u64,
+    /// What was committed within this time stays readable, in seconds; 0: `gc_horizon_bytes`
+    /// decides alone.
+    pub pitr_interval_s: u64,
+    /// Pause between two garbage collections, in seconds; 0: there are none by themselves.
+    pub gc_period_s: u64,
 }
 
 impl From<&Config> for TimelineConfig {
@@ -64,6 +72,9 @@ impl From<&Config> for TimelineConfig {
             compaction_threshold: config.compaction_threshold as usize,
             compaction_target_bytes: config.compaction_target_bytes,
             compaction_image_percent: config.compaction_image_percent,
+            gc_horizon_bytes: config.gc_horizon_bytes,
+            pitr_interval_s: config.pitr_interval_s,
+            gc_period_s: config.gc_period_s,
         }
     }
 }
@@ -102,6 +113,7 @@ pub struct Timeline<I: Io> {
     pub(super) journal: Journal<I>,
     pub(super) mutable: RefCell<Mutable<I>>,
     pub(super) waiters: LsnWaiters,
+    pub(super) history: History<I>,
     /// Tells the checkpoint task that a layer is frozen or the journal moved.
     pub(super) checkpoint_signal: Signal,
     /// Tells the journal task that bytes wait.
@@ -271,6 +283,7 @@ impl<I: Io> Timeline<I> {
             }),
             waiters: LsnWaiters::default(),
             memory: context.memory.share(checkpoint_signal.sender.clone()),
+            history: History::new(index.gc_cutoff_lsn.max(index.start_lsn)),
             checkpoint_signal,
             journal_signal: Signal::new(),
             status_signal: Signal::new(),
@@ -353,6 +366,7 @@ impl<I: Io> Timeline<I> {
             archived: self.archived.get(),
             start_lsn: mutable.start_lsn,
             disk_consistent_lsn,
+            gc_cutoff_lsn: self.history.cutoff.get(),
             layers: present.chain(added.iter().cloned()).collect(),
         }
     }

@@ -16,7 +16,7 @@ use bytes::Bytes;
 use super::primary::Primary;
 use super::redo::ToyRedoFactory;
 use super::{Outcome, SimIo, SimOptions, SimWorld};
-use crate::base::{Key, Lsn, TenantId, TenantShardId, TimelineId, Value};
+use crate::base::{Key, Lsn, TenantId, TenantShardId, TimelineId, Timestamp, Value};
 use crate::io::{Io, TaskClass, durable};
 use crate::layers::{ImageWriter, LayerOwner};
 use crate::shard::background;
@@ -32,7 +32,7 @@ use crate::wal::checkpoint::CHECKPOINT_BYTES;
 use crate::wal::receiver::{StandbyStatus, WalMessage, WalSource};
 use crate::wal::source::SourceError;
 
-const START: Lsn = Lsn(0x100_0000);
+pub(super) const START: Lsn = Lsn(0x100_0000);
 const SEGMENT_BYTES: u64 = 16 * 1024 * 1024;
 const SYSTEM_ID: u64 = 7;
 pub(super) const TENANT: TenantShardId =
@@ -60,6 +60,14 @@ pub(super) struct Outside {
     pub(super) large_layers: Cell<bool>,
     /// Layers stay as checkpoints write them.
     pub(super) no_compaction: Cell<bool>,
+    /// About one in so many records is a commit, at the time of the simulated clock; 0: none is.
+    pub(super) records_per_commit: Cell<u64>,
+    /// How far the primary's clock is ahead, in microseconds.
+    pub(super) clock_ahead_us: Cell<i64>,
+    /// The primary does nothing any more.
+    pub(super) quiet: Cell<bool>,
+    /// `gc_period_s` of the timeline.
+    pub(super) gc_period_s: Cell<u64>,
 }
 
 impl Outside {
@@ -70,6 +78,10 @@ impl Outside {
             acknowledged: Cell::new(START),
             large_layers: Cell::new(false),
             no_compaction: Cell::new(false),
+            records_per_commit: Cell::new(0),
+            clock_ahead_us: Cell::new(0),
+            quiet: Cell::new(false),
+            gc_period_s: Cell::new(0),
         })
     }
 }
@@ -113,8 +125,14 @@ impl WalSource for SimSource {
         }
         let len = 1 + (self.io.random_u64() % 20_000) as usize;
         let mut primary = self.outside.primary.borrow_mut();
-        for _ in 0..self.io.random_u64() % 12 {
+        let records = self.io.random_u64() % 12;
+        for _ in 0..if self.outside.quiet.get() { 0 } else { records } {
             primary.step();
+            let one_in = self.outside.records_per_commit.get();
+            if one_in > 0 && self.io.random_u64().is_multiple_of(one_in) {
+                let time = self.io.unix_time_us() + self.outside.clock_ahead_us.get();
+                primary.commit(Timestamp(time));
+            }
         }
         let end_of_wal = primary.end();
         let bytes = Bytes::copy_from_slice(primary.read(self.at, len));
@@ -170,6 +188,7 @@ pub(super) async fn import(io: SimIo) -> Result<(), String> {
         archived: false,
         start_lsn: START,
         disk_consistent_lsn: START,
+        gc_cutoff_lsn: START,
         layers: vec![IndexLayer { name: layer.name.to_string(), len: layer.file_bytes }],
     };
     durable::write_file_atomic(&io, &path.join(INDEX_FILE), &index.encode())
@@ -200,6 +219,9 @@ pub(super) async fn start_shard(io: &SimIo, outside: &Rc<Outside>) -> Result<Sim
             compaction_threshold: if plain { usize::MAX } else { threshold },
             compaction_target_bytes: 16 * 1024 + io.random_u64() % (256 * 1024),
             compaction_image_percent: [10, 50, 200][(io.random_u64() % 3) as usize],
+            gc_horizon_bytes: 0,
+            pitr_interval_s: 0,
+            gc_period_s: outside.gc_period_s.get(),
         },
         block_cache_bytes: (io.random_u64() % (1 << 20)) as usize,
         memory_budget_bytes: if large { 1 << 30 } else { budget },

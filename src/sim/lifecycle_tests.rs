@@ -41,6 +41,9 @@ const SETTINGS: TenantConfig = TenantConfig {
     checkpoint_distance_bytes: None,
     checkpoint_timeout_s: Some(77),
     wait_lsn_timeout_ms: None,
+    gc_horizon_bytes: None,
+    pitr_interval_s: Some(77),
+    gc_period_s: None,
 };
 
 fn branch(timeline: TimelineId, ancestor: TimelineId, lsn: Option<Lsn>) -> Change {

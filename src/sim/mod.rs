@@ -40,6 +40,8 @@ pub mod engine;
 mod executor;
 pub mod file_data;
 #[cfg(test)]
+mod gc_tests;
+#[cfg(test)]
 mod incident_tests;
 mod io;
 #[cfg(test)]

@@ -12,12 +12,14 @@ use bytes::Bytes;
 use super::wal::{BlockName, Body, WalWriter};
 use crate::base::checksum::{crc32c, crc32c_append};
 use crate::base::page::{PAGE_SIZE, set_page_lsn};
-use crate::base::{Lsn, RelNode, RelTag};
+use crate::base::{Lsn, RelNode, RelTag, Timestamp};
 
 const RMGR_XLOG: u8 = 0;
+const RMGR_XACT: u8 = 1;
 const RMGR_SMGR: u8 = 2;
 const RMGR_HEAP: u8 = 10;
 const XLOG_FPI: u8 = 0xB0;
+const XACT_COMMIT: u8 = 0x00;
 const SMGR_TRUNCATE: u8 = 0x20;
 const HEAP_INSERT: u8 = 0x00;
 const HEAP_UPDATE: u8 = 0x20;
@@ -51,6 +53,8 @@ pub struct Primary {
     forks: BTreeMap<RelTag, Fork>,
     /// Ends of the records, ascending.
     ends: Vec<Lsn>,
+    /// Commits by ascending LSN.
+    commits: Vec<(Lsn, Timestamp)>,
     rng: fastrand::Rng,
 }
 
@@ -61,6 +65,7 @@ impl Primary {
             wal: WalWriter::new(start, segment_bytes, system_id),
             forks: BTreeMap::new(),
             ends: Vec::new(),
+            commits: Vec::new(),
             rng: fastrand::Rng::with_seed(seed),
         }
     }
@@ -78,6 +83,21 @@ impl Primary {
     /// Ends of all records, ascending.
     pub fn record_ends(&self) -> &[Lsn] {
         &self.ends
+    }
+
+    /// All commits, by ascending LSN.
+    pub fn commits(&self) -> &[(Lsn, Timestamp)] {
+        &self.commits
+    }
+
+    /// Adds the record of a commit.
+    pub fn commit(&mut self, time: Timestamp) {
+        let xid = 1000 + self.ends.len() as u32 / 5;
+        let main = time.to_postgres().to_le_bytes();
+        let body = Body::default().finish(&main);
+        let (_, end) = self.wal.append(xid, XACT_COMMIT, RMGR_XACT, &body);
+        self.commits.push((end, time));
+        self.ends.push(end);
     }
 
     /// All forks that ever were.

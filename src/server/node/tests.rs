@@ -14,6 +14,7 @@ use crate::server::page_protocol::*;
 use crate::server::page_service::{Session, serve};
 use crate::server::router;
 use crate::shard::control::{Change, ControlError, CreateTimeline, TenantInfo, TimelineInfo};
+use crate::shard::history::{HistoryReply, HistoryRequest};
 use crate::shard::reader::{ReadError, RequestLsn, TimelineReader};
 
 /// Every tenant whose first byte is not 0xff exists; a page's bytes name the core and the block.
@@ -76,6 +77,14 @@ impl CoreControl for Fake {
     }
     async fn checkpoint(&self, _: TenantShardId, _: TimelineId) -> Result<(), ControlError> {
         Ok(())
+    }
+    async fn history(
+        &self,
+        _: TenantShardId,
+        _: TimelineId,
+        _: HistoryRequest,
+    ) -> Result<HistoryReply, ControlError> {
+        Ok(HistoryReply::TimestampOfLsn { timestamp: None })
     }
     async fn shutdown(&self) {}
 }

@@ -46,7 +46,10 @@ pub fn problems(index: &TimelineIndex) -> Vec<String> {
         }
     }
     problems.extend(overlaps(deltas));
-    problems.extend(gaps(images, index.start_lsn));
+    // A branch has what is missing here in its ancestor.
+    if index.ancestor.is_none() {
+        problems.extend(gaps(images, index.start_lsn.max(index.gc_cutoff_lsn)));
+    }
     problems.truncate(CHECK_PROBLEMS_MAX);
     problems
 }
@@ -136,6 +139,7 @@ mod tests {
             source: None,
             start_lsn: Lsn(100),
             ancestor: None,
+            gc_cutoff_lsn: Lsn(100),
             archived: false,
             disk_consistent_lsn: Lsn(199),
             layers: names

@@ -1,3 +1,9 @@
-//! Decisions about layers: pure functions from what is there to what shall be done.
+//! Plans: pure functions that say what is to be done with the layers of a timeline.
+//!
+//! - [`compaction`]: which layers become which others.
+//! - [`gc`]: how far history goes, and which layers nobody can need.
+//!
+//! Carrying a plan out is the work of `shard::compact` and `shard::gc`.
 
 pub mod compaction;
+pub mod gc;
