@@ -333,6 +333,8 @@ impl<I: Io> Timeline<I> {
             self.replace_layers(&made.layers, removed).await?;
         }
         match made.error {
+            // The plan would be the same at once: nothing but pages that cannot be rebuilt.
+            None if made.layers.is_empty() => Err(CompactError::Nothing),
             None => Ok(()),
             Some(error) => Err(error),
         }

@@ -34,6 +34,9 @@ pub enum CompactError {
     /// The layers that were merged are no longer those of the timeline.
     #[error("the layers changed while they were being merged")]
     Changed,
+    /// None of the pages that need an image can be rebuilt.
+    #[error("none of the pages that need an image can be rebuilt")]
+    Nothing,
     /// The timeline stops.
     #[error("the timeline stops")]
     Cancelled,
@@ -47,6 +50,7 @@ impl CompactError {
             CompactError::Io(error) => error.kind(),
             CompactError::Redo(error) => error.kind(),
             CompactError::Changed => Kind::Retry,
+            CompactError::Nothing => Kind::Corrupt,
             CompactError::Background(_) | CompactError::Cancelled => Kind::Shutdown,
         }
     }

@@ -14,7 +14,7 @@
 //! 1. [`Action::MergeL0`]: enough L0 layers become L1 layers.
 //! 2. [`Action::MakeImages`]: the layers stacked on a column have grown to a given part of the
 //!    column's image, so a new image costs at most the inverse of that part for each byte that
-//!    was merged.
+//!    was merged. Half of it is enough where rule 3 would apply but finds nothing.
 //! 3. [`Action::MergeL1`]: a read has to descend too far, but images would cost too much: stacked
 //!    layers become fewer. Layers of similar size are merged, so that a byte is written again as
 //!    often as the logarithm of the number of layers says.
@@ -121,13 +121,27 @@ fn overlap(a: &KeyRange, b: &KeyRange) -> bool {
 pub fn plan(layers: &[PlanLayer], config: &PlanConfig) -> Vec<Action> {
     let mut actions: Vec<Action> = merge_l0(layers, config).into_iter().collect();
     let columns = columns(layers, config);
-    let mut images: Vec<(u64, Action)> =
-        columns.iter().filter_map(|column| make_images(layers, column, config)).collect();
-    images.sort_by_key(|(percent, _)| std::cmp::Reverse(*percent));
-    let merges = columns.iter().filter_map(|column| merge_l1(layers, column)).next();
-    actions.extend(images.into_iter().map(|(_, action)| action));
-    actions.extend(merges);
+    let percent = config.image_percent;
+    let images = columns.iter().filter_map(|column| make_images(layers, column, config, percent));
+    actions.extend(most_urgent(images));
+    if !actions.is_empty() {
+        return actions;
+    }
+    let deep = || columns.iter().filter(|column| column.is_deep());
+    actions.extend(deep().find_map(|column| merge_l1(layers, column)));
+    if actions.is_empty() {
+        // Where no few layers can be merged, images cost least.
+        let images = deep().filter_map(|column| make_images(layers, column, config, percent / 2));
+        actions.extend(most_urgent(images));
+    }
     actions
+}
+
+/// The actions for which the most bytes are stacked, for each byte of an image, come first.
+fn most_urgent(images: impl Iterator<Item = (u64, Action)>) -> impl Iterator<Item = Action> {
+    let mut images: Vec<(u64, Action)> = images.collect();
+    images.sort_by_key(|(percent, _)| std::cmp::Reverse(*percent));
+    images.into_iter().map(|(_, action)| action)
 }
 
 /// LSN range from the first to the last of some layers.
@@ -267,13 +281,14 @@ fn make_images(
     layers: &[PlanLayer],
     column: &Column,
     config: &PlanConfig,
+    percent_min: u64,
 ) -> Option<(u64, Action)> {
     let percent = column.stacked_bytes().saturating_mul(100) / column.image_bytes;
     // One layer alone is no burden for reads, but its column must not go without images for ever.
     let enough = match column.stack.len() {
         0 => false,
-        1 => percent >= config.image_percent.saturating_mul(4),
-        _ => percent >= config.image_percent,
+        1 => percent >= percent_min.saturating_mul(4),
+        _ => percent >= percent_min,
     };
     if !enough {
         return None;
@@ -294,9 +309,6 @@ fn make_images(
 }
 
 fn merge_l1(layers: &[PlanLayer], column: &Column) -> Option<Action> {
-    if !column.is_deep() {
-        return None;
-    }
     // The newest layers, as long as the next is not much larger than those before it together.
     let mut inputs: Vec<usize> = Vec::new();
     let mut total = 0u64;
@@ -310,15 +322,22 @@ fn merge_l1(layers: &[PlanLayer], column: &Column) -> Option<Action> {
             break;
         }
     }
-    close(layers, &mut inputs)?;
-    let levels = levels(layers, &inputs);
-    let bytes: u64 = inputs.iter().filter_map(|at| layers.get(*at)).map(|layer| layer.bytes).sum();
-    let fits = bytes <= COMPACT_L1_INPUT_BYTES_MAX && levels <= COMPACT_LEVELS_MAX;
-    if levels < 2 || !fits || !is_mergeable(layers, &inputs) {
-        return None;
+    while inputs.len() >= 2 {
+        let whole = closed(layers, &inputs);
+        let bytes = |chosen: &[usize]| -> u64 {
+            chosen.iter().filter_map(|at| layers.get(*at)).map(|layer| layer.bytes).sum()
+        };
+        // Layers that come along because they share keys must not be what most of the work is for.
+        let limit = bytes(&inputs).saturating_mul(2).min(COMPACT_L1_INPUT_BYTES_MAX);
+        let levels = levels(layers, &whole);
+        let fits = bytes(&whole) <= limit && (2..=COMPACT_LEVELS_MAX).contains(&levels);
+        if fits && is_mergeable(layers, &whole) {
+            let lsns = hull(layers, &whole)?;
+            return Some(Action::MergeL1 { inputs: whole, lsns });
+        }
+        inputs.pop();
     }
-    let lsns = hull(layers, &inputs)?;
-    Some(Action::MergeL1 { inputs, lsns })
+    None
 }
 
 /// Number of different LSN ranges.
@@ -333,37 +352,26 @@ fn levels(layers: &[PlanLayer], inputs: &[usize]) -> usize {
     ranges.len()
 }
 
-/// Adds every L1 layer that shares keys with a chosen one within their LSN range, until there is
-/// none. `None` if that leads too far.
-fn close(layers: &[PlanLayer], inputs: &mut Vec<usize>) -> Option<()> {
-    let mut bytes = 0u64;
-    loop {
-        let lsns = hull(layers, inputs)?;
-        let spans: Vec<KeyRange> = inputs
-            .iter()
-            .filter_map(|at| layers.get(*at))
-            .map(|layer| layer.span.keys.clone())
-            .collect();
-        let more = layers.iter().enumerate().filter(|(at, layer)| {
+/// Some layers, and every L1 layer that shares keys with one of them within their LSN range, and
+/// so on.
+fn closed(layers: &[PlanLayer], inputs: &[usize]) -> Vec<usize> {
+    let mut whole = inputs.to_vec();
+    while let Some(lsns) = hull(layers, &whole) {
+        let more = |(at, layer): (usize, &PlanLayer)| {
             let span = &layer.span;
-            layer.is_l1()
-                && span.lsns.start < lsns.end
-                && span.lsns.end > lsns.start
-                && !inputs.contains(at)
-                && spans.iter().any(|keys| overlap(keys, &span.keys))
-        });
-        let more: Vec<usize> = more.map(|(at, _)| at).collect();
+            let within = span.lsns.start < lsns.end && span.lsns.end > lsns.start;
+            let is_new = layer.is_l1() && within && !whole.contains(&at);
+            let mut chosen = whole.iter().filter_map(|at| layers.get(*at));
+            let shares = is_new && chosen.any(|one| overlap(&one.span.keys, &span.keys));
+            shares.then_some(at)
+        };
+        let more: Vec<usize> = layers.iter().enumerate().filter_map(more).collect();
         if more.is_empty() {
-            return Some(());
+            break;
         }
-        for at in more {
-            bytes = bytes.saturating_add(layers.get(at).map_or(0, |layer| layer.bytes));
-            inputs.push(at);
-        }
-        if bytes > COMPACT_L1_INPUT_BYTES_MAX {
-            return None;
-        }
+        whole.extend(more);
     }
+    whole
 }
 
 #[cfg(test)]

@@ -92,15 +92,25 @@ impl Model {
         let end = inputs.iter().map(|at| keys(at).end.min(key(self.pages))).max().unwrap();
         let bytes: u64 = inputs.iter().map(|at| self.layers[*at].bytes).sum();
         self.l1_bytes += bytes;
-        let count = u64::from(end.field6 - start.field6).min(bytes / self.config.target_bytes + 1);
-        let pages = u64::from(end.field6 - start.field6);
-        let cut = |n: u64| key(start.field6 + (pages * n / count) as u32);
+        let images = self.layers.iter().filter(|l| l.span.is_image);
+        let starts = images.map(|l| l.span.keys.start.max(key(0)).field6);
+        let starts: std::collections::BTreeSet<u32> = starts.collect();
         let keep = |at: usize, l: PlanLayer| (!inputs.contains(&at)).then_some(l);
         let old = std::mem::take(&mut self.layers);
         self.layers = old.into_iter().enumerate().filter_map(|(at, l)| keep(at, l)).collect();
-        for n in 0..count {
+        // Cut as the job does: at the target size, or where an image begins.
+        let pages = u64::from(end.field6 - start.field6);
+        let bytes_of = |from: u32, to: u32| bytes * u64::from(to - from) / pages;
+        let at_target = (pages * self.config.target_bytes / bytes).max(1);
+        let mut from = start.field6;
+        while from < end.field6 {
+            let full = (u64::from(from) + at_target).min(u64::from(end.field6)) as u32;
+            let least = self.config.target_bytes / 8;
+            let cut = starts.range(from + 1..full.max(from + 1));
+            let cut = cut.copied().find(|cut| bytes_of(from, *cut) >= least).unwrap_or(full);
             let lsns = lsns.start.0..lsns.end.0;
-            self.layers.push(layer(cut(n)..cut(n + 1), lsns, false, bytes / count));
+            self.layers.push(layer(key(from)..key(cut), lsns, false, bytes_of(from, cut)));
+            from = cut;
         }
     }
 
