@@ -409,7 +409,7 @@ fn scenario(seed: u64, story: &Rc<Story>) -> Result<u64, String> {
 #[test]
 fn trees_of_timelines_are_right_through_crashes() {
     let story = Rc::new(Story::default());
-    for seed in 0..80 {
+    for seed in 0..24 {
         if let Err(problem) = scenario(seed, &story) {
             panic!("seed {seed}: {problem}");
         }
@@ -428,14 +428,14 @@ fn trees_of_timelines_are_right_through_crashes() {
         "unarchive",
         "detach",
     ] {
-        assert!(done.get(what).copied().unwrap_or(0) >= 10, "{what}: {done:?}");
+        assert!(done.get(what).copied().unwrap_or(0) >= 3, "{what}: {done:?}");
     }
 }
 
 #[test]
 fn trees_of_timelines_are_deterministic() {
     let story = Rc::new(Story::default());
-    check_seeds("trees_of_timelines_are_deterministic", 0..8, |seed| scenario(seed, &story))
+    check_seeds("trees_of_timelines_are_deterministic", 0..4, |seed| scenario(seed, &story))
         .unwrap();
 }
 

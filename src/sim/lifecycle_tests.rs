@@ -23,7 +23,7 @@ const C: TimelineId = TimelineId([0xc; 16]);
 const OTHER: TenantShardId = TenantShardId { tenant: TenantId([9; 16]), number: 0, count: 0 };
 
 /// Moments at which each change is cut off.
-const CUTS: u64 = 60;
+const CUTS: u64 = 30;
 
 #[derive(Clone, Copy, Debug, PartialEq)]
 enum Op {
