@@ -44,3 +44,6 @@ bench: release
 
 soak: build
 	target/debug/pgstrata simulate --seeds $(SEEDS)
+	target/debug/pgstrata redo compare --scale 20 --transactions 250000 --size 3
+	target/debug/pgstrata redo compare --scale 20 --transactions 50000 --size 2 \
+		--data-checksums --set full_page_writes=off

@@ -407,7 +407,7 @@ fn tables_and_b_trees_need_no_process() {
     assert!(redone > 100, "{redone} pages");
     assert_eq!(redone, counter(&node, "redo_requests"));
     assert_eq!(counter(&node, "redo_misfits"), 0);
-    assert_eq!(children(node.pid().unwrap()), []);
+    assert_eq!(children(node.pid().unwrap()), Vec::<u32>::new());
 }
 
 /// The sum of a counter over all cores.
