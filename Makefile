@@ -51,6 +51,9 @@ soak: build
 	LAYER_MUTATIONS=$(MUTATIONS) cargo test --locked --release --lib \
 		damage_is_always_detected_and_never_served -- --nocapture
 	FUZZ_RUNS=$(MUTATIONS) cargo test --locked --release --test fuzz_corpus -- --nocapture
+	target/debug/pgstrata redo compare --scale 20 --transactions 250000 --size 3
+	target/debug/pgstrata redo compare --scale 20 --transactions 50000 --size 2 \
+		--data-checksums --set full_page_writes=off
 
 # What it finds is added to test_data/fuzz, where every run of the tests tries it again.
 fuzz:

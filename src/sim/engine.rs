@@ -22,10 +22,11 @@ use crate::layers::{ImageWriter, LayerOwner};
 use crate::shard::background;
 use crate::shard::control::CoreControl;
 use crate::shard::follow::Connector;
+use crate::shard::gc::GcRequest;
 use crate::shard::index::{
     ClusterIdentity, INDEX_FILE, INDEX_VERSION, IndexLayer, TimelineIndex, WalSourceConfig,
 };
-use crate::shard::reader::{PageBackend, RequestLsn, TimelineReader};
+use crate::shard::reader::{PageBackend, ReadError, RequestLsn, TimelineReader};
 use crate::shard::tenants::{Shard, ShardContext};
 use crate::shard::timeline::{Timeline, TimelineConfig};
 use crate::wal::checkpoint::CHECKPOINT_BYTES;
@@ -58,6 +59,8 @@ pub(super) struct Outside {
     pub(super) acknowledged: Cell<Lsn>,
     /// No layer is closed for its size.
     pub(super) large_layers: Cell<bool>,
+    /// Garbage is collected now and then, in the midst of everything.
+    pub(super) collects: Cell<bool>,
     /// Layers stay as checkpoints write them.
     pub(super) no_compaction: Cell<bool>,
     /// About one in so many records is a commit, at the time of the simulated clock; 0: none is.
@@ -77,6 +80,7 @@ impl Outside {
             primary: RefCell::new(primary),
             acknowledged: Cell::new(START),
             large_layers: Cell::new(false),
+            collects: Cell::new(false),
             no_compaction: Cell::new(false),
             records_per_commit: Cell::new(0),
             clock_ahead_us: Cell::new(0),
@@ -269,11 +273,17 @@ pub(super) async fn check_page(
         (rel, block, lsn, primary.page_at(rel, block, lsn))
     };
     let request = RequestLsn { request: lsn, not_modified_since: lsn };
-    let page = timeline.get_page(rel, block, request).await.map_err(|error| error.to_string())?;
+    let page = match timeline.get_page(rel, block, request).await {
+        Err(ReadError::GarbageCollected { .. }) if lsn < timeline.gc_cutoff() => return Ok(()),
+        page => page.map_err(|error| error.to_string())?,
+    };
     if page != expected {
         return Err(format!("{rel} block {block} at {lsn} is wrong"));
     }
-    let blocks = timeline.rel_size(rel, request).await.map_err(|error| error.to_string())?;
+    let blocks = match timeline.rel_size(rel, request).await {
+        Err(ReadError::GarbageCollected { .. }) if lsn < timeline.gc_cutoff() => return Ok(()),
+        blocks => blocks.map_err(|error| error.to_string())?,
+    };
     let expected = outside.primary.borrow().size_at(rel, lsn);
     if blocks != expected {
         return Err(format!("{rel} at {lsn} has {blocks} blocks instead of {expected}"));
@@ -286,6 +296,12 @@ async fn live(io: SimIo, outside: Rc<Outside>) -> Result<(), String> {
     loop {
         io.sleep(Duration::from_micros(io.random_u64() % 3000)).await;
         check_page(&timeline, &outside, &io).await?;
+        if outside.collects.get() && io.random_u64().is_multiple_of(16) {
+            let horizon = Some(io.random_u64() % (1 << 20));
+            let request = GcRequest { gc_horizon_bytes: horizon, pitr_interval_s: Some(0) };
+            let collected = timeline.collect_garbage(request, || Ok(Vec::new())).await;
+            collected.map_err(|error| error.to_string())?;
+        }
         if let Some(reason) = timeline.broken() {
             return Err(format!("ingest stopped: {reason}"));
         }
@@ -319,6 +335,7 @@ pub fn scenario(seed: u64, plant: Plant) -> Result<u64, String> {
     };
     let mut world = SimWorld::new(seed, options);
     let outside = Outside::new(seed);
+    outside.collects.set(seed.is_multiple_of(2));
     world.run(import).map_err(|error| error.to_string())??;
     for _ in 0..1 + world.draw("lives", 4) {
         let steps = 200 + world.draw("life", 6_000);

@@ -494,6 +494,8 @@ fn a_read_that_is_overtaken_is_right_or_refused() {
 
 fn new_model(seed: u64) -> Rc<Model> {
     let outside = Outside::new(seed);
+    // Images are made by the test itself here; compaction beside collections: see `engine`.
+    outside.no_compaction.set(true);
     Rc::new(Model {
         outside,
         leases: RefCell::default(),

@@ -55,6 +55,9 @@ fn a_full_disk_pauses_ingest_and_nothing_else() {
             }
             let (shard, timeline) = start(&io, &outside).await.unwrap();
             io.sleep(Duration::from_millis(5 + 10 * seed)).await;
+            while !in_journal && timeline.lsns().journal <= timeline.start_lsn() {
+                io.sleep(Duration::from_millis(1)).await;
+            }
             io.set_capacity(Some(io.used_bytes() + 4096 * (seed % 5)));
             let info = || shard.timelines().remove(0);
             while info().ingest_paused.is_none() {

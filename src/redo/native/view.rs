@@ -8,7 +8,7 @@ use crate::base::{BlockNumber, RelTag};
 use crate::wal::image::BlockImage;
 use crate::wal::record::{BlockRef, HEADER, Record};
 
-use super::page::{bytes_at, slice_at, u8_at, u16_at, u32_at};
+use super::page::{slice_at, u8_at, u16_at, u32_at};
 
 /// Block references that records of natively applied kinds have at most, generic ones apart, which
 /// do not ask for other blocks.
@@ -101,119 +101,122 @@ pub(super) fn find(record: &[u8], rel: RelTag, block: BlockNumber) -> Found<'_> 
     walk(record, rel, block).unwrap_or(Found::Other)
 }
 
+/// The wanted block's reference.
+struct Target {
+    id: u8,
+    will_init: bool,
+    /// Where its data begins, counted from the end of the headers.
+    from: usize,
+    len: usize,
+}
+
+/// A walk over the headers of a record.
+struct Walk<'a> {
+    record: &'a [u8],
+    wanted: (RelTag, BlockNumber),
+    /// Where the next header stands.
+    at: usize,
+    /// Length of the blocks' data and images so far, which stand behind the headers.
+    behind: usize,
+    next_id: u8,
+    node: Option<[u32; 3]>,
+    blocks: [Option<BlockNumber>; BLOCKS],
+    target: Option<Target>,
+}
+
 /// `None` for what is not plain.
 fn walk(record: &[u8], rel: RelTag, block: BlockNumber) -> Option<Found<'_>> {
     if u32_at(record, 0).ok()? as usize != record.len() {
         return None;
     }
-    let mut walk = Walk { record, at: HEADER, ..Walk::default() };
-    let main_len = loop {
-        match walk.header()? {
-            Header::Main(len) => break len,
-            Header::Other => {}
-            Header::Block(id) => walk.block(id, rel, block)?,
-        }
+    let mut walk = Walk {
+        record,
+        wanted: (rel, block),
+        at: HEADER,
+        behind: 0,
+        next_id: 0,
+        node: None,
+        blocks: [None; BLOCKS],
+        target: None,
     };
+    let main_len = walk.headers()?;
     let Walk { at, behind, blocks, target, .. } = walk;
     if record.len() != at.checked_add(behind)?.checked_add(main_len)? {
         return None;
     }
-    let Some((id, will_init, from, len)) = target else { return Some(Found::Absent) };
+    let Some(target) = target else { return Some(Found::Absent) };
     Some(Found::View(View {
         rmgr: u8_at(record, 17).ok()?,
         info: u8_at(record, 16).ok()?,
         xid: u32_at(record, 4).ok()?,
-        id,
+        id: target.id,
         number: block,
-        will_init,
+        will_init: target.will_init,
         image: None,
-        data: slice_at(record, at + from, len).ok()?,
+        data: slice_at(record, at + target.from, target.len).ok()?,
         main: slice_at(record, at + behind, main_len).ok()?,
         blocks,
     }))
 }
 
-/// What a header inside of a record begins.
-enum Header {
-    /// The main data, of this length; nothing follows it.
-    Main(usize),
-    /// A block reference with this number; the walk stands at its first byte.
-    Block(u8),
-    /// Something else; the walk stands behind it.
-    Other,
-}
-
-/// A walk over the headers of a record.
-#[derive(Default)]
-struct Walk<'a> {
-    record: &'a [u8],
-    at: usize,
-    /// Length of what stands behind the headers, for those that were passed.
-    behind: usize,
-    next_id: u8,
-    /// Relation of the last block reference.
-    node: Option<[u32; 3]>,
-    blocks: [Option<BlockNumber>; BLOCKS],
-    /// The wanted block: number, "replaces the page", place behind the headers and length of its
-    /// data.
-    target: Option<(u8, bool, usize, usize)>,
-}
-
 impl Walk<'_> {
-    fn header(&mut self) -> Option<Header> {
-        if self.record.len().checked_sub(self.at)? <= self.behind {
-            return Some(Header::Main(0));
-        }
-        let (len, header) = match u8_at(self.record, self.at).ok()? {
-            255 => (2, Header::Main(usize::from(u8_at(self.record, self.at + 1).ok()?))),
-            254 => (5, Header::Main(u32_at(self.record, self.at + 1).ok()? as usize)),
-            253 => (3, Header::Other),
-            252 => (5, Header::Other),
-            id if id > BLOCK_ID_MAX || id < self.next_id => return None,
-            id => {
-                self.next_id = id + 1;
-                (0, Header::Block(id))
+    /// All headers; gives the length of the main data.
+    fn headers(&mut self) -> Option<usize> {
+        while self.record.len().checked_sub(self.at)? > self.behind {
+            let id = u8_at(self.record, self.at).ok()?;
+            let (header, main_len) = match id {
+                255 => (2, Some(usize::from(u8_at(self.record, self.at + 1).ok()?))),
+                254 => (5, Some(u32_at(self.record, self.at + 1).ok()? as usize)),
+                253 => (3, None),
+                252 => (5, None),
+                _ => (self.block(id)?, None),
+            };
+            self.at += header;
+            if main_len.is_some() {
+                return main_len;
             }
-        };
-        self.at += len;
-        Some(header)
+        }
+        Some(0)
     }
 
-    fn block(&mut self, id: u8, rel: RelTag, block: BlockNumber) -> Option<()> {
-        let record = self.record;
-        let flags = u8_at(record, self.at + 1).ok()?;
-        let len = usize::from(u16_at(record, self.at + 2).ok()?);
+    /// A block reference; gives the length of its header.
+    fn block(&mut self, id: u8) -> Option<usize> {
+        if id > BLOCK_ID_MAX || id < self.next_id {
+            return None;
+        }
+        self.next_id = id + 1;
+        let (record, mut at) = (self.record, self.at);
+        let flags = u8_at(record, at + 1).ok()?;
+        let len = usize::from(u16_at(record, at + 2).ok()?);
         if (flags & HAS_DATA != 0) != (len > 0) || flags & FORK_MASK > 3 {
             return None;
         }
-        self.at += 4;
-        let mut image_len = 0;
+        at += 4;
         if flags & HAS_IMAGE != 0 {
-            image_len = usize::from(u16_at(record, self.at).ok()?);
-            let info = u8_at(record, self.at + 4).ok()?;
+            self.behind += usize::from(u16_at(record, at).ok()?);
+            let info = u8_at(record, at + 4).ok()?;
             let hole_stored = info & IMAGE_COMPRESSED != 0 && info & IMAGE_HAS_HOLE != 0;
-            self.at += if hole_stored { 7 } else { 5 };
+            at += if hole_stored { 7 } else { 5 };
         }
         if flags & SAME_REL == 0 {
-            let [spc, db, rel] = [0, 4, 8].map(|field| u32_at(record, self.at + field));
-            self.node = Some([spc.ok()?, db.ok()?, rel.ok()?]);
-            self.at += 12;
+            let [spc, db, rel] = [0, 4, 8].map(|field| u32_at(record, at + field).ok());
+            self.node = Some([spc?, db?, rel?]);
+            at += 12;
         }
-        let node = self.node?;
-        let number = u32::from_le_bytes(bytes_at(record, self.at).ok()?);
-        self.at += 4;
+        let number = u32_at(record, at).ok()?;
         if let Some(place) = self.blocks.get_mut(usize::from(id)) {
             *place = Some(number);
         }
-        self.behind += image_len;
-        let wanted = [rel.node.spc, rel.node.db, rel.node.rel];
-        if number == block && node == wanted && flags & FORK_MASK == rel.fork {
+        let (rel, block) = self.wanted;
+        let same_rel = self.node? == [rel.node.spc, rel.node.db, rel.node.rel];
+        if same_rel && number == block && flags & FORK_MASK == rel.fork {
             if self.target.is_some() || flags & HAS_IMAGE != 0 {
                 return None;
             }
-            self.target = Some((id, flags & WILL_INIT != 0, self.behind, len));
+            let will_init = flags & WILL_INIT != 0;
+            self.target = Some(Target { id, will_init, from: self.behind, len });
         }
         self.behind += len;
-        Some(())
+        Some(at + 4 - self.at)
     }
 }

@@ -12,7 +12,7 @@ impl<I: Io> Timeline<I> {
     /// Makes an image layer of `keys` at `disk_consistent_lsn`, and publishes it; `None` if there
     /// is one at that LSN that overlaps it.
     pub(crate) async fn make_image_layer(&self, keys: KeyRange) -> Result<Option<Lsn>, String> {
-        let _index = self.checkpoint_turn.acquire().await;
+        let _index = self.index_turn.acquire().await;
         let lsn = self.lsns().disk_consistent;
         let present = self.mutable.borrow().layers.iter().any(|(span, _)| {
             span.is_image
