@@ -25,7 +25,7 @@ use crate::shard::gc::{GcRequest, planted};
 use crate::shard::history::{HISTORY_FILES, TimeKind};
 use crate::shard::index::INDEX_FILE;
 use crate::shard::leases::LeaseError;
-use crate::shard::plan::gc::planted as planted_in_plan;
+use crate::shard::plan::gc::planted::LATE_READ_POINT;
 use crate::shard::reader::{ReadError, RequestLsn, TimelineReader};
 use crate::shard::timeline::Timeline;
 
@@ -439,13 +439,6 @@ fn leases_that_are_not_written_are_found() {
 }
 
 #[test]
-fn a_cutoff_that_is_off_by_one_is_found() {
-    found("an image one byte too late counts", |on| {
-        planted_in_plan::LATE_READ_POINT.set(u64::from(on));
-    });
-}
-
-#[test]
 fn an_index_that_is_not_written_is_found() {
     found("files go before the index does", |on| planted::INDEX_UNWRITTEN.set(on));
 }
@@ -600,4 +593,38 @@ fn what_is_refused_says_why() {
         life.shard.shutdown().await;
     };
     world.run(story).unwrap();
+}
+
+/// Collects up to the byte before an image, and reads everything there.
+async fn read_just_before_an_image(io: SimIo, model: Rc<Model>) -> Result<(), String> {
+    import(io.clone()).await?;
+    let life = Life::begin(io, model).await?;
+    let image = fill(&life).await;
+    let lsn = Lsn(image.0 - 1);
+    life.collect(lsn, 0).await?;
+    let request = RequestLsn { request: lsn, not_modified_since: START };
+    let mut result = Ok(());
+    for number in 0..4 {
+        for block in 0..28 {
+            let page = life.timeline.get_page(rel(number), block, request).await;
+            let expected = life.model.outside.primary.borrow().page_at(rel(number), block, lsn);
+            if !page.is_ok_and(|page| page == expected) {
+                result = Err(format!("block {block} at {lsn} is wrong"));
+            }
+        }
+    }
+    life.shard.shutdown().await;
+    result
+}
+
+#[test]
+fn a_cutoff_that_is_off_by_one_is_found() {
+    for plant in [0, 1] {
+        LATE_READ_POINT.set(plant);
+        let mut world = SimWorld::new(1, SimOptions::default());
+        let model = new_model(1);
+        let result = world.run(move |io| read_just_before_an_image(io, model)).unwrap();
+        LATE_READ_POINT.set(0);
+        assert_eq!(result.is_err(), plant > 0, "{result:?}");
+    }
 }
