@@ -437,6 +437,9 @@ fn counter(node: &DemoNode, name: &str) -> u64 {
 fn sigterm_ends_connections_and_children() {
     let root = Root::new("sigterm");
     let primary = root.cluster("primary", false);
+    // The second base backup's checkpoint must not take WAL that the first timeline has yet to get.
+    primary.psql("postgres", "ALTER SYSTEM SET wal_keep_size = '1GB'").unwrap();
+    primary.psql("postgres", "SELECT pg_reload_conf()").unwrap();
     primary.pgbench_init("postgres", 1).unwrap();
     let mut node = root.node(&[]);
     let source = primary.conninfo();
