@@ -65,12 +65,10 @@ pub(crate) enum Planted {
     KeepInputs,
     /// Leaves one value in a thousand out of a merge.
     DropValues,
-    /// Gives an image the LSN before its own.
+    /// Gives an image an LSN that is later than what it shows.
     ImageLsn,
     /// Makes images without looking at the newest delta layer.
     StaleImages,
-    /// Lets reads take what a delta layer has below the image that they end at.
-    ReadBelowImage,
 }
 
 #[cfg(test)]
@@ -304,8 +302,6 @@ impl<I: Io> Timeline<I> {
         lsn: Lsn,
         (image, deltas): (usize, &[usize]),
     ) -> Result<(), CompactError> {
-        #[cfg(test)]
-        let lsn = Lsn(lsn.0 - u64::from(planted(Planted::ImageLsn)));
         #[cfg(test)]
         let deltas = deltas.get(usize::from(planted(Planted::StaleImages))..).unwrap_or_default();
         let Some(image) = snapshot.stored.get(image) else { return Err(CompactError::Changed) };

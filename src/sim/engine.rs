@@ -222,7 +222,7 @@ pub(super) async fn start_shard(io: &SimIo, outside: &Rc<Outside>) -> Result<Sim
             image_layer_bytes: 1 << 20,
             compaction_threshold: if plain { usize::MAX } else { threshold },
             compaction_target_bytes: 16 * 1024 + io.random_u64() % (256 * 1024),
-            compaction_image_percent: [10, 50, 200][(io.random_u64() % 3) as usize],
+            compaction_image_percent: [10, 50, 5_000][(io.random_u64() % 3) as usize],
             gc_horizon_bytes: 0,
             pitr_interval_s: 0,
             gc_period_s: outside.gc_period_s.get(),
@@ -411,8 +411,13 @@ mod tests {
     }
 
     fn planted_is_found(bug: Planted) {
+        planted_is_found_within(CANARY_SEEDS, bug);
+    }
+
+    fn planted_is_found_within(seeds: u64, bug: Planted) {
         PLANTED.set(Some(bug));
-        let result = found(Plant::Nothing);
+        let result =
+            (0..seeds).find_map(|seed| Some((seed, scenario(seed, Plant::Nothing).err()?)));
         PLANTED.set(None);
         let (seed, problem) = result.unwrap_or_else(|| panic!("{bug:?} was not found"));
         println!("{bug:?} found at seed {seed}: {problem}");
@@ -441,11 +446,6 @@ mod tests {
     #[test]
     fn an_image_without_the_newest_delta_is_found() {
         planted_is_found(Planted::StaleImages);
-    }
-
-    #[test]
-    fn a_read_that_goes_below_its_image_is_found() {
-        planted_is_found(Planted::ReadBelowImage);
     }
 
     #[test]

@@ -479,7 +479,7 @@ fn a_read_that_is_overtaken_is_right_or_refused() {
         overtaken(seed).unwrap_or_else(|problem| panic!("seed {seed}: {problem}"));
     }
     planted::NO_SECOND_LOOK.set(true);
-    let found = (0..2 * CANARY_SEEDS).find_map(|seed| Some((seed, overtaken(seed).err()?)));
+    let found = (0..20 * CANARY_SEEDS).find_map(|seed| Some((seed, overtaken(seed).err()?)));
     planted::NO_SECOND_LOOK.set(false);
     let (seed, problem) = found.expect("the planted bug was not found");
     println!("found at seed {seed}: {problem}");

@@ -22,6 +22,8 @@ use futures_util::stream::FuturesOrdered;
 
 use super::job::{CompactError, Flags, JobBase, Made, Pages};
 use super::points::Points;
+#[cfg(test)]
+use super::{Planted, planted};
 use crate::base::{Key, KeyKind, KeyRange, Kind, Lsn, Value};
 use crate::io::Io;
 use crate::layers::{
@@ -80,7 +82,14 @@ impl<I: Io> Output<I> {
     async fn writer(&mut self) -> Result<&mut ImageWriter<I>, LayerError> {
         let writer = match self.writer.take() {
             Some(writer) => writer,
-            None => ImageWriter::create(&self.io, &self.dir, self.owner, self.lsn).await?,
+            None => {
+                #[cfg(test)]
+                let late = if planted(Planted::ImageLsn) { 100_000 } else { 0 };
+                #[cfg(not(test))]
+                let late = 0;
+                let lsn = Lsn(self.lsn.0 + late);
+                ImageWriter::create(&self.io, &self.dir, self.owner, lsn).await?
+            }
         };
         Ok(self.writer.insert(writer))
     }
