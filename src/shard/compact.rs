@@ -69,6 +69,8 @@ pub(crate) enum Planted {
     ImageLsn,
     /// Makes images without looking at the newest delta layer.
     StaleImages,
+    /// Lets reads take what a delta layer has below the image that they end at.
+    ReadBelowImage,
 }
 
 #[cfg(test)]
