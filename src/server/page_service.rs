@@ -415,10 +415,13 @@ where
             Ok(timeline) => timeline,
             Err(error) if error.kind() == Kind::Shutdown => return Err(shutdown()),
             Err(error) => {
-                use ReadError::{Archived, NotReady, TenantNotFound, TimelineNotFound, Unreadable};
                 let state = match error {
-                    TenantNotFound(_) | TimelineNotFound(..) => SqlState::UNDEFINED_OBJECT,
-                    NotReady { .. } | Unreadable { .. } | Archived { .. } => SqlState::NOT_READY,
+                    ReadError::TenantNotFound(_) | ReadError::TimelineNotFound(..) => {
+                        SqlState::UNDEFINED_OBJECT
+                    }
+                    ReadError::NotReady { .. }
+                    | ReadError::Unreadable { .. }
+                    | ReadError::Archived { .. } => SqlState::NOT_READY,
                     _ => SqlState::INTERNAL,
                 };
                 self.end_stream(&wanted, state, &error.to_string());

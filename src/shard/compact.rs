@@ -69,8 +69,6 @@ pub(crate) enum Planted {
     ImageLsn,
     /// Makes images without looking at the newest delta layer.
     StaleImages,
-    /// Lets reads take what a delta layer has below the image that they end at.
-    ReadBelowImage,
 }
 
 #[cfg(test)]

@@ -358,7 +358,6 @@ pub fn scenario(seed: u64, plant: Plant) -> Result<u64, String> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::base::Key;
     use crate::shard::compact::{PLANTED, Planted, WRITTEN};
     use crate::shard::get_page::CANARY_WRONG_END;
     use crate::sim::check_seeds;
@@ -447,40 +446,6 @@ mod tests {
     #[test]
     fn an_image_without_the_newest_delta_is_found() {
         planted_is_found(Planted::StaleImages);
-    }
-
-    /// Images between layers that are merged later: the merged layer reaches below an image.
-    async fn images_between(io: SimIo, outside: Rc<Outside>) -> Result<(), String> {
-        let (shard, timeline) = start(&io, &outside).await?;
-        for _ in 0..12 {
-            io.sleep(Duration::from_millis(1 + io.random_u64() % 10)).await;
-            let written = shard.checkpoint(TENANT, TIMELINE).await;
-            written.map_err(|error| error.to_string())?;
-            timeline.make_image_layer(Key::MIN..Key::MAX).await?;
-            for _ in 0..20 {
-                check_page(&timeline, &outside, &io).await?;
-            }
-        }
-        shard.shutdown().await;
-        Ok(())
-    }
-
-    fn merge_across_images(seed: u64) -> Result<(), String> {
-        let mut world = SimWorld::new(seed, SimOptions::varied(seed));
-        let outside = Outside::new(seed);
-        world.run(import).map_err(|error| error.to_string())??;
-        world.run(move |io| images_between(io, outside)).map_err(|error| error.to_string())?
-    }
-
-    #[test]
-    fn merges_across_images_are_read_right() {
-        for seed in 0..CANARY_SEEDS {
-            merge_across_images(seed).unwrap_or_else(|problem| panic!("seed {seed}: {problem}"));
-        }
-        PLANTED.set(Some(Planted::ReadBelowImage));
-        let found = (0..CANARY_SEEDS).find_map(|seed| merge_across_images(seed).err());
-        PLANTED.set(None);
-        println!("found: {}", found.expect("the planted bug was not found"));
     }
 
     #[test]
