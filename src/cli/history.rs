@@ -57,13 +57,13 @@ pub(super) enum HistoryCommand {
 pub(super) struct Target {
     /// Address of the node's admin API.
     #[arg(long, default_value = "http://127.0.0.1:9898")]
-    admin: String,
+    pub(super) admin: String,
     /// Tenant, 32 hexadecimal digits.
     #[arg(long)]
-    tenant: TenantShardId,
+    pub(super) tenant: TenantShardId,
     /// Timeline, 32 hexadecimal digits.
     #[arg(long)]
-    timeline: TimelineId,
+    pub(super) timeline: TimelineId,
 }
 
 impl Target {
@@ -101,7 +101,9 @@ fn lsn_by_timestamp(target: &Target, timestamp: Timestamp) -> Result<(), Command
         (Some(lsn), _) => println!("{lsn}"),
         (None, TimeKind::Nodata) => return Err("no commit is known yet".into()),
         (None, _) => {
-            return Err(format!("everything that can be read has commits after {timestamp}").into());
+            return Err(
+                format!("no readable LSN is known before the commits after {timestamp}").into()
+            );
         }
     }
     Ok(())

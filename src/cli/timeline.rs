@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use super::admin_client::{AdminClient, CommandError};
 use super::attach::random_id;
-use super::history::{self, HistoryCommand};
+use super::history::{self, HistoryCommand, Target};
 use crate::base::{Lsn, TenantShardId, TimelineId};
 use crate::shard::control::TimelineInfo;
 use crate::shard::index::WalSourceConfig;
@@ -26,13 +26,13 @@ enum TimelineCommand {
     /// Make a branch: a timeline with all of another's history up to an LSN. Nothing is copied.
     Branch(BranchArgs),
     /// Remove a timeline that has no branches.
-    Delete(OneArgs),
+    Delete(Target),
     /// Take in no more WAL and refuse reads; branches stay readable.
-    Archive(OneArgs),
+    Archive(Target),
     /// Take archiving back.
-    Unarchive(OneArgs),
+    Unarchive(Target),
     /// Copy what a branch needs of its ancestor, so that it stands alone.
-    DetachAncestor(OneArgs),
+    DetachAncestor(Target),
     #[command(flatten)]
     History(HistoryCommand),
 }
@@ -45,19 +45,6 @@ struct ListArgs {
     /// Tenant, 32 hexadecimal digits.
     #[arg(long)]
     tenant: TenantShardId,
-}
-
-#[derive(clap::Args, Debug)]
-struct OneArgs {
-    /// Address of the node's admin API.
-    #[arg(long, default_value = "http://127.0.0.1:9898")]
-    admin: String,
-    /// Tenant, 32 hexadecimal digits.
-    #[arg(long)]
-    tenant: TenantShardId,
-    /// Timeline, 32 hexadecimal digits.
-    #[arg(long)]
-    timeline: TimelineId,
 }
 
 #[derive(clap::Args, Debug)]
@@ -100,7 +87,7 @@ pub fn run(args: TimelineArgs) -> Result<(), CommandError> {
     }
 }
 
-fn change(args: &OneArgs, what: &str) -> Result<(), CommandError> {
+fn change(args: &Target, what: &str) -> Result<(), CommandError> {
     AdminClient::new(&args.admin)?.change_timeline(args.tenant, args.timeline, what)
 }
 
@@ -158,7 +145,7 @@ fn mebibytes(bytes: u64) -> String {
     format!("{:.1} MiB", bytes as f64 / (1024.0 * 1024.0))
 }
 
-fn detach(args: &OneArgs) -> Result<(), CommandError> {
+fn detach(args: &Target) -> Result<(), CommandError> {
     change(args, "detach_ancestor")?;
     let client = AdminClient::new(&args.admin)?;
     let mut looks = 0u64;

@@ -28,6 +28,7 @@ use std::time::Duration;
 
 use crate::base::Kind;
 
+mod blocking;
 #[cfg(test)]
 mod conformance;
 pub mod durable;

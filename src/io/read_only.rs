@@ -23,6 +23,7 @@ use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+use super::blocking::list_directory;
 use super::{ALIGNMENT, DirEntry, File, Instant, Io, IoCause, IoError, TaskClass};
 use crate::limits::READ_AHEAD_BYTES;
 
@@ -90,24 +91,7 @@ impl Io for ReadOnlyIo {
     }
 
     async fn list(&self, dir: &Path) -> Result<Vec<DirEntry>, IoError> {
-        let fail = |error: std::io::Error| failed("list", dir, &error);
-        let mut entries = Vec::new();
-        for entry in fs::read_dir(dir).map_err(fail)? {
-            let entry = entry.map_err(fail)?;
-            let metadata = match entry.metadata() {
-                Ok(metadata) => metadata,
-                // It was removed meanwhile.
-                Err(error) if error.kind() == ErrorKind::NotFound => continue,
-                Err(error) => return Err(fail(error)),
-            };
-            entries.push(DirEntry {
-                name: entry.file_name().to_string_lossy().into_owned(),
-                is_dir: metadata.is_dir(),
-                len: if metadata.is_dir() { 0 } else { metadata.len() },
-            });
-        }
-        entries.sort();
-        Ok(entries)
+        list_directory(dir).map_err(|error| failed("list", dir, &error))
     }
 
     async fn sync_dir(&self, dir: &Path) -> Result<(), IoError> {

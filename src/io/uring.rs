@@ -15,6 +15,7 @@ use std::time::Duration;
 use glommio::io::{Directory, DmaBuffer, DmaFile, OpenOptions, ReadResult};
 use glommio::{Latency, Shares, TaskQueueHandle};
 
+use super::blocking::list_directory;
 use super::{ALIGNMENT, DirEntry, File, Instant, Io, IoCause, IoError, TaskClass};
 use crate::limits::{DEVICE_IO_BYTES_MAX, SERVE_LATENCY_US};
 
@@ -212,24 +213,7 @@ impl Io for UringIo {
     }
 
     async fn list(&self, dir: &Path) -> Result<Vec<DirEntry>, IoError> {
-        let fail = |error: io::Error| os_error("list", dir, &error);
-        let mut entries = Vec::new();
-        for entry in std::fs::read_dir(dir).map_err(fail)? {
-            let entry = entry.map_err(fail)?;
-            let metadata = match entry.metadata() {
-                Ok(metadata) => metadata,
-                // It was removed meanwhile.
-                Err(error) if error.kind() == io::ErrorKind::NotFound => continue,
-                Err(error) => return Err(fail(error)),
-            };
-            entries.push(DirEntry {
-                name: entry.file_name().to_string_lossy().into_owned(),
-                is_dir: metadata.is_dir(),
-                len: if metadata.is_dir() { 0 } else { metadata.len() },
-            });
-        }
-        entries.sort();
-        Ok(entries)
+        list_directory(dir).map_err(|error| os_error("list", dir, &error))
     }
 
     async fn sync_dir(&self, dir: &Path) -> Result<(), IoError> {

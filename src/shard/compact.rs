@@ -32,6 +32,7 @@ pub use self::job::CompactError;
 use self::job::{Flags, JobBase, Made};
 use self::merge::MergeJob;
 use super::index::{INDEX_FILE, IndexLayer};
+use super::layer_map::LayerSpan;
 use super::plan::compaction::{Action, PlanConfig, PlanLayer, plan};
 use super::stored::StoredLayer;
 use super::timeline::{Signal, Timeline};
@@ -69,6 +70,8 @@ pub(crate) enum Planted {
     ImageLsn,
     /// Makes images without looking at the newest delta layer.
     StaleImages,
+    /// Lets reads take what a delta layer has below the image that they end at.
+    ReadBelowImage,
 }
 
 #[cfg(test)]
@@ -348,9 +351,8 @@ impl<I: Io> Timeline<I> {
         removed: &[Rc<StoredLayer<I>>],
     ) -> Result<(), CompactError> {
         let _turn = self.index_turn.acquire().await;
-        let present = |name: &LayerName| {
-            self.mutable.borrow().layers.iter().any(|(_, layer)| layer.name() == name)
-        };
+        let present =
+            |name: &LayerName| self.mutable.borrow().layers.contains(&LayerSpan::from(name));
         if let Some(twice) = added.iter().find(|desc| present(&desc.name)) {
             tracing::error!("compaction made {}, which is there already", twice.name);
             return Err(CompactError::Changed);

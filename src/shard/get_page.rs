@@ -13,6 +13,8 @@ use bytes::{Bytes, BytesMut};
 use futures_util::future::{Either, select};
 
 use super::branch::{Older, below_branch_point};
+#[cfg(test)]
+use super::compact::{Planted, planted};
 use super::layer_map::LayerSpan;
 use super::reader::{ReadError, RequestLsn, TimelineReader};
 use super::timeline::Timeline;
@@ -131,6 +133,11 @@ impl<I: Io> Timeline<I> {
         // image already.
         let image = layers.last().map(|layer| layer.span()).filter(|span| span.is_image);
         let newer = image.map_or(Lsn(0), |span| span.lsns.end)..below;
+        #[cfg(test)]
+        let newer = match planted(Planted::ReadBelowImage) {
+            true => range.clone(),
+            false => newer,
+        };
         for layer in layers {
             let range = if layer.name().is_image() { &range } else { &newer };
             if layer.collect(key, range, found).await? != Lookup::Continue {

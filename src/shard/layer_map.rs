@@ -36,6 +36,7 @@ use cover::{Cover, LayerId, Place};
 pub use cover::Steps;
 
 use crate::base::{Key, KeyRange, Lsn, LsnRange};
+use crate::layers::LayerName;
 
 /// What a layer covers. Ordered as layers are read: deltas before images, each newest first.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -46,6 +47,12 @@ pub struct LayerSpan {
     pub lsns: LsnRange,
     /// An image layer: every key of the range, as of its LSN.
     pub is_image: bool,
+}
+
+impl From<&LayerName> for LayerSpan {
+    fn from(name: &LayerName) -> Self {
+        LayerSpan { keys: name.keys().clone(), lsns: name.lsns(), is_image: name.is_image() }
+    }
 }
 
 impl LayerSpan {

@@ -37,11 +37,7 @@ impl<I: Io> StoredLayer<I> {
 
     /// What it covers.
     pub fn span(&self) -> LayerSpan {
-        LayerSpan {
-            keys: self.name.keys().clone(),
-            lsns: self.name.lsns(),
-            is_image: self.name.is_image(),
-        }
+        LayerSpan::from(&self.name)
     }
 
     /// Name of the file.

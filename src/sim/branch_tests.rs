@@ -6,8 +6,10 @@ use std::cell::RefCell;
 use std::rc::Rc;
 use std::time::Duration;
 
-use super::engine::{Outside, SimShard, TENANT, TIMELINE, import, start_shard, timeline_dir};
-use super::{Outcome, SimIo, SimOptions, SimWorld, check_seeds};
+use super::engine::{
+    Outside, SimShard, TENANT, TIMELINE, import, live_and_die, start_shard, timeline_dir,
+};
+use super::{SimIo, SimOptions, SimWorld, check_seeds};
 use crate::base::{Kind, Lsn, TimelineId};
 use crate::io::Io;
 use crate::shard::branch::CANARY_NO_BRANCH_POINT;
@@ -391,15 +393,7 @@ fn scenario(seed: u64, story: &Rc<Story>) -> Result<u64, String> {
     for _ in 0..1 + world.draw("lives", 3) {
         let steps = 500 + world.draw("life", 4_000);
         let (outside, story) = (outside.clone(), story.clone());
-        let outcome = world.run_steps(steps, move |io| live(io, outside, story));
-        match outcome.map_err(|error| error.to_string())? {
-            Outcome::Finished(Ok(())) => return Err("a life ended by itself".to_owned()),
-            Outcome::Finished(Err(problem)) => return Err(problem),
-            Outcome::Stopped { .. } => {}
-        }
-        if world.draw("power", 3) > 0 {
-            world.crash();
-        }
+        live_and_die(&mut world, steps, move |io| live(io, outside, story))?;
     }
     let shared = story.clone();
     world.run(move |io| finish(io, outside, shared)).map_err(|error| error.to_string())??;

@@ -73,7 +73,7 @@ fn with_node<F: Future<Output = ()> + 'static>(seed: u64, test: impl FnOnce(SimI
     let mut world = SimWorld::new(seed, options);
     let outside = Outside::new(seed);
     // An index of earlier is put back below: its layers must still be there.
-    outside.no_compaction.set(true);
+    outside.compaction.set(Some((usize::MAX, 10)));
     let story = move |io: SimIo| async move {
         import(io.clone()).await.unwrap();
         let (shard, timeline) = start(&io, &outside).await.unwrap();

@@ -61,8 +61,8 @@ pub(super) struct Outside {
     pub(super) large_layers: Cell<bool>,
     /// Garbage is collected now and then, in the midst of everything.
     pub(super) collects: Cell<bool>,
-    /// Layers stay as checkpoints write them.
-    pub(super) no_compaction: Cell<bool>,
+    /// Threshold and image percentage of compaction; `None`: by chance.
+    pub(super) compaction: Cell<Option<(usize, u64)>>,
     /// About one in so many records is a commit, at the time of the simulated clock; 0: none is.
     pub(super) records_per_commit: Cell<u64>,
     /// How far the primary's clock is ahead, in microseconds.
@@ -81,7 +81,7 @@ impl Outside {
             acknowledged: Cell::new(START),
             large_layers: Cell::new(false),
             collects: Cell::new(false),
-            no_compaction: Cell::new(false),
+            compaction: Cell::new(None),
             records_per_commit: Cell::new(0),
             clock_ahead_us: Cell::new(0),
             quiet: Cell::new(false),
@@ -208,8 +208,9 @@ pub(super) async fn start_shard(io: &SimIo, outside: &Rc<Outside>) -> Result<Sim
     let distance = 64 * 1024 + io.random_u64() % (512 * 1024);
     let budget = 256 * 1024 + io.random_u64() % (1 << 20);
     let large = outside.large_layers.get();
-    let threshold = 1 + (io.random_u64() % 4) as usize;
-    let plain = outside.no_compaction.get();
+    let by_chance =
+        (1 + (io.random_u64() % 4) as usize, [10, 50, 200, 5_000][(io.random_u64() % 4) as usize]);
+    let (threshold, image_percent) = outside.compaction.get().unwrap_or(by_chance);
     let context = ShardContext {
         core: 0,
         io: io.clone(),
@@ -220,9 +221,9 @@ pub(super) async fn start_shard(io: &SimIo, outside: &Rc<Outside>) -> Result<Sim
             checkpoint_timeout_s: 1,
             wait_lsn_timeout_ms: 60_000,
             image_layer_bytes: 1 << 20,
-            compaction_threshold: if plain { usize::MAX } else { threshold },
+            compaction_threshold: threshold,
             compaction_target_bytes: 16 * 1024 + io.random_u64() % (256 * 1024),
-            compaction_image_percent: [10, 50, 5_000][(io.random_u64() % 3) as usize],
+            compaction_image_percent: image_percent,
             gc_horizon_bytes: 0,
             pitr_interval_s: 0,
             gc_period_s: outside.gc_period_s.get(),
@@ -322,6 +323,23 @@ async fn finish(io: SimIo, outside: Rc<Outside>) -> Result<(), String> {
     Ok(())
 }
 
+/// One life of the node, which is killed after so many steps; often the power goes with it.
+pub(super) fn live_and_die<F: Future<Output = Result<(), String>> + 'static>(
+    world: &mut SimWorld,
+    steps: u64,
+    life: impl FnOnce(SimIo) -> F,
+) -> Result<(), String> {
+    match world.run_steps(steps, life).map_err(|error| error.to_string())? {
+        Outcome::Finished(Ok(())) => return Err("a life ended by itself".to_owned()),
+        Outcome::Finished(Err(problem)) => return Err(problem),
+        Outcome::Stopped { .. } => {}
+    }
+    if world.draw("power", 3) > 0 {
+        world.crash();
+    }
+    Ok(())
+}
+
 /// One run: a few lives of the node, each ended by a kill or a power loss, then the checks of a
 /// quiet end. Returns the hash of the run.
 ///
@@ -340,15 +358,7 @@ pub fn scenario(seed: u64, plant: Plant) -> Result<u64, String> {
     for _ in 0..1 + world.draw("lives", 4) {
         let steps = 200 + world.draw("life", 6_000);
         let shared = outside.clone();
-        let outcome = world.run_steps(steps, move |io| live(io, shared));
-        match outcome.map_err(|error| error.to_string())? {
-            Outcome::Finished(Ok(())) => return Err("a life ended by itself".to_owned()),
-            Outcome::Finished(Err(problem)) => return Err(problem),
-            Outcome::Stopped { .. } => {}
-        }
-        if world.draw("power", 3) > 0 {
-            world.crash();
-        }
+        live_and_die(&mut world, steps, move |io| live(io, shared))?;
     }
     let shared = outside.clone();
     world.run(move |io| finish(io, shared)).map_err(|error| error.to_string())??;
@@ -358,6 +368,7 @@ pub fn scenario(seed: u64, plant: Plant) -> Result<u64, String> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::base::Key;
     use crate::shard::compact::{PLANTED, Planted, WRITTEN};
     use crate::shard::get_page::CANARY_WRONG_END;
     use crate::sim::check_seeds;
@@ -446,6 +457,66 @@ mod tests {
     #[test]
     fn an_image_without_the_newest_delta_is_found() {
         planted_is_found(Planted::StaleImages);
+    }
+
+    /// Every page as of some records after `lsn`.
+    async fn check_after(
+        timeline: &Timeline<SimIo>,
+        outside: &Outside,
+        lsn: Lsn,
+    ) -> Result<(), String> {
+        let (at, forks) = {
+            let primary = outside.primary.borrow();
+            let ends = primary.record_ends();
+            let after = ends.partition_point(|end| *end <= lsn) + 20;
+            let at = ends.get(after).copied().unwrap_or(lsn);
+            (at.min(timeline.lsns().last_record), primary.forks())
+        };
+        let request = RequestLsn { request: at, not_modified_since: at };
+        for (rel, block) in forks.iter().flat_map(|rel| (0..28).map(move |block| (*rel, block))) {
+            let page = timeline.get_page(rel, block, request).await.map_err(|e| e.to_string())?;
+            if page != outside.primary.borrow().page_at(rel, block, at) {
+                return Err(format!("{rel} block {block} at {at} is wrong"));
+            }
+        }
+        Ok(())
+    }
+
+    /// Images between layers that are merged later: the merged layer reaches below an image.
+    async fn images_between(io: SimIo, outside: Rc<Outside>) -> Result<(), String> {
+        let (shard, timeline) = start(&io, &outside).await?;
+        let mut images = Vec::new();
+        for _ in 0..6 {
+            io.sleep(Duration::from_millis(10)).await;
+            let written = shard.checkpoint(TENANT, TIMELINE).await;
+            written.map_err(|error| error.to_string())?;
+            images.extend(timeline.make_image_layer(Key::MIN..Key::MAX).await?);
+        }
+        for image in images {
+            check_after(&timeline, &outside, image).await?;
+        }
+        shard.shutdown().await;
+        Ok(())
+    }
+
+    fn merge_across_images(seed: u64) -> Result<(), String> {
+        let mut world = SimWorld::new(seed, SimOptions::varied(seed));
+        let outside = Outside::new(seed);
+        outside.large_layers.set(true);
+        outside.compaction.set(Some((2, 1_000_000)));
+        world.run(import).map_err(|error| error.to_string())??;
+        world.run(move |io| images_between(io, outside)).map_err(|error| error.to_string())?
+    }
+
+    #[test]
+    fn merges_across_images_are_read_right() {
+        for seed in 0..3 {
+            merge_across_images(seed).unwrap_or_else(|problem| panic!("seed {seed}: {problem}"));
+        }
+        PLANTED.set(Some(Planted::ReadBelowImage));
+        let found = (0..3).find_map(|seed| merge_across_images(seed).err());
+        PLANTED.set(None);
+        println!("found: {}", found.expect("the planted bug was not found"));
     }
 
     #[test]

@@ -306,26 +306,25 @@ fn confirm(at: &mut Redoing<'_>) -> Fit<()> {
 
 /// `xl_heap_lock`: u32 xmax, u16 offset, i8 infobits, u8 flags.
 fn lock(at: &mut Redoing<'_>) -> Fit<()> {
-    only_first_block(at)?;
-    let main = at.view.main;
-    let (xmax, number, infobits) = (u32_at(main, 0)?, u16_at(main, 4)?, u8_at(main, 6)?);
-    if !at.needs_redo()? {
-        return Ok(());
-    }
-    let place = tuple(at, number)?.offset;
-    set_xmax_bits(at.page, place, infobits, HotUpdated::Keep)?;
-    if is_only_locked(at.page, place)? {
-        clear_hot_updated(at.page, place)?;
-        set_ctid(at.page, place, at.view.number, number)?;
-    }
-    put_u32(at.page, place + XMAX, xmax)?;
-    clear_cmax(at.page, place)?;
-    at.set_lsn();
-    Ok(())
+    set_lock(at, |at, number, place| {
+        if is_only_locked(at.page, place)? {
+            clear_hot_updated(at.page, place)?;
+            set_ctid(at.page, place, at.view.number, number)?;
+        }
+        clear_cmax(at.page, place)
+    })
 }
 
-/// `xl_heap_lock_updated`: u32 xmax, u16 offset, u8 infobits, u8 flags.
+/// `xl_heap_lock_updated`: as `xl_heap_lock`. The tuple's chain stays as it is.
 pub(super) fn lock_updated(at: &mut Redoing<'_>) -> Fit<()> {
+    set_lock(at, |_, _, _| Ok(()))
+}
+
+/// Sets xmax and its bits; `rest` gets the tuple's number and place.
+fn set_lock(
+    at: &mut Redoing<'_>,
+    rest: impl FnOnce(&mut Redoing<'_>, u16, usize) -> Fit<()>,
+) -> Fit<()> {
     only_first_block(at)?;
     let main = at.view.main;
     let (xmax, number, infobits) = (u32_at(main, 0)?, u16_at(main, 4)?, u8_at(main, 6)?);
@@ -335,6 +334,7 @@ pub(super) fn lock_updated(at: &mut Redoing<'_>) -> Fit<()> {
     let place = tuple(at, number)?.offset;
     set_xmax_bits(at.page, place, infobits, HotUpdated::Keep)?;
     put_u32(at.page, place + XMAX, xmax)?;
+    rest(at, number, place)?;
     at.set_lsn();
     Ok(())
 }
