@@ -420,6 +420,7 @@ where
                         SqlState::UNDEFINED_OBJECT
                     }
                     ReadError::NotReady { .. }
+                    | ReadError::NotMade { .. }
                     | ReadError::Unreadable { .. }
                     | ReadError::Archived { .. } => SqlState::NOT_READY,
                     _ => SqlState::INTERNAL,

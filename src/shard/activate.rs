@@ -288,7 +288,7 @@ impl<I: Io, C: Connector> Shard<I, C> {
                 return Err(ReadError::NotReady { timeline: id, reason });
             }
             Some(Slot::Failed(reason)) => {
-                return Err(ReadError::NotReady { timeline: id, reason: reason.clone() });
+                return Err(ReadError::NotMade { timeline: id, reason: reason.clone() });
             }
             Some(Slot::Damaged(reason, _)) => {
                 return Err(ReadError::Unreadable { timeline: id, reason: reason.clone() });

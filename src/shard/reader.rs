@@ -25,6 +25,14 @@ pub enum ReadError {
     /// No such timeline.
     #[error("timeline {1} of tenant {0} is not on this node")]
     TimelineNotFound(TenantShardId, TimelineId),
+    /// Making the timeline failed; nothing but removing it is left.
+    #[error("timeline {timeline} could not be made: {reason}; delete it and make it again")]
+    NotMade {
+        /// The timeline.
+        timeline: TimelineId,
+        /// Why.
+        reason: String,
+    },
     /// The timeline is still being created.
     #[error("timeline {timeline} is not readable yet: {reason}")]
     NotReady {
@@ -119,6 +127,7 @@ impl ReadError {
         match self {
             ReadError::TenantNotFound(_)
             | ReadError::TimelineNotFound(..)
+            | ReadError::NotMade { .. }
             | ReadError::Archived { .. }
             | ReadError::NoMoreWal { .. }
             | ReadError::BelowStart { .. }
