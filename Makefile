@@ -42,6 +42,8 @@ lint: deps
 
 test: fmt lint build
 	cargo test --locked
+	@echo 'the benches, at sizes that only show that they run'
+	PGSTRATA_BENCH_QUICK=1 cargo bench --locked --profile dev
 
 bench: release
 	cargo bench --locked
