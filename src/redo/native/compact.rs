@@ -24,13 +24,16 @@ struct Taken([u64; PAGE_SIZE / 512]);
 
 impl Taken {
     fn take(&mut self, offset: usize, len: usize) -> Fit<()> {
-        for unit in offset / 8..(offset + len) / 8 {
+        let (mut unit, end) = (offset / 8, (offset + len) / 8);
+        while unit < end {
+            let (from, to) = (unit % 64, (end - unit / 64 * 64).min(64));
+            let mask = (u64::MAX << from) & (u64::MAX >> (64 - to));
             let word = self.0.get_mut(unit / 64).ok_or("an item lies outside of the page")?;
-            let bit = 1 << (unit % 64);
-            if *word & bit != 0 {
+            if *word & mask != 0 {
                 return Err("items overlap");
             }
-            *word |= bit;
+            *word |= mask;
+            unit += to - from;
         }
         Ok(())
     }
@@ -254,4 +257,25 @@ pub(super) fn index_overwrite(page: &mut Page, number: usize, new: &[u8]) -> Fit
     let offset = moved(found.offset)?;
     set_line(page, number, Line { offset, len: new.len(), ..found })?;
     put(page, offset, new)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn units_are_taken_once() {
+        for (start, end) in [(0, 1), (0, 64), (3, 64), (3, 65), (60, 200), (64, 128), (1000, 1024)]
+        {
+            let mut taken = Taken([0; PAGE_SIZE / 512]);
+            taken.take(start * 8, (end - start) * 8).unwrap();
+            for unit in 0..PAGE_SIZE / 8 {
+                let word = taken.0[unit / 64];
+                assert_eq!(word >> (unit % 64) & 1 == 1, (start..end).contains(&unit), "{unit}");
+                let free = Taken(taken.0).take(unit * 8, 8).is_ok();
+                assert_eq!(free, !(start..end).contains(&unit), "{unit}");
+            }
+        }
+        assert!(Taken([0; PAGE_SIZE / 512]).take(PAGE_SIZE - 8, 16).is_err());
+    }
 }
