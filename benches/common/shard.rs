@@ -24,7 +24,7 @@ use pgstrata::shard::background;
 use pgstrata::shard::control::{CoreControl, CoreMetrics, CreateTimeline, TimelineSource};
 use pgstrata::shard::follow::Connector;
 use pgstrata::shard::index::{ClusterIdentity, WalSourceConfig};
-use pgstrata::shard::reader::PageBackend;
+use pgstrata::shard::reader::{PageBackend, ReadError};
 use pgstrata::shard::tenants::{RedoFactory, Shard, ShardContext};
 use pgstrata::shard::timeline::{Timeline, TimelineConfig};
 use pgstrata::wal::receiver::{StandbyStatus, WalMessage, WalSource};
@@ -189,10 +189,10 @@ where
         let timeline = loop {
             match shard.timeline(TENANT, TIMELINE).await {
                 Ok(timeline) => break timeline,
-                Err(error) if !error.to_string().contains("being imported") => {
-                    return Err(error.into());
+                Err(ReadError::NotReady { .. }) => {
+                    glommio::timer::sleep(Duration::from_millis(5)).await;
                 }
-                Err(_) => glommio::timer::sleep(Duration::from_millis(5)).await,
+                Err(error) => return Err(error.into()),
             }
         };
         let result = story(Rc::new(Bed { shard: shard.clone(), timeline, gate })).await;
