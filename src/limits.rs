@@ -346,3 +346,14 @@ pub const GC_NAMES_MAX: usize = 1000;
 
 /// Where garbage collection is switched off, its setting is looked at again so often.
 pub const GC_SETTING_LOOK_MS: u64 = 60_000;
+// Raw WAL in memory.
+
+/// A piece of WAL that is shorter is copied, in bytes: whoever sent it may hold much more memory.
+pub const RAW_WAL_SMALL_BYTES: usize = 16 * 1024;
+/// Memory that is taken for such pieces at once, in bytes.
+pub const RAW_WAL_CHUNK_BYTES: usize = 64 * 1024;
+const _: () = assert!(RAW_WAL_SMALL_BYTES <= RAW_WAL_CHUNK_BYTES);
+/// Records that ingest takes in before other tasks get their turn.
+pub const INGEST_SLICE_RECORDS: usize = 32;
+/// Writes of one layer file that the device has at once, of [`LAYER_WRITE_BYTES`] at most.
+pub const LAYER_WRITES_MAX: usize = 3;

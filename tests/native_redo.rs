@@ -164,7 +164,7 @@ fn damage_does_no_harm() {
     let (mut dice, mut tried, mut refused, mut longest) = (Dice(7), 0u64, 0u64, Duration::ZERO);
     let mut seen = 0u64;
     let mut try_one = |page: &mut Page, bytes: Vec<u8>, block: u8, lsn: Lsn| {
-        let Ok(record) = Record::parse(&bytes.into()) else { return };
+        let Ok(record) = Record::parse(&bytes) else { return };
         let Some(block) = record.block(block) else { return };
         let begin = Instant::now();
         refused += u64::from(apply(page, &record, block, lsn, &HINTS).is_err());

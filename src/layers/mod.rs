@@ -40,6 +40,7 @@ pub mod open;
 pub mod verify;
 
 mod file;
+mod places;
 mod writer;
 
 #[cfg(test)]

@@ -1,68 +1,147 @@
 //! The open layer: what came in since the last checkpoint, in memory.
 //!
-//! Values stand one after the other as they came. Each points to the one before it of the same
+//! Versions stand one after the other as they came. Each points to the one before it of the same
 //! key, and a table has the newest of every key, so that taking in a value is one look-up and one
 //! append, and a read walks from the newest to the oldest. Keys of relations, nearly all, are in a
-//! hash table, and are sorted when the layer is written; the others are few and are asked for by
-//! range.
+//! table without order ([`Places`]), and are sorted when the layer is written; the others are few
+//! and are asked for by range.
+//!
+//! A WAL record is not copied: its version says where in the WAL it begins, and the layer holds the
+//! WAL itself, as it came in ([`RawWal`]). A record that several pages share is there once.
 //!
 //! Nothing here is on disk; the journal covers it. When it is large enough the owner
 //! [freezes](OpenLayer::freeze) it, and a background executor writes it out.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::BTreeMap;
 use std::sync::Arc;
 
-use foldhash::fast::RandomState;
+use bytes::Bytes;
 
+use crate::base::raw_wal::RawWal;
 use crate::base::{Key, KeyRange, Lsn, LsnRange, Value};
 use crate::layers::frozen::FrozenLayer;
+use crate::layers::places::Places;
 use crate::layers::{Lookup, Newest, keep_newest};
 
-/// Memory that one key takes beside its versions: its place in a table that is half full.
-const KEY_OVERHEAD_BYTES: usize = 2 * (size_of::<Key>() + size_of::<u32>());
+/// Memory that a key takes in the ordered table.
+const KEY_BYTES: usize = 2 * (size_of::<Key>() + size_of::<u32>());
 
 /// "There is no older version."
 const NONE: u32 = u32::MAX;
+
+/// Where the content of a version is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Content {
+    /// A WAL record; the place is the LSN where it begins.
+    Record,
+    /// A WAL record that initialises the page.
+    InitRecord,
+    /// One of the values; the place is its number.
+    Value,
+}
 
 /// One version.
 #[derive(Debug)]
 struct Version {
     lsn: Lsn,
-    value: Value,
-    /// Place of the version before, of the same key.
+    place: u64,
+    /// Number of the version before, of the same key.
     previous: u32,
+    content: Content,
 }
 
 /// Versions by key, in LSN order; several at one LSN stand in the order in which they came.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub(super) struct Versions {
     versions: Vec<Version>,
-    /// Places of the newest versions of relation keys; its order must not matter to anybody.
-    relations: HashMap<Key, u32, RandomState>,
+    /// What is no WAL record.
+    values: Vec<Value>,
+    wal: RawWal,
+    /// End of the last record that a version points to.
+    wal_used: Lsn,
+    /// Numbers of the newest versions of relation keys.
+    relations: Places,
     /// The same of all other keys.
     others: BTreeMap<Key, u32>,
+    /// Memory of `values` and `others`.
     memory_bytes: usize,
     /// Highest LSN of all.
     last: Option<Lsn>,
 }
 
 impl Versions {
-    fn put(&mut self, key: Key, lsn: Lsn, value: Value) {
-        self.memory_bytes += size_of::<Version>() + value.encoded_len();
-        self.last = self.last.max(Some(lsn));
-        let place = u32::try_from(self.versions.len()).unwrap_or(NONE);
-        assert!(place != NONE, "an open layer of 2^32 values does not fit into any memory");
+    fn new(wal: RawWal) -> Versions {
+        Versions {
+            versions: Vec::new(),
+            values: Vec::new(),
+            wal,
+            wal_used: Lsn::INVALID,
+            relations: Places::default(),
+            others: BTreeMap::new(),
+            memory_bytes: 0,
+            last: None,
+        }
+    }
+
+    fn put(&mut self, key: Key, lsn: Lsn, content: Content, place: u64) {
+        let number = u32::try_from(self.versions.len()).unwrap_or(NONE);
+        assert!(number != NONE, "an open layer of 2^32 values does not fit into any memory");
         let older = match key.is_of_relation() {
-            true => self.relations.insert(key, place),
-            false => self.others.insert(key, place),
+            true => self.relations.replace(key, number),
+            false => {
+                let older = self.others.insert(key, number);
+                self.memory_bytes += if older.is_none() { KEY_BYTES } else { 0 };
+                older
+            }
         };
-        match older.and_then(|older| self.versions.get(older as usize)) {
-            None => self.memory_bytes += KEY_OVERHEAD_BYTES,
-            Some(Version { lsn: last, .. }) => {
-                assert!(*last <= lsn, "{key:?}: a value at {lsn} came after one at {last}");
+        if let Some(Version { lsn: last, .. }) =
+            older.and_then(|older| self.versions.get(older as usize))
+        {
+            assert!(*last <= lsn, "{key:?}: a value at {lsn} came after one at {last}");
+        }
+        self.last = self.last.max(Some(lsn));
+        let previous = older.unwrap_or(NONE);
+        self.versions.push(Version { lsn, place, previous, content });
+    }
+
+    fn put_value(&mut self, key: Key, lsn: Lsn, value: Value) {
+        self.memory_bytes += size_of::<Value>() + value.encoded_len();
+        self.put(key, lsn, Content::Value, self.values.len() as u64);
+        self.values.push(value);
+    }
+
+    fn put_record(&mut self, key: Key, lsn: Lsn, start: Lsn, will_init: bool) {
+        if self.wal_used < lsn {
+            assert!(self.wal.holds(start, lsn), "the WAL of the record at {start} is not held");
+            self.wal_used = lsn;
+        }
+        let content = if will_init { Content::InitRecord } else { Content::Record };
+        self.put(key, lsn, content, start.0);
+    }
+
+    fn is_base(&self, version: &Version) -> bool {
+        match version.content {
+            Content::Record => false,
+            Content::InitRecord => true,
+            Content::Value => {
+                self.values.get(version.place as usize).is_some_and(|value| value.is_base())
             }
         }
-        self.versions.push(Version { lsn, value, previous: older.unwrap_or(NONE) });
+    }
+
+    fn value(&self, version: &Version) -> Value {
+        let record = || {
+            let record = self.wal.record(Lsn(version.place));
+            record.expect("the WAL of a record was held when its version came")
+        };
+        match version.content {
+            Content::Record => Value::WalRecord { will_init: false, record: record() },
+            Content::InitRecord => Value::WalRecord { will_init: true, record: record() },
+            Content::Value => {
+                let value = self.values.get(version.place as usize);
+                value.expect("a value comes together with its version").clone()
+            }
+        }
     }
 
     /// Versions from this place on, newest first.
@@ -73,16 +152,16 @@ impl Versions {
 
     pub(super) fn collect(&self, key: Key, lsns: &LsnRange, out: &mut Vec<(Lsn, Value)>) -> Lookup {
         let place = match key.is_of_relation() {
-            true => self.relations.get(&key),
-            false => self.others.get(&key),
+            true => self.relations.get(key),
+            false => self.others.get(&key).copied(),
         };
-        for version in place.into_iter().flat_map(|place| self.chain(*place)) {
+        for version in place.into_iter().flat_map(|place| self.chain(place)) {
             if version.lsn < lsns.start {
                 break;
             }
             if version.lsn < lsns.end {
-                out.push((version.lsn, version.value.clone()));
-                if version.value.is_base() {
+                out.push((version.lsn, self.value(version)));
+                if self.is_base(version) {
                     return Lookup::Complete;
                 }
             }
@@ -96,26 +175,24 @@ impl Versions {
         }
         let mut keep = |key: Key, place: u32| {
             let newest = self.chain(place).find(|version| version.lsn < below);
-            if let Some(Version { lsn, value, .. }) = newest {
-                keep_newest(out, key, *lsn, value);
+            if let Some(version) = newest {
+                keep_newest(out, key, version.lsn, &self.value(version));
             }
         };
         if keys.start.is_of_relation() {
             let wanted = self.relations.iter().filter(|(key, _)| keys.contains(key));
-            wanted.for_each(|(key, place)| keep(*key, *place));
+            wanted.for_each(|(key, place)| keep(key, place));
         }
         self.others.range(keys.clone()).for_each(|(key, place)| keep(*key, *place));
     }
 
     /// All versions in order of key, then as they came.
-    pub(super) fn entries(&self) -> impl Iterator<Item = (Key, Lsn, &Value)> {
-        let mut keys: Vec<(Key, u32)> = self.relations.iter().map(|(k, p)| (*k, *p)).collect();
-        keys.sort_unstable();
-        keys.extend(self.others.iter().map(|(key, place)| (*key, *place)));
-        keys.into_iter().flat_map(|(key, place)| {
+    pub(super) fn entries(&self) -> impl Iterator<Item = (Key, Lsn, Value)> {
+        let others = self.others.iter().map(|(key, place)| (*key, *place));
+        self.relations.sorted().chain(others).flat_map(move |(key, place)| {
             let mut versions: Vec<_> = self.chain(place).collect();
             versions.reverse();
-            versions.into_iter().map(move |version| (key, version.lsn, &version.value))
+            versions.into_iter().map(move |version| (key, version.lsn, self.value(version)))
         })
     }
 
@@ -125,6 +202,9 @@ impl Versions {
 
     pub(super) fn memory_bytes(&self) -> usize {
         self.memory_bytes
+            + self.versions.len() * size_of::<Version>()
+            + self.relations.memory_bytes()
+            + self.wal.memory_bytes()
     }
 }
 
@@ -136,9 +216,24 @@ pub struct OpenLayer {
 }
 
 impl OpenLayer {
-    /// An empty layer for values with `lsn >= start`.
-    pub fn new(start: Lsn) -> OpenLayer {
-        OpenLayer { start, versions: Versions::default() }
+    /// An empty layer for values with `lsn >= start`, from WAL with this `wal_segment_size`.
+    pub fn new(start: Lsn, segment_bytes: u64) -> OpenLayer {
+        OpenLayer { start, versions: Versions::new(RawWal::new(segment_bytes)) }
+    }
+
+    /// The layer that follows this one: an empty one from `end` on. It holds the WAL from there
+    /// on, which may be the first part of a record.
+    pub fn successor(&self, end: Lsn) -> OpenLayer {
+        let wal = self.versions.wal.tail(Lsn(end.0.saturating_sub(1)));
+        OpenLayer { start: end, versions: Versions::new(wal) }
+    }
+
+    /// Holds the WAL from `start` on, for the records that begin or end in it. It is let go of
+    /// soon unless [`OpenLayer::put_record`] refers to it. Every record before `boundary` has been
+    /// put in. Gives the bytes as they are held.
+    pub fn hold_wal(&mut self, start: Lsn, wal: Bytes, boundary: Lsn) -> Bytes {
+        self.versions.wal.forget_newest(&(self.versions.wal_used..boundary));
+        self.versions.wal.push(start, wal)
     }
 
     /// First LSN that belongs here.
@@ -153,7 +248,17 @@ impl OpenLayer {
     /// Either would lose a version without a trace.
     pub fn put(&mut self, key: Key, lsn: Lsn, value: Value) {
         assert!(lsn >= self.start, "a value at {lsn} is below the open layer's {}", self.start);
-        self.versions.put(key, lsn, value);
+        self.versions.put_value(key, lsn, value);
+    }
+
+    /// Adds the WAL record `start..lsn` as a version of `key`; `will_init` as in
+    /// [`Value::WalRecord`]. The record's checksum was checked.
+    ///
+    /// # Panics
+    /// As [`OpenLayer::put`], and if its WAL was not given to [`OpenLayer::hold_wal`].
+    pub fn put_record(&mut self, key: Key, lsn: Lsn, start: Lsn, will_init: bool) {
+        assert!(lsn >= self.start, "a value at {lsn} is below the open layer's {}", self.start);
+        self.versions.put_record(key, lsn, start, will_init);
     }
 
     /// Appends the values of `key` within `lsns` to `out`, newest first, up to and including the

@@ -477,7 +477,7 @@ proptest! {
             values.into_iter().map(|(n, lsn, value)| (key(n), Lsn(lsn), value)).collect();
         entries.sort_by_key(|(key, lsn, _)| (*key, *lsn));
         let by_arrival = { let mut all = entries.clone(); all.sort_by_key(|(_, lsn, _)| *lsn); all };
-        let mut open_layer = OpenLayer::new(Lsn(90));
+        let mut open_layer = OpenLayer::new(Lsn(90), 1 << 24);
         for (key, lsn, value) in by_arrival {
             open_layer.put(key, lsn, value);
         }
@@ -494,7 +494,7 @@ proptest! {
         }
         assert_eq!(open_layer.value_count(), entries.len() as u64);
         let frozen = open_layer.freeze(Lsn(200));
-        let same = frozen.entries().eq(entries.iter().map(|(key, lsn, value)| (*key, *lsn, value)));
+        let same = frozen.entries().eq(entries.iter().cloned());
         assert!(same);
         simulate(move |io| async move {
             let desc = frozen.write(&io, dir(), owner()).await.unwrap();

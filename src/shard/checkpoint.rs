@@ -25,7 +25,7 @@ use super::stored::StoredLayer;
 use super::timeline::Timeline;
 use crate::base::Lsn;
 use crate::io::{Io, TaskClass, durable};
-use crate::layers::{FrozenLayer, LayerDesc, LayerOwner, OpenLayer};
+use crate::layers::{FrozenLayer, LayerDesc, LayerOwner};
 use crate::limits::{
     CHECKPOINT_RETRY_MS, FROZEN_LAYERS_MAX, LSN_DISTANCE_FACTOR, NO_SPACE_RETRY_MS,
 };
@@ -143,7 +143,10 @@ impl<I: Io> Timeline<I> {
         if end <= mutable.open.start() || mutable.broken.is_some() {
             return;
         }
-        let full = std::mem::replace(&mut mutable.open, OpenLayer::new(end));
+        let full = {
+            let next = mutable.open.successor(end);
+            std::mem::replace(&mut mutable.open, next)
+        };
         mutable.open_since = self.context.io.now();
         mutable.frozen.push(full.freeze(end));
         drop(mutable);

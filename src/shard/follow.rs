@@ -16,8 +16,7 @@ use super::lsns::Advance;
 use super::timeline::Timeline;
 use crate::base::{Kind, Lsn};
 use crate::io::Io;
-use crate::limits::{INGEST_PAUSE_MS, NO_SPACE_RETRY_MS, STATUS_INTERVAL_MS};
-use crate::wal;
+use crate::limits::{NO_SPACE_RETRY_MS, STATUS_INTERVAL_MS};
 use crate::wal::journal::JournalError;
 use crate::wal::receiver::{EndOfStream, StandbyStatus, WalMessage, WalSource};
 use crate::wal::source::SourceError;
@@ -240,7 +239,8 @@ impl<I: Io> Timeline<I> {
                 flushed => flushed?,
             }
         }
-        self.journal.append(start, &bytes)?;
+        let bytes = self.hold(bytes);
+        self.journal.append(start, bytes.clone())?;
         {
             let mut mutable = self.mutable.borrow_mut();
             let end = Lsn(start.0 + bytes.len() as u64);
@@ -258,33 +258,6 @@ impl<I: Io> Timeline<I> {
             mutable.unsynced.push_back((end, boundary));
         }
         result
-    }
-
-    /// Ingests every record that is whole with `bytes`, which continue what was given before.
-    pub(super) async fn ingest_bytes(&self, mut bytes: Bytes) -> Result<(), TakeInError> {
-        self.freeze_if_old();
-        loop {
-            let event = self.mutable.borrow_mut().wal.next(&mut bytes)?;
-            let record = match event {
-                wal::stream::Event::Record(record) => record,
-                wal::stream::Event::NeedInput => {
-                    self.note_memory();
-                    return Ok(());
-                }
-                wal::stream::Event::EndOfWal => {
-                    return Err(TakeInError::Zeros { at: self.lsns().last_record });
-                }
-            };
-            self.ingest(&record).await?;
-            self.freeze_if_full();
-            while self.frozen_is_full() {
-                if self.stopping.get() {
-                    return Err(TakeInError::Stopped);
-                }
-                self.context.io.sleep(Duration::from_millis(INGEST_PAUSE_MS)).await;
-            }
-            self.context.io.yield_if_needed().await;
-        }
     }
 }
 

@@ -212,6 +212,7 @@ async fn replay<I: Io>(timeline: &Rc<Timeline<I>>) -> Result<(), LoadError> {
             return Err(LoadError::JournalShrank { at });
         }
         at = Lsn(at.0 + bytes.len() as u64);
+        let bytes = timeline.hold(bytes);
         timeline.ingest_bytes(bytes).await?;
     }
     tracing::info!(tenant = %timeline.tenant, timeline = %timeline.id, "replayed the journal from {from} to {end}");

@@ -256,6 +256,7 @@ impl<I: Io> Timeline<I> {
             .map(|(timeline, point)| Ancestor { timeline, lsn: point.lsn });
         let open_since = context.io.now();
         let checkpoint_signal = Signal::new();
+        let segment_bytes = index.cluster.wal_segment_bytes;
         let wal = WalStream::new(lsn, wal_layout(&index.cluster))?;
         Ok(Rc::new(Timeline {
             tenant: index.tenant,
@@ -269,7 +270,7 @@ impl<I: Io> Timeline<I> {
                 ancestor,
                 branches: BTreeMap::new(),
                 detach: None,
-                open: OpenLayer::new(Lsn(lsn.0 + 1)),
+                open: OpenLayer::new(Lsn(lsn.0 + 1), segment_bytes),
                 open_since,
                 frozen: Vec::new(),
                 layers,

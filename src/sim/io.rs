@@ -289,6 +289,13 @@ impl File for SimFile {
     type ReadBuf = Box<[u8]>;
     type WriteBuf = Box<[u8]>;
 
+    fn alloc_to_fill(&self, len: usize) -> Box<[u8]> {
+        // Whoever counts on zeros is found out.
+        let mut buf = self.alloc(len);
+        buf.fill(0xA5);
+        buf
+    }
+
     fn alloc(&self, len: usize) -> Box<[u8]> {
         assert_aligned("alloc", 0, len);
         assert!(len > 0, "a buffer of no bytes");

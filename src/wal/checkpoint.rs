@@ -69,7 +69,7 @@ pub struct Checkpoint {
 impl Checkpoint {
     /// Reads the struct from the first 88 bytes; `None` if there are fewer.
     pub fn parse(bytes: &[u8]) -> Option<Checkpoint> {
-        let mut body = Reader::new(Bytes::copy_from_slice(bytes.get(..CHECKPOINT_BYTES)?));
+        let mut body = Reader::new(bytes.get(..CHECKPOINT_BYTES)?);
         let redo = Lsn(body.u64()?);
         let (timeline, previous_timeline) = (body.u32()?, body.u32()?);
         let full_page_writes = body.u8()? != 0;

@@ -7,7 +7,7 @@
 //! checksums and back links guard the content; nothing is added to it.
 //!
 //! Algorithm:
-//! 1. [`Journal::append`] takes bytes at the end of the journal into memory.
+//! 1. [`Journal::append`] takes bytes at the end of the journal, as they are, without a copy.
 //! 2. [`Journal::flush`] writes everything that waits, whole blocks with zeros after the end,
 //!    syncs each file it touched, and only then moves [`Journal::synced_lsn`]. All that arrived
 //!    while a flush was under way goes with the next one: group commit.
@@ -18,12 +18,13 @@
 //! bytes and zeros, which the record checksums tell apart.
 
 use std::cell::RefCell;
+use std::collections::VecDeque;
 use std::path::{Path, PathBuf};
 
-use bytes::{Buf, Bytes, BytesMut};
+use bytes::Bytes;
 
 use crate::base::{Kind, Lsn};
-use crate::io::{File, Io, IoCause, IoError, align_down, align_up};
+use crate::io::{ALIGNMENT, File, Io, IoCause, IoError, align_down, align_up};
 use crate::limits::{JOURNAL_BUFFER_BYTES_MAX, JOURNAL_SEGMENT_BYTES, JOURNAL_WRITE_BYTES_MAX};
 
 /// Why the journal cannot be used.
@@ -99,18 +100,68 @@ pub struct Journal<I: Io> {
 }
 
 struct State {
-    /// Position of the first byte of `tail`, a multiple of [`ALIGNMENT`].
-    tail_start: Lsn,
-    /// Everything from the last block that is not complete and synced.
-    tail: BytesMut,
+    tail: Tail,
     synced: Lsn,
     failed: Option<IoError>,
     counters: JournalCounters,
 }
 
-impl State {
+/// Everything from the last block on that is not complete and synced.
+#[derive(Default)]
+struct Tail {
+    /// Position of the first byte, a multiple of [`ALIGNMENT`].
+    start: Lsn,
+    /// One after the other.
+    pieces: VecDeque<Bytes>,
+    /// Of all pieces.
+    len: usize,
+}
+
+impl Tail {
     fn end(&self) -> Lsn {
-        Lsn(self.tail_start.0 + self.tail.len() as u64)
+        Lsn(self.start.0 + self.len as u64)
+    }
+
+    fn push(&mut self, bytes: Bytes) {
+        self.len += bytes.len();
+        self.pieces.push_back(bytes);
+    }
+
+    /// Lets go of what is before `start`.
+    fn drop_before(&mut self, start: Lsn) {
+        while self.start < start {
+            let Some(mut first) = self.pieces.pop_front() else { break };
+            let done = first.len().min(start.bytes_since(self.start) as usize);
+            let rest = first.split_off(done);
+            self.start = Lsn(self.start.0 + done as u64);
+            self.len -= done;
+            if !rest.is_empty() {
+                // Less than a block of it is kept, and it may keep much memory.
+                let rest = match rest.len() < ALIGNMENT {
+                    true => Bytes::copy_from_slice(&rest),
+                    false => rest,
+                };
+                self.pieces.push_front(rest);
+            }
+        }
+    }
+
+    /// Fills `target` with the bytes from `from` on, and zeros where there are no more.
+    fn copy_to(&self, from: Lsn, target: &mut [u8]) {
+        let mut skip = from.bytes_since(self.start) as usize;
+        let mut rest = target;
+        for piece in &self.pieces {
+            let bytes = piece.get(skip..).unwrap_or_default();
+            skip = skip.saturating_sub(piece.len());
+            let len = bytes.len().min(rest.len());
+            let (now, later) = rest.split_at_mut(len);
+            now.copy_from_slice(bytes.get(..len).unwrap_or_default());
+            rest = later;
+            if rest.is_empty() {
+                return;
+            }
+        }
+        rest.fill(0);
     }
 }
 
@@ -126,8 +177,7 @@ impl<I: Io> Journal<I> {
             dir: dir.to_owned(),
             tli,
             state: RefCell::new(State {
-                tail_start: end,
-                tail: BytesMut::new(),
+                tail: Tail { start: end, ..Tail::default() },
                 synced: end,
                 failed: None,
                 counters: JournalCounters::default(),
@@ -158,17 +208,18 @@ impl<I: Io> Journal<I> {
         let wanted = end.bytes_since(start) as usize;
         let block = if wanted > 0 { self.read(start, wanted).await? } else { Bytes::new() };
         let mut state = self.state.borrow_mut();
-        state.tail_start = start;
-        state.tail = BytesMut::from(&block[..]);
         // A journal that was cut keeps zeros for what is missing; the WAL is streamed again.
-        state.tail.resize(wanted, 0);
+        let mut block = block.to_vec();
+        block.resize(wanted, 0);
+        state.tail = Tail { start, ..Tail::default() };
+        state.tail.push(Bytes::from(block));
         state.synced = end;
         Ok(())
     }
 
     /// End of the bytes taken in.
     pub fn end_lsn(&self) -> Lsn {
-        self.state.borrow().end()
+        self.state.borrow().tail.end()
     }
 
     /// Every byte before this is on disk, synced.
@@ -183,7 +234,7 @@ impl<I: Io> Journal<I> {
 
     /// True when so much waits for a flush that the source should wait too.
     pub fn is_full(&self) -> bool {
-        self.state.borrow().tail.len() >= JOURNAL_BUFFER_BYTES_MAX
+        self.state.borrow().tail.len >= JOURNAL_BUFFER_BYTES_MAX
     }
 
     /// True after a write or sync that failed: nothing will be taken in or flushed any more.
@@ -192,15 +243,15 @@ impl<I: Io> Journal<I> {
     }
 
     /// Takes bytes that begin at [`Journal::end_lsn`]. They are in memory only.
-    pub fn append(&self, start: Lsn, bytes: &[u8]) -> Result<(), JournalError> {
+    pub fn append(&self, start: Lsn, bytes: Bytes) -> Result<(), JournalError> {
         let mut state = self.state.borrow_mut();
         if let Some(error) = &state.failed {
             return Err(JournalError::Failed(error.clone()));
         }
-        if start != state.end() {
-            return Err(JournalError::Gap { expected: state.end(), got: start });
+        if start != state.tail.end() {
+            return Err(JournalError::Gap { expected: state.tail.end(), got: start });
         }
-        state.tail.extend_from_slice(bytes);
+        state.tail.push(bytes);
         Ok(())
     }
 
@@ -214,10 +265,10 @@ impl<I: Io> Journal<I> {
             if let Some(error) = &state.failed {
                 return Err(JournalError::Failed(error.clone()));
             }
-            if state.end() == state.synced {
+            if state.tail.end() == state.synced {
                 return Ok(state.synced);
             }
-            (state.tail_start, state.end())
+            (state.tail.start, state.tail.end())
         };
         let written = self.write_range(start, end).await;
         let mut state = self.state.borrow_mut();
@@ -226,10 +277,7 @@ impl<I: Io> Journal<I> {
                 state.counters.syncs += 1;
                 state.counters.bytes_written += bytes_written;
                 state.synced = end;
-                let keep_from = Lsn(align_down(end.0));
-                let done = keep_from.bytes_since(state.tail_start) as usize;
-                state.tail.advance(done);
-                state.tail_start = keep_from;
+                state.tail.drop_before(Lsn(align_down(end.0)));
                 Ok(end)
             }
             Err(WriteError::NoSpace(error)) => Err(JournalError::NoSpace(error)),
@@ -269,13 +317,10 @@ impl<I: Io> Journal<I> {
         let (mut at, mut written) = (part.start, 0);
         while at < part.end {
             let len = (part.end.bytes_since(at) as usize).min(JOURNAL_WRITE_BYTES_MAX);
-            let mut buf = file.alloc(align_up(len as u64) as usize);
-            {
-                let state = self.state.borrow();
-                let first = at.bytes_since(state.tail_start) as usize;
-                let bytes = state.tail.get(first..first + len).unwrap_or_default();
-                buf.iter_mut().zip(bytes).for_each(|(to, from)| *to = *from);
-            }
+            let mut buf = file.alloc_to_fill(align_up(len as u64) as usize);
+            let (data, padding) = buf.split_at_mut(len);
+            self.state.borrow().tail.copy_to(at, data);
+            padding.fill(0);
             let len_written = buf.len() as u64;
             file.write_at(offset, buf).await?;
             written += len_written;
