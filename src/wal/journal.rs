@@ -156,7 +156,7 @@ impl<I: Io> Journal<I> {
         self.io.sync_dir(&self.dir).await?;
         let start = Lsn(align_down(end.0));
         let wanted = end.bytes_since(start) as usize;
-        let block = if wanted > 0 { self.read(start, wanted).await? } else { Bytes::new() };
+        let block = self.read_surely(start, wanted).await?;
         let mut state = self.state.borrow_mut();
         state.tail_start = start;
         state.tail = BytesMut::from(&block[..]);
@@ -164,6 +164,23 @@ impl<I: Io> Journal<I> {
         state.tail.resize(wanted, 0);
         state.synced = end;
         Ok(())
+    }
+
+    /// Reads until two reads in a row agree. What a read got wrong would be written back otherwise,
+    /// over acknowledged WAL that is whole on the medium.
+    async fn read_surely(&self, start: Lsn, len: usize) -> Result<Bytes, JournalError> {
+        if len == 0 {
+            return Ok(Bytes::new());
+        }
+        let mut bytes = self.read(start, len).await?;
+        loop {
+            let again = self.read(start, len).await?;
+            if again == bytes {
+                return Ok(bytes);
+            }
+            tracing::warn!("two reads of the journal at {start} in {} differ", self.dir.display());
+            bytes = again;
+        }
     }
 
     /// End of the bytes taken in.
