@@ -316,19 +316,12 @@ impl<I: Io> TimelineReader for Timeline<I> {
         let _read = self.enter()?;
         let lsn = self.effective_lsn(lsn).await?;
         let blocks = self.fork_size(rel, lsn).await;
-        let blocks = self.still_retained(lsn, blocks)?.unwrap_or(0);
+        let blocks = self.noted(self.still_retained(lsn, blocks))?.unwrap_or(0);
         if block >= blocks {
             return Ok(zero_page());
         }
         let result = self.page(Key::rel_block(rel, block), lsn).await;
-        let result = self.still_retained(lsn, result);
-        if let Err(error) = &result {
-            tracing::error!(tenant = %self.tenant, timeline = %self.id, "{error}");
-            if matches!(error, ReadError::Damaged { .. }) {
-                self.health.borrow_mut().damage(error.to_string());
-            }
-        }
-        result
+        self.noted(self.still_retained(lsn, result))
     }
 
     async fn rel_exists(&self, rel: RelTag, lsn: RequestLsn) -> Result<bool, ReadError> {
@@ -336,7 +329,7 @@ impl<I: Io> TimelineReader for Timeline<I> {
         let _read = self.enter()?;
         let lsn = self.effective_lsn(lsn).await?;
         let size = self.fork_size(rel, lsn).await;
-        Ok(self.still_retained(lsn, size)?.is_some())
+        Ok(self.noted(self.still_retained(lsn, size))?.is_some())
     }
 
     async fn rel_size(&self, rel: RelTag, lsn: RequestLsn) -> Result<BlockNumber, ReadError> {
@@ -344,14 +337,14 @@ impl<I: Io> TimelineReader for Timeline<I> {
         let _read = self.enter()?;
         let lsn = self.effective_lsn(lsn).await?;
         let size = self.fork_size(rel, lsn).await;
-        Ok(self.still_retained(lsn, size)?.unwrap_or(0))
+        Ok(self.noted(self.still_retained(lsn, size))?.unwrap_or(0))
     }
 
     async fn db_size(&self, db: u32, lsn: RequestLsn) -> Result<i64, ReadError> {
         let _read = self.enter()?;
         let lsn = self.effective_lsn(lsn).await?;
         let bytes = self.database_bytes(db, lsn).await;
-        self.still_retained(lsn, bytes)
+        self.noted(self.still_retained(lsn, bytes))
     }
 
     async fn slru_segment(
@@ -363,11 +356,22 @@ impl<I: Io> TimelineReader for Timeline<I> {
         let _read = self.enter()?;
         let lsn = self.effective_lsn(lsn).await?;
         let pages = self.slru_pages(kind, segment, lsn).await;
-        self.still_retained(lsn, pages)
+        self.noted(self.still_retained(lsn, pages))
     }
 }
 
 impl<I: Io> Timeline<I> {
+    /// Tells the operator of a read that failed, and of what is damaged.
+    fn noted<T>(&self, result: Result<T, ReadError>) -> Result<T, ReadError> {
+        if let Err(error) = &result {
+            tracing::error!(tenant = %self.tenant, timeline = %self.id, "{error}");
+            if matches!(error, ReadError::Damaged { .. }) {
+                self.health.borrow_mut().damage(error.to_string());
+            }
+        }
+        result
+    }
+
     async fn database_bytes(&self, db: u32, lsn: Lsn) -> Result<i64, ReadError> {
         let mut blocks = 0i64;
         for rel in self.database_forks(DEFAULT_TABLESPACE, db, lsn).await? {

@@ -206,7 +206,7 @@ impl<I: Io> Journal<I> {
         self.io.sync_dir(&self.dir).await?;
         let start = Lsn(align_down(end.0));
         let wanted = end.bytes_since(start) as usize;
-        let block = if wanted > 0 { self.read(start, wanted).await? } else { Bytes::new() };
+        let block = self.read_surely(start, wanted).await?;
         let mut state = self.state.borrow_mut();
         // A journal that was cut keeps zeros for what is missing; the WAL is streamed again.
         let mut block = block.to_vec();
@@ -215,6 +215,23 @@ impl<I: Io> Journal<I> {
         state.tail.push(Bytes::from(block));
         state.synced = end;
         Ok(())
+    }
+
+    /// Reads until two reads in a row agree. What a read got wrong would be written back otherwise,
+    /// over acknowledged WAL that is whole on the medium.
+    async fn read_surely(&self, start: Lsn, len: usize) -> Result<Bytes, JournalError> {
+        if len == 0 {
+            return Ok(Bytes::new());
+        }
+        let mut bytes = self.read(start, len).await?;
+        loop {
+            let again = self.read(start, len).await?;
+            if again == bytes {
+                return Ok(bytes);
+            }
+            tracing::warn!("two reads of the journal at {start} in {} differ", self.dir.display());
+            bytes = again;
+        }
     }
 
     /// End of the bytes taken in.
