@@ -346,3 +346,13 @@ pub const GC_NAMES_MAX: usize = 1000;
 
 /// Where garbage collection is switched off, its setting is looked at again so often.
 pub const GC_SETTING_LOOK_MS: u64 = 60_000;
+// Idle timelines.
+
+/// Within the time after which an unused timeline is closed, it is looked at so often.
+pub const IDLE_LOOKS: u64 = 4;
+/// Pause between two looks at whether the tasks of a timeline that is being closed have ended, in
+/// milliseconds.
+pub const CLOSING_POLL_MS: u64 = 1;
+/// Within this time each timeline that is closed and has history is opened once and collected, in
+/// milliseconds.
+pub const CLOSED_GC_PERIOD_MS: u64 = 24 * 3600 * 1000;

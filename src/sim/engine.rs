@@ -71,6 +71,8 @@ pub(super) struct Outside {
     pub(super) quiet: Cell<bool>,
     /// `gc_period_s` of the timeline.
     pub(super) gc_period_s: Cell<u64>,
+    /// `timeline_idle_ms` of the node.
+    pub(super) timeline_idle_ms: Cell<u64>,
 }
 
 impl Outside {
@@ -86,6 +88,7 @@ impl Outside {
             clock_ahead_us: Cell::new(0),
             quiet: Cell::new(false),
             gc_period_s: Cell::new(0),
+            timeline_idle_ms: Cell::new(0),
         })
     }
 }
@@ -227,6 +230,7 @@ pub(super) async fn start_shard(io: &SimIo, outside: &Rc<Outside>) -> Result<Sim
             gc_horizon_bytes: 0,
             pitr_interval_s: 0,
             gc_period_s: outside.gc_period_s.get(),
+            timeline_idle_ms: outside.timeline_idle_ms.get(),
         },
         block_cache_bytes: (io.random_u64() % (1 << 20)) as usize,
         memory_budget_bytes: if large { 1 << 30 } else { budget },
