@@ -357,3 +357,13 @@ const _: () = assert!(RAW_WAL_SMALL_BYTES <= RAW_WAL_CHUNK_BYTES);
 pub const INGEST_SLICE_RECORDS: usize = 32;
 /// Writes of one layer file that the device has at once, of [`LAYER_WRITE_BYTES`] at most.
 pub const LAYER_WRITES_MAX: usize = 3;
+// Idle timelines.
+
+/// Within the time after which an unused timeline is closed, it is looked at so often.
+pub const IDLE_LOOKS: u64 = 4;
+/// Pause between two looks at whether the tasks of a timeline that is being closed have ended, in
+/// milliseconds.
+pub const CLOSING_POLL_MS: u64 = 1;
+/// Within this time each timeline that is closed and has history is opened once and collected, in
+/// milliseconds.
+pub const CLOSED_GC_PERIOD_MS: u64 = 24 * 3600 * 1000;

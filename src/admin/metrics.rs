@@ -56,6 +56,14 @@ const COUNTERS: &[(&str, &str, Number)] = &[
     ("compaction_page_failures", "Pages that compaction could not rebuild", |m| {
         m.compaction_page_failures
     }),
+    ("compaction_l0_merges", "Merges of L0 layers", |m| m.compaction_l0_merges),
+    ("compaction_l1_merges", "Merges of L1 layers", |m| m.compaction_l1_merges),
+    ("compaction_image_jobs", "Jobs that made image layers", |m| m.compaction_image_jobs),
+    ("gc_runs", "Garbage collections that came to their end", |m| m.gc_runs),
+    ("gc_failures", "Garbage collections that failed", |m| m.gc_failures),
+    ("gc_layers_removed", "Layers removed by garbage collection", |m| m.gc_layers_removed),
+    ("gc_bytes_removed", "Bytes of layers removed by it", |m| m.gc_bytes_removed),
+    ("timelines_closed", "Timelines closed because nobody used them", |m| m.timelines_closed),
     ("redo_requests", "Pages rebuilt from WAL records", |m| m.redo_requests),
     ("redo_records", "WAL records applied", |m| m.redo_records),
     ("redo_pages_native", "Pages rebuilt without a wal-redo process", |m| m.redo_pages_native),
@@ -75,6 +83,7 @@ const TIMELINE_GAUGES: &[(&str, &str, TimelineNumber)] = &[
     ("timeline_last_record_lsn", "Readable up to here", |t| t.last_record_lsn.0),
     ("timeline_journal_lsn", "WAL synced up to here", |t| t.journal_lsn.0),
     ("timeline_disk_consistent_lsn", "In layer files up to here", |t| t.disk_consistent_lsn.0),
+    ("timeline_gc_cutoff_lsn", "Readable from here on", |t| t.gc_cutoff_lsn.0),
     ("timeline_layers", "Layer files", |t| t.layer_count),
     ("timeline_layer_bytes", "Bytes of layer files", |t| t.layer_bytes),
     ("timeline_history_bytes", "Bytes of delta layers", |t| t.history_bytes),

@@ -62,6 +62,8 @@ pub struct ChildFactory {
     tenants: RefCell<Vec<(TenantShardId, Rc<NativeRedo<ChildRedo>>)>>,
     /// Of the children that jobs have for their time.
     background: Arc<Counters>,
+    /// What was counted by services that have ended.
+    ended: RefCell<CoreMetrics>,
 }
 
 impl ChildFactory {
@@ -76,7 +78,30 @@ impl ChildFactory {
             redo: RedoSettings { hint_bits_logged: false },
             timeout: Duration::from_millis(config.redo_timeout_ms),
         };
-        ChildFactory { settings, tenants: RefCell::default(), background: Arc::default() }
+        let (tenants, background, ended) = Default::default();
+        ChildFactory { settings, tenants, background, ended }
+    }
+}
+
+/// Adds what a service has counted.
+fn add_counters(metrics: &mut CoreMetrics, redo: &NativeRedo<ChildRedo>) {
+    let (native, child) = (redo.counters(), redo.inner().counters());
+    metrics.redo_requests += native.pages_native.get() + native.pages_child.get();
+    metrics.redo_records += native.native_records() + native.child_records();
+    metrics.redo_pages_native += native.pages_native.get();
+    metrics.redo_records_native += native.native_records();
+    metrics.redo_misfits += native.misfits.get();
+    metrics.redo_children_started += child.started.load(Ordering::Relaxed);
+    metrics.redo_failures += child.failures.load(Ordering::Relaxed);
+    metrics.redo_seconds += child.busy_micros.load(Ordering::Relaxed) as f64 / 1e6;
+    let managers = native.native.iter().zip(&native.child).zip(0u8..);
+    for ((native, child), manager) in managers {
+        let (native, child) = (native.get(), child.get());
+        if native + child > 0 {
+            let split = metrics.redo_managers.entry(manager).or_default();
+            split.native += native;
+            split.child += child;
+        }
     }
 }
 
@@ -101,6 +126,7 @@ impl RedoFactory for ChildFactory {
         Box::pin(async {
             for (_, redo) in mine {
                 redo.inner().shutdown().await;
+                add_counters(&mut self.ended.borrow_mut(), &redo);
             }
         })
     }
@@ -115,26 +141,21 @@ impl RedoFactory for ChildFactory {
     }
 
     fn metrics(&self, metrics: &mut CoreMetrics) {
+        let ended = self.ended.borrow().clone();
+        *metrics = CoreMetrics {
+            redo_requests: ended.redo_requests,
+            redo_records: ended.redo_records,
+            redo_pages_native: ended.redo_pages_native,
+            redo_records_native: ended.redo_records_native,
+            redo_misfits: ended.redo_misfits,
+            redo_children_started: ended.redo_children_started,
+            redo_failures: ended.redo_failures,
+            redo_seconds: ended.redo_seconds,
+            redo_managers: ended.redo_managers,
+            ..std::mem::take(metrics)
+        };
         for (_, redo) in self.tenants.borrow().iter() {
-            let (native, child) = (redo.counters(), redo.inner().counters());
-            metrics.redo_requests += native.pages_native.get() + native.pages_child.get();
-            metrics.redo_records += native.native_records() + native.child_records();
-            metrics.redo_pages_native += native.pages_native.get();
-            metrics.redo_records_native += native.native_records();
-            metrics.redo_misfits += native.misfits.get();
-            metrics.redo_children_started += child.started.load(Ordering::Relaxed);
-            metrics.redo_failures += child.failures.load(Ordering::Relaxed);
-            let micros = child.busy_micros.load(Ordering::Relaxed);
-            metrics.redo_seconds += micros as f64 / 1e6;
-            let managers = native.native.iter().zip(&native.child).zip(0u8..);
-            for ((native, child), manager) in managers {
-                let (native, child) = (native.get(), child.get());
-                if native + child > 0 {
-                    let split = metrics.redo_managers.entry(manager).or_default();
-                    split.native += native;
-                    split.child += child;
-                }
-            }
+            add_counters(metrics, redo);
         }
     }
 }

@@ -5,7 +5,7 @@
 //! that asks: a round trip over pipes within one CPU costs a fraction of one across CPUs.
 //!
 //! - Thread and process are started by the first request. The process dies with the thread: its
-//!   stdin closes, and the kernel kills it (`PR_SET_PDEATHSIG`).
+//!   stdin closes, and the kernel kills it (`PR_SET_PDEATHSIG`); before, by [`Redo::rest`].
 //! - A record that PostgreSQL refuses is an answer to its request. The process ends then, and the
 //!   other requests are sent to a fresh one.
 //! - Where the process dies, hangs or talks nonsense, the request whose turn it was is tried once
@@ -19,7 +19,7 @@
     reason = "processes, and the threads that drive them, are started here"
 )]
 
-use std::cell::RefCell;
+use std::cell::{Cell, RefCell};
 use std::collections::VecDeque;
 use std::io::{ErrorKind, Read, Write};
 use std::os::fd::{AsFd, BorrowedFd};
@@ -106,7 +106,11 @@ struct Job {
 
 enum State {
     Idle,
-    Running { jobs: async_channel::Sender<Job>, thread: JoinHandle<()> },
+    /// `None` in the channel: the process is not needed.
+    Running {
+        jobs: async_channel::Sender<Option<Job>>,
+        thread: JoinHandle<()>,
+    },
     Stopped,
 }
 
@@ -116,6 +120,8 @@ pub struct ChildRedo {
     counters: Arc<Counters>,
     stop: Arc<AtomicBool>,
     state: RefCell<State>,
+    /// There was a request since the last [`Redo::rest`].
+    used: Cell<bool>,
 }
 
 impl ChildRedo {
@@ -126,7 +132,8 @@ impl ChildRedo {
 
     /// As [`ChildRedo::new`], with counters that the caller keeps.
     pub fn counted(settings: ChildSettings, counters: Arc<Counters>) -> Self {
-        ChildRedo { settings, counters, stop: Arc::default(), state: RefCell::new(State::Idle) }
+        let (stop, used) = Default::default();
+        ChildRedo { settings, counters, stop, state: RefCell::new(State::Idle), used }
     }
 
     /// What happened so far.
@@ -149,7 +156,7 @@ impl ChildRedo {
         }
     }
 
-    fn jobs(&self) -> Result<async_channel::Sender<Job>, RedoError> {
+    fn jobs(&self) -> Result<async_channel::Sender<Option<Job>>, RedoError> {
         let mut state = self.state.borrow_mut();
         match &*state {
             State::Running { jobs, .. } => return Ok(jobs.clone()),
@@ -197,10 +204,19 @@ impl Redo for ChildRedo {
             drop(request);
             let (answer, reply) = oneshot::channel();
             let job = Job { frames, records, rel, block, answer, failures: 0 };
-            self.jobs()?.send(job).await.map_err(|_| RedoError::Shutdown)?;
+            self.used.set(true);
+            self.jobs()?.send(Some(job)).await.map_err(|_| RedoError::Shutdown)?;
             reply.await.unwrap_or(Err(RedoError::Shutdown))
         }
         .boxed_local()
+    }
+
+    fn rest(&self) {
+        if let State::Running { jobs, .. } = &*self.state.borrow()
+            && !self.used.replace(false)
+        {
+            let _ = jobs.try_send(None); // Full: it is needed after all.
+        }
     }
 }
 
@@ -224,7 +240,7 @@ struct Driver {
     settings: ChildSettings,
     counters: Arc<Counters>,
     stop: Arc<AtomicBool>,
-    queue: async_channel::Receiver<Job>,
+    queue: async_channel::Receiver<Option<Job>>,
     waiting: VecDeque<Job>,
     process: Option<Process>,
 }
@@ -235,13 +251,14 @@ impl Driver {
         while !self.stop.load(Ordering::Acquire) {
             if self.waiting.is_empty() {
                 match self.queue.recv_blocking() {
-                    Ok(job) => self.waiting.push_back(job),
+                    Ok(Some(job)) => self.waiting.push_back(job),
+                    Ok(None) => self.end_process(),
                     Err(_) => break,
                 }
             }
             while self.waiting.len() < REDO_BATCH_REQUESTS {
                 let Ok(job) = self.queue.try_recv() else { break };
-                self.waiting.push_back(job);
+                self.waiting.extend(job);
             }
             self.waiting.retain(|job| !job.answer.is_canceled());
             if !self.waiting.is_empty() {
@@ -256,7 +273,7 @@ impl Driver {
         self.end_process();
         self.queue.close();
         while let Ok(job) = self.queue.try_recv() {
-            self.waiting.push_back(job);
+            self.waiting.extend(job);
         }
         while !self.waiting.is_empty() {
             self.answer(Err(RedoError::Shutdown));

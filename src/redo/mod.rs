@@ -101,6 +101,10 @@ pub trait Redo {
     /// The page after all records of the request: 8,192 bytes.
     fn redo(&self, request: RedoRequest) -> LocalBoxFuture<'_, Result<Bytes, RedoError>>;
 
+    /// Ends processes that were not needed since the last call. The next request that needs one
+    /// starts it again.
+    fn rest(&self) {}
+
     /// Ends what was started for it; requests that wait, and later ones, get
     /// [`RedoError::Shutdown`].
     fn stop(&self) -> LocalBoxFuture<'_, ()> {

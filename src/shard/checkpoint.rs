@@ -45,9 +45,9 @@ pub struct CheckpointError {
 impl<I: Io> Timeline<I> {
     /// Starts the tasks that write: journal, checkpoint, compaction.
     pub(super) fn start_writers(self: &Rc<Self>) {
-        self.context.io.spawn(TaskClass::Ingest, self.clone().journal_loop());
-        self.context.io.spawn(TaskClass::Background, self.clone().checkpoint_loop());
-        self.context.io.spawn(TaskClass::Background, self.clone().compaction_loop());
+        self.spawn_own(TaskClass::Ingest, Self::journal_loop);
+        self.spawn_own(TaskClass::Background, Self::checkpoint_loop);
+        self.spawn_own(TaskClass::Background, Self::compaction_loop);
     }
 
     /// Flushes the journal whenever bytes wait.

@@ -129,6 +129,11 @@ impl<I: Io> Compaction<I> {
         self.signal.set();
     }
 
+    /// Nothing is being done or waits to be done again.
+    pub(super) fn is_at_rest(&self) -> bool {
+        self.turn.is_free() && self.failures.get() == 0 && self.retired.borrow().is_empty()
+    }
+
     /// Ends a job that runs; no other begins.
     pub(super) fn cancel(&self) {
         self.flags.cancel();
@@ -254,11 +259,17 @@ impl<I: Io> Timeline<I> {
             Action::MakeImages { .. } => 2,
         };
         match action {
-            Action::MergeL0 { inputs, lsns } | Action::MergeL1 { inputs, lsns } => {
+            Action::MergeL0 { inputs, lsns } => {
                 self.merge(&snapshot, &inputs, lsns).await?;
+                self.context.counters.merges_l0.add(1);
+            }
+            Action::MergeL1 { inputs, lsns } => {
+                self.merge(&snapshot, &inputs, lsns).await?;
+                self.context.counters.merges_l1.add(1);
             }
             Action::MakeImages { keys, lsn, base, deltas } => {
                 self.make_images(&snapshot, keys, lsn, (base, &deltas)).await?;
+                self.context.counters.image_jobs.add(1);
             }
         }
         #[cfg(test)]

@@ -158,6 +158,10 @@ pub struct TimelineInfo {
     pub import: Option<ImportProgress>,
     /// First LSN that can be read: the end of the base backup.
     pub start_lsn: Lsn,
+    /// Reads before this LSN are refused, unless a lease holds it: what garbage collection has
+    /// passed.
+    #[serde(default)]
+    pub gc_cutoff_lsn: Lsn,
     /// The timeline that this one branched off, and where.
     pub ancestor: Option<BranchPoint>,
     /// A detaching that is under way or has failed.
@@ -216,6 +220,19 @@ pub struct CoreMetrics {
     pub image_bytes_written: u64,
     pub compaction_pages: u64,
     pub compaction_page_failures: u64,
+    /// Merges of L0 layers that compaction has carried out.
+    pub compaction_l0_merges: u64,
+    /// Merges of L1 layers.
+    pub compaction_l1_merges: u64,
+    /// Jobs that made image layers.
+    pub compaction_image_jobs: u64,
+    pub gc_runs: u64,
+    /// Collections that did not come to their end; those that were ended by a shutdown apart.
+    pub gc_failures: u64,
+    pub gc_layers_removed: u64,
+    pub gc_bytes_removed: u64,
+    /// Timelines that were closed because nobody used them.
+    pub timelines_closed: u64,
     pub redo_requests: u64,
     pub redo_seconds: f64,
     pub redo_records: u64,

@@ -16,10 +16,11 @@ use super::branch::{Older, below_branch_point};
 #[cfg(test)]
 use super::compact::{Planted, planted};
 use super::layer_map::LayerSpan;
+use super::leases::LeaseError;
 use super::reader::{ReadError, RequestLsn, TimelineReader};
 use super::timeline::Timeline;
 use crate::base::page::PAGE_SIZE;
-use crate::base::{BlockNumber, Key, KeyRange, Lsn, RelNode, RelTag, SlruKind, Value};
+use crate::base::{BlockNumber, Key, KeyRange, Lsn, RelNode, RelTag, SlruKind, Timestamp, Value};
 use crate::io::Io;
 use crate::layers::{LayerError, Lookup, Newest};
 use crate::redo::plan;
@@ -357,6 +358,10 @@ impl<I: Io> TimelineReader for Timeline<I> {
         let lsn = self.effective_lsn(lsn).await?;
         let pages = self.slru_pages(kind, segment, lsn).await;
         self.noted(self.still_retained(lsn, pages))
+    }
+
+    async fn lease_lsn(&self, lsn: Lsn) -> Result<Timestamp, LeaseError> {
+        self.lease(lsn, None).await.map(|lease| lease.valid_until)
     }
 }
 

@@ -36,4 +36,12 @@ pub struct Counters {
     pub image_bytes: Counter,
     pub compaction_pages: Counter,
     pub compaction_page_failures: Counter,
+    pub merges_l0: Counter,
+    pub merges_l1: Counter,
+    pub image_jobs: Counter,
+    pub gc_runs: Counter,
+    pub gc_failures: Counter,
+    pub gc_layers_removed: Counter,
+    pub gc_bytes_removed: Counter,
+    pub timelines_closed: Counter,
 }

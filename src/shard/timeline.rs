@@ -16,6 +16,7 @@ use super::control::{DetachState, ImportProgress, TimelineInfo, TimelineState};
 use super::gate::Gate;
 use super::health::Health;
 use super::history::History;
+use super::idle::Usage;
 use super::index::{ClusterIdentity, IndexLayer, TimelineIndex, WalSourceConfig};
 use super::layer_map::LayerMap;
 use super::lsns::{Advance, LsnWaiters, Lsns};
@@ -60,6 +61,9 @@ pub struct TimelineConfig {
     pub pitr_interval_s: u64,
     /// Pause between two garbage collections, in seconds; 0: there are none by themselves.
     pub gc_period_s: u64,
+    /// A timeline that takes in no WAL and is not used is closed after so many milliseconds; 0:
+    /// it stays open. Of the node alone.
+    pub timeline_idle_ms: u64,
 }
 
 impl From<&Config> for TimelineConfig {
@@ -75,6 +79,7 @@ impl From<&Config> for TimelineConfig {
             gc_horizon_bytes: config.gc_horizon_bytes,
             pitr_interval_s: config.pitr_interval_s,
             gc_period_s: config.gc_period_s,
+            timeline_idle_ms: config.timeline_idle_s.saturating_mul(1000),
         }
     }
 }
@@ -137,6 +142,7 @@ pub struct Timeline<I: Io> {
     /// Room for the changes of one record.
     pub(super) changes: Cell<Vec<Change>>,
     pub(super) stopping: Cell<bool>,
+    pub(super) usage: Usage,
     /// Tells the WAL receiver to stop.
     pub(super) stop_signal: Signal,
     /// The WAL receiver has ended.
@@ -298,6 +304,7 @@ impl<I: Io> Timeline<I> {
             ingesting: Cell::new(false),
             changes: Cell::default(),
             stopping: Cell::new(false),
+            usage: Usage::new(open_since),
             stop_signal: Signal::new(),
             follow_ended: Cell::new(false),
             source_connected: Cell::new(false),
@@ -393,6 +400,7 @@ impl<I: Io> Timeline<I> {
             error: mutable.broken.clone(),
             import: None::<ImportProgress>,
             start_lsn,
+            gc_cutoff_lsn: self.history.cutoff.get(),
             ancestor: mutable.ancestor.as_ref().map(Ancestor::point),
             detach: mutable.detach.clone(),
             received_lsn: lsns.received,

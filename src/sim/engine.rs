@@ -79,6 +79,8 @@ pub(super) struct Outside {
     pub(super) layer_bytes: Cell<Option<(u64, u64)>>,
     /// What was acknowledged as flushed, by the connection string of the timeline's source.
     pub(super) flushed: RefCell<BTreeMap<String, Lsn>>,
+    /// `timeline_idle_ms` of the node.
+    pub(super) timeline_idle_ms: Cell<u64>,
 }
 
 impl Outside {
@@ -102,6 +104,7 @@ impl Outside {
             visible_end: Cell::new(Lsn::MAX),
             layer_bytes: Cell::new(None),
             flushed: RefCell::default(),
+            timeline_idle_ms: Cell::new(0),
         })
     }
 }
@@ -250,6 +253,7 @@ pub(super) async fn start_shard(io: &SimIo, outside: &Rc<Outside>) -> Result<Sim
             gc_horizon_bytes: 0,
             pitr_interval_s: 0,
             gc_period_s: outside.gc_period_s.get(),
+            timeline_idle_ms: outside.timeline_idle_ms.get(),
         },
         block_cache_bytes: (io.random_u64() % (1 << 20)) as usize,
         memory_budget_bytes: if large { 1 << 30 } else { budget },

@@ -136,6 +136,7 @@ fn redo_in_postgres() {
         pipelined(&redo).await;
         killed(&redo).await;
         hint_bits(&redo).await;
+        at_rest(&redo).await;
         let pids = children();
         assert_eq!(pids.len(), 1);
         redo.shutdown().await;
@@ -280,6 +281,29 @@ async fn hint_bits(redo: &ChildRedo) {
         assert_eq!((page_lsn(&map), map[24 + 2]), (Lsn(0x9000), 0b100));
     }
     with_hints.shutdown().await;
+}
+
+/// The process ends when it was not needed between two calls, and starts again when it is.
+async fn at_rest(redo: &ChildRedo) {
+    let started = || redo.counters().started.load(Ordering::Relaxed);
+    let failures = || redo.counters().failures.load(Ordering::Relaxed);
+    let (before, failed) = (started(), failures());
+    let pid = children()[0];
+    redo.rest();
+    redo.redo(ask(0, 9, None, inserts(9, 1))).await.unwrap();
+    redo.rest();
+    redo.redo(ask(0, 9, None, inserts(9, 2))).await.unwrap();
+    assert_eq!((children(), started()), (vec![pid], before));
+    redo.rest();
+    redo.rest();
+    let deadline = Instant::now() + Duration::from_secs(10);
+    while process_alive(pid) {
+        assert!(Instant::now() < deadline, "the process lives on");
+        std::thread::sleep(Duration::from_millis(5));
+    }
+    let page = redo.redo(ask(0, 9, None, inserts(9, 3))).await.unwrap();
+    assert_eq!((heap_page(&page).0, started()), (3, before + 1));
+    assert_eq!(failures(), failed);
 }
 
 /// Dropping the value ends the process without a shutdown.

@@ -209,6 +209,14 @@ impl<R: Redo> Redo for NativeRedo<R> {
     fn redo(&self, request: RedoRequest) -> LocalBoxFuture<'_, Result<Bytes, RedoError>> {
         self.rebuild(request).boxed_local()
     }
+
+    fn rest(&self) {
+        self.inner.rest();
+    }
+
+    fn stop(&self) -> LocalBoxFuture<'_, ()> {
+        self.inner.stop()
+    }
 }
 
 fn start(target: Target, base: Option<&Bytes>) -> Result<Box<Page>, RedoError> {
