@@ -161,7 +161,9 @@ impl Node {
         self.io.sleep(Duration::from_millis(20)).await;
         let (told, now) = (self.outside.acknowledged.get(), self.timeline.lsns().journal);
         if self.class == FaultClass::Passing && (told > synced || now > synced) {
-            return Err(format!("broken at {synced}, but {told} was acknowledged and {now} synced"));
+            return Err(format!(
+                "broken at {synced}, but {told} was acknowledged and {now} synced"
+            ));
         }
         Ok(())
     }

@@ -130,7 +130,8 @@ impl Script {
         let conninfo = format!("host=primary user={id}");
         let source = follows.then(|| WalSourceConfig { conninfo, slot: None });
         self.story.coming(id, lsn, source.as_ref().map(|source| source.conninfo.clone()));
-        let request = CreateBranch { tenant: TENANT, timeline: id, ancestor, lsn: Some(lsn), source };
+        let request =
+            CreateBranch { tenant: TENANT, timeline: id, ancestor, lsn: Some(lsn), source };
         self.shard.change(Change::Branch(request)).await.map_err(text)?;
         self.story.change(id, |known| known.presence = Presence::There);
         Ok(())

@@ -59,8 +59,7 @@ fn planted_is_found(bug: Planted) {
 
 fn planted_is_found_within(seeds: u64, bug: Planted) {
     PLANTED.set(Some(bug));
-    let result =
-        (0..seeds).find_map(|seed| Some((seed, calm(seed, Plant::Nothing).err()?)));
+    let result = (0..seeds).find_map(|seed| Some((seed, calm(seed, Plant::Nothing).err()?)));
     PLANTED.set(None);
     let (seed, problem) = result.unwrap_or_else(|| panic!("{bug:?} was not found"));
     println!("{bug:?} found at seed {seed}: {problem}");
@@ -100,7 +99,7 @@ async fn check_after(
     let (at, forks) = {
         let primary = outside.primary.borrow();
         let ends = primary.record_ends();
-        let after = ends.partition_point(|end| *end <= lsn) + 20;
+        let after = ends.partition_point(|end| *end <= lsn) + 10;
         let at = ends.get(after).copied().unwrap_or(lsn);
         (at.min(timeline.lsns().last_record), primary.forks())
     };
@@ -118,8 +117,9 @@ async fn check_after(
 async fn images_between(io: SimIo, outside: Rc<Outside>) -> Result<(), String> {
     let (shard, timeline) = start(&io, &outside).await?;
     let mut images = Vec::new();
-    for _ in 0..6 {
-        io.sleep(Duration::from_millis(10)).await;
+    // So short that many pages have no base of their own between two images.
+    for _ in 0..12 {
+        io.sleep(Duration::from_millis(3)).await;
         let written = shard.checkpoint(TENANT, TIMELINE).await;
         written.map_err(|error| error.to_string())?;
         images.extend(timeline.make_image_layer(Key::MIN..Key::MAX).await?);
