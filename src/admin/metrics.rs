@@ -86,7 +86,9 @@ const TIMELINE_GAUGES: &[(&str, &str, TimelineNumber)] = &[
     ("timeline_gc_cutoff_lsn", "Readable from here on", |t| t.gc_cutoff_lsn.0),
     ("timeline_layers", "Layer files", |t| t.layer_count),
     ("timeline_layer_bytes", "Bytes of layer files", |t| t.layer_bytes),
-    ("timeline_history_bytes", "Bytes of delta layers", |t| t.history_bytes),
+    ("timeline_history_bytes", "Bytes of delta layers and of images that newer ones cover", |t| {
+        t.history_bytes
+    }),
     ("timeline_logical_bytes", "Bytes of all relations; 0 until they are added up", |t| {
         t.logical_bytes.unwrap_or(0)
     }),

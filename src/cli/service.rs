@@ -123,10 +123,10 @@ impl RedoFactory for ChildFactory {
         let all = std::mem::take(&mut *self.tenants.borrow_mut());
         let (mine, others): (Vec<_>, _) = all.into_iter().partition(|(other, _)| *other == tenant);
         *self.tenants.borrow_mut() = others;
+        mine.iter().for_each(|(_, redo)| add_counters(&mut self.ended.borrow_mut(), redo));
         Box::pin(async {
             for (_, redo) in mine {
                 redo.inner().shutdown().await;
-                add_counters(&mut self.ended.borrow_mut(), &redo);
             }
         })
     }

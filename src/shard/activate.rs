@@ -19,6 +19,7 @@ use super::control::{DetachState, TimelineInfo, TimelineState};
 use super::follow::Connector;
 use super::import::Progress;
 use super::index::{BranchPoint, DELETED_FILE, INDEX_FILE, TimelineIndex};
+use super::layer_map::{LayerSpan, Totals};
 use super::load::{LoadError, load, read_index};
 use super::reader::ReadError;
 use super::tenant_config::{CONFIG_FILE, TenantConfig};
@@ -52,9 +53,12 @@ pub(super) struct Brief {
 impl Brief {
     /// The few numbers of an index.
     pub(super) fn of(index: &TimelineIndex) -> Box<Brief> {
-        let is_delta =
-            |name: &str| name.parse::<LayerName>().is_ok_and(|name: LayerName| !name.is_image());
-        let deltas = index.layers.iter().filter(|layer| is_delta(&layer.name));
+        let mut totals = Totals::default();
+        for (layer, id) in index.layers.iter().zip(0..) {
+            if let Ok(name) = layer.name.parse::<LayerName>() {
+                totals.add(&LayerSpan::from(&name), id, layer.len);
+            }
+        }
         Box::new(Brief {
             ancestor: index.ancestor,
             archived: index.archived,
@@ -63,8 +67,8 @@ impl Brief {
             gc_cutoff_lsn: index.gc_cutoff_lsn.max(index.start_lsn),
             disk_consistent_lsn: index.disk_consistent_lsn,
             layer_count: index.layers.len() as u64,
-            layer_bytes: index.layers.iter().map(|layer| layer.len).sum(),
-            history_bytes: deltas.map(|layer| layer.len).sum(),
+            layer_bytes: totals.layer_bytes(),
+            history_bytes: totals.history_bytes(),
             logical_bytes: None,
         })
     }

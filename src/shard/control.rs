@@ -182,7 +182,8 @@ pub struct TimelineInfo {
     pub layer_count: u64,
     /// Physical size: bytes of all layer files of its own.
     pub layer_bytes: u64,
-    /// Bytes of its delta layers: the changes that are kept.
+    /// Of these, what is kept beyond one copy of everything: delta layers, and image layers that
+    /// newer ones cover wholly.
     pub history_bytes: u64,
     /// Bytes of all relations at `last_record_lsn`; none until they have been added up, which
     /// the first look starts.

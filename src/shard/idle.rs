@@ -25,6 +25,7 @@ use std::future::Future;
 use std::rc::Rc;
 use std::time::Duration;
 
+use futures_util::FutureExt;
 use futures_util::future::select;
 
 use super::activate::{Brief, Loading, Slot, TimelineKey};
@@ -83,11 +84,8 @@ impl<I: Io> Timeline<I> {
         work: impl FnOnce(Rc<Self>) -> F,
     ) {
         let task = self.usage.begin_task();
-        let work = work(self.clone());
-        self.context.io.spawn(class, async move {
-            work.await;
-            drop(task);
-        });
+        // Not an async block, which would have room for the task twice.
+        self.context.io.spawn(class, work(self.clone()).map(move |()| drop(task)));
     }
 
     /// Rules 1 and 2 of the module's text, and the time.

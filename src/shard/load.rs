@@ -153,7 +153,7 @@ async fn open_layers<I: Io>(
         .filter(|entry| !entry.is_dir && !known(&entry.name))
         .map(|entry| (entry.name, entry.len))
         .collect();
-    let mut layers = LayerMap::default();
+    let mut layers = LayerMap::weighing(|layer: &Rc<StoredLayer<I>>| layer.file_bytes());
     for layer in &index.layers {
         let Some(found) = files.remove(&layer.name) else {
             return Err(LoadError::LayerMissing(layer.name.clone()));

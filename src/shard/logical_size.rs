@@ -29,6 +29,17 @@ impl<I: Io> Timeline<I> {
         }
     }
 
+    /// What is shown of layers agrees with the layers; for tests.
+    #[cfg(test)]
+    pub(crate) fn check_totals(&self) -> Result<(), String> {
+        let mutable = self.mutable.borrow();
+        let (info, counted) = (mutable.layers.totals(), mutable.layers.recount());
+        match (info.layer_bytes(), info.history_bytes()) {
+            kept if kept == counted => Ok(()),
+            kept => Err(format!("{} keeps sizes {kept:?}, counted anew {counted:?}", self.id)),
+        }
+    }
+
     /// Starts to add up the sizes, unless that was done.
     pub(super) fn want_logical_size(self: &Rc<Self>) {
         let readable = self.lsns().last_record >= self.start_lsn() && !self.gate.is_closed();

@@ -413,13 +413,8 @@ impl<I: Io> Timeline<I> {
             ingest_paused: health.paused().map(str::to_owned),
             damaged: health.damaged().cloned().collect(),
             layer_count: mutable.layers.len() as u64,
-            layer_bytes: mutable.layers.iter().map(|(_, layer)| layer.file_bytes()).sum(),
-            history_bytes: mutable
-                .layers
-                .iter()
-                .filter(|(span, _)| !span.is_image)
-                .map(|(_, layer)| layer.file_bytes())
-                .sum(),
+            layer_bytes: mutable.layers.totals().layer_bytes(),
+            history_bytes: mutable.layers.totals().history_bytes(),
             logical_bytes: self.logical_bytes(&mutable),
             open_layer_bytes: mutable.open.memory_bytes() as u64 + frozen,
             journal_bytes: lsns.received.bytes_since(lsns.disk_consistent),
