@@ -61,8 +61,8 @@ pub use options::SimOptions;
 
 use crate::io::TaskClass;
 use disk::Disk;
-use executor::{Shared, State, Step, Streams};
 pub use executor::{Seen, Watch};
+use executor::{Shared, State, Step, Streams};
 use random::{Stream, Trace};
 
 /// How a run ended.

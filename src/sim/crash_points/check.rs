@@ -83,8 +83,7 @@ impl Check {
         if info.state == TimelineState::Broken {
             return Err(format!("{} is broken: {:?}", known.id, info.error));
         }
-        let (archived, detached) =
-            (info.state == TimelineState::Archived, info.ancestor.is_none());
+        let (archived, detached) = (info.state == TimelineState::Archived, info.ancestor.is_none());
         if !known.archived.agrees(archived) || !known.detached.agrees(detached) {
             return Err(format!("{known:?} is archived: {archived}, detached: {detached}"));
         }
@@ -110,8 +109,10 @@ impl Check {
     /// What one timeline has before it gets anything new.
     async fn read_timeline(&self, known: &Known) -> Result<(), String> {
         if known.archived == Fact::Yes {
-            let refused =
-                matches!(self.shard.timeline(TENANT, known.id).await, Err(ReadError::Archived { .. }));
+            let refused = matches!(
+                self.shard.timeline(TENANT, known.id).await,
+                Err(ReadError::Archived { .. })
+            );
             return if refused { Ok(()) } else { Err(format!("{} is archived, read", known.id)) };
         }
         let timeline = self.open(known).await?;

@@ -131,7 +131,12 @@ struct Copy {
 pub fn script_options(seed: u64) -> SimOptions {
     let mut stream = Stream::new(seed, "crash.script");
     let latency_us_max = [60, 400, 2_000][stream.below(3) as usize];
-    SimOptions { latency_us_min: 5, latency_us_max, yield_per_million: 50_000, ..Default::default() }
+    SimOptions {
+        latency_us_min: 5,
+        latency_us_max,
+        yield_per_million: 50_000,
+        ..Default::default()
+    }
 }
 
 /// Runs the script once; copies the disk before the operations from `from` on for which

@@ -17,7 +17,7 @@ use crate::sim::SimIo;
 use crate::sim::engine::{SimShard, TENANT, TIMELINE, start};
 
 /// Rounds of the script.
-pub(super) const ROUNDS: u8 = 6;
+pub(super) const ROUNDS: u8 = 7;
 /// Records between two checkpoints.
 const RECORDS: u32 = 25;
 /// Length of a lease, in seconds: longer than the script and the checks take.
@@ -130,7 +130,8 @@ impl Script {
         let conninfo = format!("host=primary user={id}");
         let source = follows.then(|| WalSourceConfig { conninfo, slot: None });
         self.story.coming(id, lsn, source.as_ref().map(|source| source.conninfo.clone()));
-        let request = CreateBranch { tenant: TENANT, timeline: id, ancestor, lsn: Some(lsn), source };
+        let request =
+            CreateBranch { tenant: TENANT, timeline: id, ancestor, lsn: Some(lsn), source };
         self.shard.change(Change::Branch(request)).await.map_err(text)?;
         self.story.change(id, |known| known.presence = Presence::There);
         Ok(())

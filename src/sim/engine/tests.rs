@@ -59,8 +59,7 @@ fn planted_is_found(bug: Planted) {
 
 fn planted_is_found_within(seeds: u64, bug: Planted) {
     PLANTED.set(Some(bug));
-    let result =
-        (0..seeds).find_map(|seed| Some((seed, calm(seed, Plant::Nothing).err()?)));
+    let result = (0..seeds).find_map(|seed| Some((seed, calm(seed, Plant::Nothing).err()?)));
     PLANTED.set(None);
     let (seed, problem) = result.unwrap_or_else(|| panic!("{bug:?} was not found"));
     println!("{bug:?} found at seed {seed}: {problem}");
