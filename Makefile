@@ -6,7 +6,7 @@
 #   make soak    the long runs
 #   make fuzz    searches with cargo-fuzz (TARGET=..., SECONDS=...); needs a nightly compiler
 
-SEEDS ?= 20000
+SEEDS ?= 100000
 MUTATIONS ?= 100000
 TARGET ?= layer_index
 SECONDS ?= 60
@@ -50,6 +50,7 @@ bench: release
 
 soak: build
 	target/debug/pgstrata simulate --seeds $(SEEDS)
+	target/debug/pgstrata simulate --crash-points --seeds 2
 	LAYER_MUTATIONS=$(MUTATIONS) cargo test --locked --release --lib \
 		damage_is_always_detected_and_never_served -- --nocapture
 	FUZZ_RUNS=$(MUTATIONS) cargo test --locked --release --test fuzz_corpus -- --nocapture

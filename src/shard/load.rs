@@ -227,6 +227,10 @@ async fn replay<I: Io>(timeline: &Rc<Timeline<I>>) -> Result<(), LoadError> {
 async fn journal_end<I: Io>(timeline: &Timeline<I>, from: Lsn) -> Result<Lsn, LoadError> {
     let layout = wal_layout(&timeline.cluster);
     let mut end = scan_journal(timeline, WalStream::new(from, layout)?).await?;
+    #[cfg(test)]
+    if crate::wal::journal::planted::READS_BELIEVED.get() {
+        return Ok(end.boundary());
+    }
     loop {
         let mut stream = WalStream::new(end.boundary(), layout)?;
         if let Some(previous) = end.previous() {

@@ -17,7 +17,7 @@ use crate::sim::SimIo;
 use crate::sim::engine::{SimShard, TENANT, TIMELINE, start};
 
 /// Rounds of the script.
-pub(super) const ROUNDS: u8 = 6;
+pub(super) const ROUNDS: u8 = 7;
 /// Records between two checkpoints.
 const RECORDS: u32 = 25;
 /// Length of a lease, in seconds: longer than the script and the checks take.
