@@ -110,6 +110,11 @@ impl RawWal {
         tail
     }
 
+    /// Where the oldest piece begins; the highest LSN if there is none.
+    pub fn start(&self) -> Lsn {
+        self.pieces.first().map_or(Lsn::MAX, |piece| piece.start)
+    }
+
     /// Memory in use, in bytes.
     pub fn memory_bytes(&self) -> usize {
         self.memory_bytes

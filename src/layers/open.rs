@@ -201,10 +201,12 @@ impl Versions {
     }
 
     pub(super) fn memory_bytes(&self) -> usize {
+        // WAL counts as far as records were put in: what waits behind them is soon another layer's.
+        let used = self.wal_used.bytes_since(self.wal.start()) as usize;
         self.memory_bytes
             + self.versions.len() * size_of::<Version>()
             + self.relations.memory_bytes()
-            + self.wal.memory_bytes()
+            + self.wal.memory_bytes().min(used)
     }
 }
 
@@ -284,7 +286,7 @@ impl OpenLayer {
 
     /// Estimate of the memory in use, in bytes: values with their overhead.
     pub fn memory_bytes(&self) -> usize {
-        self.versions.memory_bytes
+        self.versions.memory_bytes()
     }
 
     /// Closes the layer at `end`, which is above every LSN in it, for writing out elsewhere.
@@ -297,5 +299,103 @@ impl OpenLayer {
             assert!(last < end, "a value at {last} is not below the layer's end {end}");
         }
         Arc::new(FrozenLayer::new(self.start..end, self.versions))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const SEGMENT: u64 = 1 << 24;
+
+    fn key(block: u32) -> Key {
+        Key { field1: 0, field2: 1663, field3: 5, field4: 16384, field5: 0, field6: block }
+    }
+
+    /// Three records of 8,000 bytes, one after the other, over two WAL pages; where each begins
+    /// and ends, and the WAL.
+    fn three_records() -> (Vec<(Lsn, Lsn, Bytes)>, Vec<u8>) {
+        let (first, mut wal, mut records) = (Lsn(5 * 8192 + 24), Vec::new(), Vec::new());
+        for salt in 1..=3u8 {
+            let mut record = vec![salt; 8000];
+            record[..4].copy_from_slice(&8000u32.to_le_bytes());
+            let start = Lsn(first.0 + wal.len() as u64);
+            for byte in &record {
+                if (first.0 + wal.len() as u64).is_multiple_of(8192) {
+                    wal.extend_from_slice(&[0xEE; 24]);
+                }
+                wal.push(*byte);
+            }
+            records.push((start, Lsn(first.0 + wal.len() as u64), Bytes::from(record)));
+        }
+        (records, wal)
+    }
+
+    #[test]
+    fn records_are_read_out_of_the_wal_that_is_held() {
+        let (records, wal) = three_records();
+        let from = records[0].0;
+        for cut in [1, 7_000, 17_000, wal.len() - 1] {
+            let mut layer = OpenLayer::new(Lsn(from.0 + 1), SEGMENT);
+            layer.hold_wal(from, Bytes::copy_from_slice(&wal[..cut]), from);
+            let rest = Bytes::copy_from_slice(&wal[cut..]);
+            layer.hold_wal(Lsn(from.0 + cut as u64), rest, from);
+            for (n, (start, end, _)) in records.iter().enumerate() {
+                layer.put_record(key(7), *end, *start, n == 1);
+                layer.put_record(key(8), *end, *start, false);
+            }
+            assert!(layer.memory_bytes() >= wal.len());
+            let record = |n: usize, will_init| {
+                (records[n].1, Value::WalRecord { will_init, record: records[n].2.clone() })
+            };
+            let all = Lsn(0)..Lsn::MAX;
+            let mut found = Vec::new();
+            assert_eq!(layer.collect(key(7), &all, &mut found), Lookup::Complete);
+            assert_eq!(found, [record(2, false), record(1, true)], "{cut}");
+            let frozen = layer.freeze(Lsn(records[2].1.0 + 1));
+            let values: Vec<_> = frozen.entries().map(|(_, lsn, value)| (lsn, value)).collect();
+            let same = [false, true, false].into_iter().enumerate().map(|(n, i)| record(n, i));
+            let same = same.chain((0..3).map(|n| record(n, false)));
+            assert_eq!(values, same.collect::<Vec<_>>(), "{cut}");
+        }
+    }
+
+    #[test]
+    fn the_next_layer_has_the_begin_of_the_record_that_is_under_way() {
+        let (records, wal) = three_records();
+        let from = records[0].0;
+        let mut layer = OpenLayer::new(Lsn(from.0 + 1), SEGMENT);
+        // All of the first record, and a part of the second.
+        layer.hold_wal(from, Bytes::copy_from_slice(&wal[..9_000]), from);
+        layer.put_record(key(1), records[0].1, from, true);
+        let mut next = layer.successor(Lsn(records[0].1.0 + 1));
+        drop(layer);
+        let place = Lsn(from.0 + 9_000);
+        next.hold_wal(place, Bytes::copy_from_slice(&wal[9_000..]), records[0].1);
+        next.put_record(key(1), records[1].1, records[1].0, false);
+        let mut found = Vec::new();
+        next.collect(key(1), &(Lsn(0)..Lsn::MAX), &mut found);
+        let record = records[1].2.clone();
+        assert_eq!(found, [(records[1].1, Value::WalRecord { will_init: false, record })]);
+    }
+
+    #[test]
+    fn wal_that_nothing_refers_to_is_let_go_of() {
+        let mut layer = OpenLayer::new(Lsn(8192), SEGMENT);
+        let piece = Bytes::from(vec![0; 20_000]);
+        let empty = layer.memory_bytes();
+        for n in 0..50u64 {
+            let start = Lsn(8192 + n * 20_000);
+            layer.hold_wal(start, piece.clone(), start);
+        }
+        assert!(layer.memory_bytes() < empty + 3 * piece.len());
+    }
+
+    #[test]
+    #[should_panic(expected = "is not held")]
+    fn a_record_without_its_wal_is_refused() {
+        let mut layer = OpenLayer::new(Lsn(8192), SEGMENT);
+        layer.hold_wal(Lsn(8192), Bytes::from(vec![0; 100]), Lsn(8192));
+        layer.put_record(key(1), Lsn(8300), Lsn(8240), false);
     }
 }

@@ -124,9 +124,15 @@ impl Checkpoint {
 
     /// Takes news in; true if anything changed, so that a new value must be written.
     pub fn apply(&mut self, change: &CheckpointChange) -> bool {
+        if let CheckpointChange::Xid(xid) = change {
+            // Nearly every record brings one; few of them are news.
+            let before = self.next_xid;
+            self.advance_xid(*xid);
+            return self.next_xid != before;
+        }
         let before = *self;
         match change {
-            CheckpointChange::Xid(xid) => self.advance_xid(*xid),
+            CheckpointChange::Xid(_) => {}
             CheckpointChange::NextOid(oid) => self.next_oid = *oid,
             CheckpointChange::MultiXact { next_multi, next_offset } => {
                 self.advance_multi(*next_multi, *next_offset);

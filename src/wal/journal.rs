@@ -492,3 +492,32 @@ pub async fn read_segment<I: Io>(
     let end = block.len().min(skip + len as usize);
     Ok(Bytes::copy_from_slice(block.get(skip..end).unwrap_or_default()))
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A tail gives the bytes that were put in, from any place on, and zeros behind them, before
+    /// and after parts of it were let go of.
+    #[test]
+    fn a_tail_is_its_bytes() {
+        let all: Vec<u8> = (0..30_000u32).map(|n| (n % 251) as u8).collect();
+        for step in [1, 100, 4096, 5000, 30_000] {
+            let mut tail = Tail { start: Lsn(8192), ..Tail::default() };
+            for piece in all.chunks(step) {
+                tail.push(Bytes::copy_from_slice(piece));
+            }
+            for kept in [0, 4096, 12_288, 28_672] {
+                tail.drop_before(Lsn(8192 + kept as u64));
+                assert_eq!((tail.start, tail.end()), (Lsn(8192 + kept as u64), Lsn(38_192)));
+                for from in [kept, kept + 4096.min(all.len() - kept)] {
+                    let mut target = vec![0xA5; 9000];
+                    tail.copy_to(Lsn(8192 + from as u64), &mut target);
+                    let mut expected = all[from.min(all.len())..].to_vec();
+                    expected.resize(9000.max(expected.len()), 0);
+                    assert_eq!(target, expected[..9000], "{step} {kept} {from}");
+                }
+            }
+        }
+    }
+}
