@@ -104,13 +104,12 @@ struct Job {
     failures: u32,
 }
 
+/// `None` in the channel: the process is not needed.
+type Jobs = async_channel::Sender<Option<Job>>;
+
 enum State {
     Idle,
-    /// `None` in the channel: the process is not needed.
-    Running {
-        jobs: async_channel::Sender<Option<Job>>,
-        thread: JoinHandle<()>,
-    },
+    Running { jobs: Jobs, thread: JoinHandle<()> },
     Stopped,
 }
 
@@ -156,7 +155,7 @@ impl ChildRedo {
         }
     }
 
-    fn jobs(&self) -> Result<async_channel::Sender<Option<Job>>, RedoError> {
+    fn jobs(&self) -> Result<Jobs, RedoError> {
         let mut state = self.state.borrow_mut();
         match &*state {
             State::Running { jobs, .. } => return Ok(jobs.clone()),
@@ -272,9 +271,7 @@ impl Driver {
         }
         self.end_process();
         self.queue.close();
-        while let Ok(job) = self.queue.try_recv() {
-            self.waiting.extend(job);
-        }
+        self.waiting.extend(std::iter::from_fn(|| self.queue.try_recv().ok()).flatten());
         while !self.waiting.is_empty() {
             self.answer(Err(RedoError::Shutdown));
         }
