@@ -67,6 +67,14 @@ const COUNTERS: &[(&str, &str, Number)] = &[
 
 const SECONDS: &[(&str, &str, Seconds)] = &[
     ("get_page_seconds", "Time spent on GetPage requests", |m| m.get_page_seconds),
+    (
+        "ingest_slowed_seconds",
+        "Time for which WAL was left with its source, to keep to a rate",
+        |m| m.ingest_slowed_seconds,
+    ),
+    ("ingest_stopped_seconds", "Time for which no WAL was taken in for want of memory", |m| {
+        m.ingest_stopped_seconds
+    }),
     ("redo_seconds", "Time that wal-redo processes were busy", |m| m.redo_seconds),
 ];
 
@@ -76,6 +84,11 @@ const TIMELINE_GAUGES: &[(&str, &str, TimelineNumber)] = &[
     ("timeline_journal_lsn", "WAL synced up to here", |t| t.journal_lsn.0),
     ("timeline_disk_consistent_lsn", "In layer files up to here", |t| t.disk_consistent_lsn.0),
     ("timeline_layers", "Layer files", |t| t.layer_count),
+    ("timeline_l0_layers", "Layers over all keys that wait for compaction", |t| t.l0_count),
+    ("timeline_frozen_layers", "Layers in memory that wait for a checkpoint", |t| t.frozen_count),
+    ("timeline_ingest_limit_bytes", "WAL bytes per second taken in at most; 0: no limit", |t| {
+        t.ingest_limit_bytes_per_s.unwrap_or(0)
+    }),
     ("timeline_layer_bytes", "Bytes of layer files", |t| t.layer_bytes),
     ("timeline_history_bytes", "Bytes of delta layers", |t| t.history_bytes),
     ("timeline_logical_bytes", "Bytes of all relations; 0 until they are added up", |t| {

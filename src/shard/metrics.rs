@@ -36,4 +36,6 @@ pub struct Counters {
     pub image_bytes: Counter,
     pub compaction_pages: Counter,
     pub compaction_page_failures: Counter,
+    pub ingest_slowed_us: Counter,
+    pub ingest_stopped_us: Counter,
 }

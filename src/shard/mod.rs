@@ -1,10 +1,8 @@
 //! The repository slice of one core: tenants and their timelines.
 //!
 //! [`tenants`] holds them, [`timeline`] is one of them. WAL comes in through [`follow`], which
-//! gives records to [`ingest`] and [`apply`]; [`checkpoint`] moves values from memory to files, [`compact`] merges these;
-//! [`get_page`] reads; [`import`] makes a timeline, [`load`] opens one again.
-//! gives records to [`ingest`] and [`apply`]; [`checkpoint`] moves values from memory to files;
-//! [`get_page`] reads; [`import`] makes a timeline, [`load`] opens one again. [`history`] says how
+//! gives records to [`ingest`] and [`apply`], as fast as [`pressure`] lets it; [`checkpoint`] moves
+//! values from memory to files, [`compact`] merges these; [`get_page`] reads; [`import`] makes a timeline, [`load`] opens one again. [`history`] says how
 //! far back it can be read, [`gc`] removes what nobody can need.
 //!
 //! Synchronous methods change state, asynchronous ones wait; no borrow lives across an `.await`.
@@ -36,6 +34,7 @@ pub mod lsns;
 pub mod memory;
 pub mod metrics;
 pub mod plan;
+pub mod pressure;
 pub mod primary;
 pub mod reader;
 pub mod sizes;

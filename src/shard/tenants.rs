@@ -363,6 +363,8 @@ impl<I: Io, C: Connector> CoreControl for Rc<Shard<I, C>> {
             image_bytes_written: counters.image_bytes.get(),
             compaction_pages: counters.compaction_pages.get(),
             compaction_page_failures: counters.compaction_page_failures.get(),
+            ingest_slowed_seconds: counters.ingest_slowed_us.get() as f64 / 1e6,
+            ingest_stopped_seconds: counters.ingest_stopped_us.get() as f64 / 1e6,
             ..CoreMetrics::default()
         };
         self.context.redo.metrics(&mut metrics);

@@ -71,6 +71,12 @@ pub(super) struct Outside {
     pub(super) quiet: Cell<bool>,
     /// `gc_period_s` of the timeline.
     pub(super) gc_period_s: Cell<u64>,
+    /// `checkpoint_distance_bytes` of the timeline; `None`: by chance.
+    pub(super) layer_bytes: Cell<Option<u64>>,
+    /// Bytes of the block cache; `None`: by chance.
+    pub(super) cache_bytes: Cell<Option<usize>>,
+    /// Everything that the background executor does takes so many times as long.
+    pub(super) background_slowness: Cell<u32>,
 }
 
 impl Outside {
@@ -86,6 +92,9 @@ impl Outside {
             clock_ahead_us: Cell::new(0),
             quiet: Cell::new(false),
             gc_period_s: Cell::new(0),
+            layer_bytes: Cell::new(None),
+            cache_bytes: Cell::new(None),
+            background_slowness: Cell::new(1),
         })
     }
 }
@@ -204,8 +213,10 @@ pub(super) type SimShard = Rc<Shard<SimIo, SimConnector>>;
 
 pub(super) async fn start_shard(io: &SimIo, outside: &Rc<Outside>) -> Result<SimShard, String> {
     let (background, runner) = background::channel();
-    io.spawn(TaskClass::Background, runner.run(io.clone()));
+    let slow = io.slowed(outside.background_slowness.get());
+    io.spawn(TaskClass::Background, runner.run(slow));
     let distance = 64 * 1024 + io.random_u64() % (512 * 1024);
+    let distance = outside.layer_bytes.get().unwrap_or(distance);
     let budget = 256 * 1024 + io.random_u64() % (1 << 20);
     let large = outside.large_layers.get();
     let by_chance =
@@ -228,7 +239,10 @@ pub(super) async fn start_shard(io: &SimIo, outside: &Rc<Outside>) -> Result<Sim
             pitr_interval_s: 0,
             gc_period_s: outside.gc_period_s.get(),
         },
-        block_cache_bytes: (io.random_u64() % (1 << 20)) as usize,
+        block_cache_bytes: {
+            let by_chance = (io.random_u64() % (1 << 20)) as usize;
+            outside.cache_bytes.get().unwrap_or(by_chance)
+        },
         memory_budget_bytes: if large { 1 << 30 } else { budget },
         connector: SimConnector { io: io.clone(), outside: outside.clone() },
         redo: Rc::new(ToyRedoFactory),
