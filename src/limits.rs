@@ -367,3 +367,28 @@ pub const CLOSING_POLL_MS: u64 = 1;
 /// Within this time each timeline that is closed and has history is opened once and collected, in
 /// milliseconds.
 pub const CLOSED_GC_PERIOD_MS: u64 = 24 * 3600 * 1000;
+// Back-pressure.
+
+/// Ingest is not slowed for the checkpoint while so many thousandths of layers are in memory,
+/// open or frozen: one may be written while the next fills.
+pub const INGEST_FROZEN_MILLI_FREE: u64 = 1500;
+/// Ingest is not slowed for compaction while there are so many thousandths of L0 layers, those
+/// counted that are still in memory.
+pub const INGEST_L0_MILLI_FREE: u64 = L0_LAYERS_URGENT as u64 * 1000 + 1000;
+/// Ingest is not slowed for memory while open and frozen layers take so much of their budget.
+pub const INGEST_MEMORY_PERCENT_FREE: u64 = 120;
+/// The rate at which slowing begins, in bytes per second: more than a core can decode.
+pub const INGEST_FAST_BYTES_PER_S: u64 = 1 << 30;
+/// The rate at which it ends: a layer in so many seconds.
+pub const INGEST_SLOWEST_LAYER_S: u64 = 256;
+/// WAL is taken in at this rate at least when L0 layers cannot be merged, in bytes per second.
+pub const INGEST_STUCK_BYTES_PER_S: u64 = 1 << 20;
+/// Merges of L0 layers that fail one after the other before they count as stuck.
+pub const L0_MERGE_FAILURES_MAX: u32 = 3;
+/// Layers of one read that are read at once, once it is known that one is not enough; all but one
+/// of them may turn out not to be needed.
+pub const READ_LAYERS_CONCURRENT_MAX: usize = 4;
+
+const _: () = assert!(INGEST_FROZEN_MILLI_FREE < FROZEN_LAYERS_MAX as u64 * 1000);
+const _: () = assert!(INGEST_L0_MILLI_FREE < L0_LAYERS_MAX as u64 * 1000);
+const _: () = assert!(INGEST_MEMORY_PERCENT_FREE < MEMORY_OVERDRAFT_PERCENT);

@@ -75,6 +75,14 @@ const COUNTERS: &[(&str, &str, Number)] = &[
 
 const SECONDS: &[(&str, &str, Seconds)] = &[
     ("get_page_seconds", "Time spent on GetPage requests", |m| m.get_page_seconds),
+    (
+        "ingest_slowed_seconds",
+        "Time for which WAL was left with its source, to keep to a rate",
+        |m| m.ingest_slowed_seconds,
+    ),
+    ("ingest_stopped_seconds", "Time for which no WAL was taken in for want of memory", |m| {
+        m.ingest_stopped_seconds
+    }),
     ("redo_seconds", "Time that wal-redo processes were busy", |m| m.redo_seconds),
 ];
 
@@ -85,6 +93,11 @@ const TIMELINE_GAUGES: &[(&str, &str, TimelineNumber)] = &[
     ("timeline_disk_consistent_lsn", "In layer files up to here", |t| t.disk_consistent_lsn.0),
     ("timeline_gc_cutoff_lsn", "Readable from here on", |t| t.gc_cutoff_lsn.0),
     ("timeline_layers", "Layer files", |t| t.layer_count),
+    ("timeline_l0_layers", "Layers over all keys that wait for compaction", |t| t.l0_count),
+    ("timeline_frozen_layers", "Layers in memory that wait for a checkpoint", |t| t.frozen_count),
+    ("timeline_ingest_limit_bytes", "WAL bytes per second taken in at most; 0: no limit", |t| {
+        t.ingest_limit_bytes_per_s.unwrap_or(0)
+    }),
     ("timeline_layer_bytes", "Bytes of layer files", |t| t.layer_bytes),
     ("timeline_history_bytes", "Bytes of delta layers and of images that newer ones cover", |t| {
         t.history_bytes

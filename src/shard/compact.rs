@@ -41,7 +41,8 @@ use crate::base::{Key, KeyRange, Lsn, LsnRange};
 use crate::io::{Io, durable};
 use crate::layers::{LayerDesc, LayerName, LayerOwner};
 use crate::limits::{
-    COMPACT_REMOVE_POLL_MS, COMPACT_RETRY_MS_MAX, COMPACT_RETRY_MS_MIN, L0_LAYERS_URGENT,
+    COMPACT_REMOVE_POLL_MS, COMPACT_RETRY_MS_MAX, COMPACT_RETRY_MS_MIN, L0_LAYERS_MAX,
+    L0_LAYERS_URGENT, L0_MERGE_FAILURES_MAX,
 };
 
 mod chain;
@@ -105,6 +106,8 @@ pub(super) struct Compaction<I: Io> {
     strays: RefCell<Vec<LayerName>>,
     /// Failures one after the other.
     failures: Cell<u32>,
+    /// Merges of L0 layers that failed one after the other.
+    pub(super) l0_failures: Cell<u32>,
 }
 
 impl<I: Io> Default for Compaction<I> {
@@ -116,6 +119,7 @@ impl<I: Io> Default for Compaction<I> {
             retired: RefCell::default(),
             strays: RefCell::default(),
             failures: Cell::new(0),
+            l0_failures: Cell::new(0),
         }
     }
 }
@@ -132,6 +136,16 @@ impl<I: Io> Compaction<I> {
     /// Nothing is being done or waits to be done again.
     pub(super) fn is_at_rest(&self) -> bool {
         self.turn.is_free() && self.failures.get() == 0 && self.retired.borrow().is_empty()
+    }
+
+    /// L0 layers cannot be merged.
+    pub(super) fn is_stuck(&self) -> bool {
+        self.l0_failures.get() >= L0_MERGE_FAILURES_MAX
+    }
+
+    /// There will be no more jobs.
+    pub(super) fn has_ended(&self) -> bool {
+        self.flags.is_cancelled()
     }
 
     /// Ends a job that runs; no other begins.
@@ -245,6 +259,14 @@ impl<I: Io> Timeline<I> {
             start_lsn: self.start_lsn(),
         };
         let actions = plan(&snapshot.plan, &config);
+        let merges_l0 = |action: &Action| matches!(action, Action::MergeL0 { .. });
+        if self.l0_count() >= L0_LAYERS_MAX.max(config.l0_threshold)
+            && !actions.iter().any(merges_l0)
+        {
+            // Nothing would ask again.
+            self.compaction.l0_failures.set(L0_MERGE_FAILURES_MAX);
+            self.note_l0_merge(Some("they overlap with other layers"));
+        }
         if actions.is_empty() {
             return Ok(false);
         }
@@ -260,7 +282,13 @@ impl<I: Io> Timeline<I> {
         };
         match action {
             Action::MergeL0 { inputs, lsns } => {
-                self.merge(&snapshot, &inputs, lsns).await?;
+                let merged = self.merge(&snapshot, &inputs, lsns).await;
+                match &merged {
+                    Ok(()) => self.note_l0_merge(None),
+                    Err(CompactError::Cancelled | CompactError::Background(_)) => {}
+                    Err(error) => self.note_l0_merge(Some(&error.to_string())),
+                }
+                merged?;
                 self.context.counters.merges_l0.add(1);
             }
             Action::MergeL1 { inputs, lsns } => {

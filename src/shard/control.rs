@@ -175,11 +175,17 @@ pub struct TimelineInfo {
     pub wal_source_connected: bool,
     /// Why no WAL comes from the source at the moment; the node goes on trying.
     pub wal_source_error: Option<String>,
-    /// Why ingest waits at the moment; it goes on by itself when that is gone.
+    /// Why ingest waits or is slow at the moment; it goes on by itself when that is gone.
     pub ingest_paused: Option<String>,
     /// What reads found damaged since the start; not everything, if it is much.
     pub damaged: Vec<String>,
+    /// Bytes of WAL per second that are taken in at most at the moment; none: as many as come.
+    pub ingest_limit_bytes_per_s: Option<u64>,
     pub layer_count: u64,
+    /// Layers over all keys, as checkpoints write them, that wait for compaction.
+    pub l0_count: u64,
+    /// Layers in memory that wait for a checkpoint.
+    pub frozen_count: u64,
     /// Physical size: bytes of all layer files of its own.
     pub layer_bytes: u64,
     /// Of these, what is kept beyond one copy of everything: delta layers, and image layers that
@@ -234,6 +240,10 @@ pub struct CoreMetrics {
     pub gc_bytes_removed: u64,
     /// Timelines that were closed because nobody used them.
     pub timelines_closed: u64,
+    /// Time for which WAL was left with its source, to keep to a rate.
+    pub ingest_slowed_seconds: f64,
+    /// Time for which nothing was taken in for want of memory.
+    pub ingest_stopped_seconds: f64,
     pub redo_requests: u64,
     pub redo_seconds: f64,
     pub redo_records: u64,

@@ -179,11 +179,8 @@ impl<I: Io> Timeline<I> {
                 SliceEnd::Pause => {}
             }
             self.freeze_if_full();
-            while self.frozen_is_full() {
-                if self.stopping.get() {
-                    return Err(TakeInError::Stopped);
-                }
-                self.context.io.sleep(std::time::Duration::from_millis(INGEST_PAUSE_MS)).await;
+            if !self.wait_for_memory().await {
+                return Err(TakeInError::Stopped);
             }
             self.context.io.yield_if_needed().await;
         }

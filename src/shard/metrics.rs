@@ -44,4 +44,6 @@ pub struct Counters {
     pub gc_layers_removed: Counter,
     pub gc_bytes_removed: Counter,
     pub timelines_closed: Counter,
+    pub ingest_slowed_us: Counter,
+    pub ingest_stopped_us: Counter,
 }

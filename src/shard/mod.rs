@@ -7,6 +7,9 @@
 //! [`get_page`] reads; [`import`] makes a timeline, [`load`] opens one again. [`history`] says how
 //! far back it can be read, [`gc`] removes what nobody can need. A timeline that nobody uses is
 //! closed again (`idle`).
+//! gives records to [`ingest`] and [`apply`], as fast as [`pressure`] lets it; [`checkpoint`] moves
+//! values from memory to files, [`compact`] merges these; [`get_page`] reads; [`import`] makes a timeline, [`load`] opens one again. [`history`] says how
+//! far back it can be read, [`gc`] removes what nobody can need.
 //!
 //! Synchronous methods change state, asynchronous ones wait; no borrow lives across an `.await`.
 
@@ -38,6 +41,7 @@ pub mod lsns;
 pub mod memory;
 pub mod metrics;
 pub mod plan;
+pub mod pressure;
 pub mod primary;
 pub mod reader;
 pub mod sizes;

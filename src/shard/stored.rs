@@ -60,7 +60,8 @@ impl<I: Io> StoredLayer<I> {
         self.len
     }
 
-    async fn reader(&self) -> Result<Rc<FileLayer<I>>, LayerError> {
+    /// The open file; opens it if need be.
+    pub(super) async fn reader(&self) -> Result<Rc<FileLayer<I>>, LayerError> {
         if let Some(reader) = self.reader.borrow().as_ref() {
             return Ok(reader.clone());
         }

@@ -384,6 +384,8 @@ impl<I: Io, C: Connector> CoreControl for Rc<Shard<I, C>> {
             gc_layers_removed: counters.gc_layers_removed.get(),
             gc_bytes_removed: counters.gc_bytes_removed.get(),
             timelines_closed: counters.timelines_closed.get(),
+            ingest_slowed_seconds: counters.ingest_slowed_us.get() as f64 / 1e6,
+            ingest_stopped_seconds: counters.ingest_stopped_us.get() as f64 / 1e6,
             ..CoreMetrics::default()
         };
         self.context.redo.metrics(&mut metrics);

@@ -381,7 +381,7 @@ impl<I: Io> Timeline<I> {
 
     /// The timeline as the admin API shows it.
     pub fn info(&self, core: usize) -> TimelineInfo {
-        let start_lsn = self.start_lsn();
+        let (start_lsn, ingest_limit_bytes_per_s) = (self.start_lsn(), self.ingest_limit());
         let mutable = self.mutable.borrow();
         let health = self.health.borrow();
         let lsns = mutable.lsns;
@@ -412,7 +412,10 @@ impl<I: Io> Timeline<I> {
             wal_source_error: mutable.source_error.clone(),
             ingest_paused: health.paused().map(str::to_owned),
             damaged: health.damaged().cloned().collect(),
+            ingest_limit_bytes_per_s,
             layer_count: mutable.layers.len() as u64,
+            l0_count: mutable.layers.l0_count() as u64,
+            frozen_count: mutable.frozen.len() as u64,
             layer_bytes: mutable.layers.totals().layer_bytes(),
             history_bytes: mutable.layers.totals().history_bytes(),
             logical_bytes: self.logical_bytes(&mutable),

@@ -81,6 +81,10 @@ pub(super) struct Outside {
     pub(super) flushed: RefCell<BTreeMap<String, Lsn>>,
     /// `timeline_idle_ms` of the node.
     pub(super) timeline_idle_ms: Cell<u64>,
+    /// Bytes of the block cache; `None`: by chance.
+    pub(super) cache_bytes: Cell<Option<usize>>,
+    /// Everything that the background executor does takes so many times as long.
+    pub(super) background_slowness: Cell<u32>,
 }
 
 impl Outside {
@@ -105,6 +109,8 @@ impl Outside {
             layer_bytes: Cell::new(None),
             flushed: RefCell::default(),
             timeline_idle_ms: Cell::new(0),
+            cache_bytes: Cell::new(None),
+            background_slowness: Cell::new(1),
         })
     }
 }
@@ -228,7 +234,8 @@ pub(super) type SimShard = Rc<Shard<SimIo, SimConnector>>;
 
 pub(super) async fn start_shard(io: &SimIo, outside: &Rc<Outside>) -> Result<SimShard, String> {
     let (background, runner) = background::channel();
-    io.spawn(TaskClass::Background, runner.run(io.clone()));
+    let slow = io.slowed(outside.background_slowness.get());
+    io.spawn(TaskClass::Background, runner.run(slow));
     let distance = 64 * 1024 + io.random_u64() % (512 * 1024);
     let budget = 256 * 1024 + io.random_u64() % (1 << 20);
     let target = 16 * 1024 + io.random_u64() % (256 * 1024);
@@ -255,7 +262,10 @@ pub(super) async fn start_shard(io: &SimIo, outside: &Rc<Outside>) -> Result<Sim
             gc_period_s: outside.gc_period_s.get(),
             timeline_idle_ms: outside.timeline_idle_ms.get(),
         },
-        block_cache_bytes: (io.random_u64() % (1 << 20)) as usize,
+        block_cache_bytes: {
+            let by_chance = (io.random_u64() % (1 << 20)) as usize;
+            outside.cache_bytes.get().unwrap_or(by_chance)
+        },
         memory_budget_bytes: if large { 1 << 30 } else { budget },
         connector: SimConnector { io: io.clone(), outside: outside.clone() },
         redo: Rc::new(ToyRedoFactory),

@@ -23,6 +23,8 @@ const UNIX_TIME_US_START: i64 = 1_767_225_600_000_000;
 #[derive(Clone)]
 pub struct SimIo {
     pub(super) shared: Rc<Shared>,
+    /// Operations take so many times as long.
+    pub(super) slowness: u32,
 }
 
 fn injected(what: &str) -> IoCause {
@@ -50,6 +52,12 @@ impl SimIo {
         self.shared.state.borrow_mut().disk.used_bytes()
     }
 
+    /// The same machine through a slower device: files that are opened by this take `factor`
+    /// times as long for everything.
+    pub fn slowed(&self, factor: u32) -> SimIo {
+        SimIo { slowness: factor, ..self.clone() }
+    }
+
     fn sleep_until(&self, until: Duration) -> Sleep {
         Sleep::new(Rc::clone(&self.shared), until)
     }
@@ -67,7 +75,7 @@ impl SimIo {
             }
             state.trace.fold_bytes(operation.as_bytes());
             state.trace.fold_bytes(path.as_os_str().as_encoded_bytes());
-            state.now + Duration::from_micros(latency_us)
+            state.now + Duration::from_micros(latency_us) * self.slowness
         };
         self.sleep_until(until).await;
     }

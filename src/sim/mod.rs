@@ -49,6 +49,8 @@ mod io;
 #[cfg(test)]
 mod lifecycle_tests;
 mod options;
+#[cfg(test)]
+mod pressure_tests;
 pub mod primary;
 pub mod random;
 pub mod redo;
@@ -212,7 +214,7 @@ impl SimWorld {
     ) -> Result<Outcome<T>, SimError> {
         let result = Rc::new(RefCell::new(None));
         let slot = Rc::clone(&result);
-        let main = main(SimIo { shared: Rc::clone(&self.shared) });
+        let main = main(SimIo { shared: Rc::clone(&self.shared), slowness: 1 });
         self.shared.add_task(TaskClass::Serve, Location::caller(), async move {
             let value = main.await;
             *slot.borrow_mut() = Some(value);
