@@ -17,6 +17,7 @@ use pgstrata::base::{TenantId, TenantShardId, TimelineId};
 use pgstrata::cli::pg::bin_dir;
 use pgstrata::config::Config;
 use pgstrata::io::uring::UringIo;
+use pgstrata::limits::PREEMPT_INTERVAL_US;
 use pgstrata::redo::child::{ChildRedo, ChildSettings};
 use pgstrata::redo::native::run::NativeRedo;
 use pgstrata::redo::{Redo, RedoMaker, RedoSettings};
@@ -131,10 +132,25 @@ async fn beat_until(done: Arc<AtomicBool>) {
     }
 }
 
+fn executor() -> LocalExecutorBuilder {
+    LocalExecutorBuilder::new(Placement::Fixed(0))
+        .preempt_timer(Duration::from_micros(PREEMPT_INTERVAL_US))
+}
+
+/// As in a node: the background executor gets what the other leaves.
+#[allow(unsafe_code, reason = "setpriority has no safe wrapper")]
+fn lower_priority() {
+    // SAFETY: the call takes three numbers and touches no memory; `0` names the calling thread.
+    let result = unsafe { nix::libc::setpriority(nix::libc::PRIO_PROCESS, 0, 10) };
+    assert_eq!(result, 0, "setpriority");
+}
+
 /// What a benchmark works with.
 pub struct Bed {
     pub shard: Rc<Shard<UringIo, Replay>>,
     pub timeline: Rc<Timeline<UringIo>>,
+    /// The serve executor.
+    pub io: UringIo,
     /// WAL comes in once this is true.
     pub gate: Rc<Cell<bool>>,
 }
@@ -156,7 +172,8 @@ where
     // Tasks that wait keep their ends of the channel when the serve executor goes.
     let done = Arc::new(AtomicBool::new(false));
     let seen = done.clone();
-    let runner = LocalExecutorBuilder::new(Placement::Fixed(0)).spawn(move || async move {
+    let runner = executor().spawn(move || async move {
+        lower_priority();
         let work = std::pin::pin!(runner.run(UringIo::new()));
         let end = std::pin::pin!(beat_until(seen));
         select(work, end).await;
@@ -164,12 +181,13 @@ where
     let runner = runner.map_err(|error| error.to_string())?;
     let (data_dir, backup) = (dir.to_owned(), recorded.backup.join("data"));
     let from = recorded.start()?;
-    let serve = LocalExecutorBuilder::new(Placement::Fixed(0)).spawn(move || async move {
+    let serve = executor().spawn(move || async move {
         glommio::spawn_local(beat_until(Arc::default())).detach();
         let gate = Rc::new(Cell::new(false));
+        let io = UringIo::new();
         let context = ShardContext {
             core: 0,
-            io: UringIo::new(),
+            io: io.clone(),
             background,
             data_dir: data_dir.clone(),
             config,
@@ -195,7 +213,7 @@ where
                 Err(error) => return Err(error.into()),
             }
         };
-        let result = story(Rc::new(Bed { shard: shard.clone(), timeline, gate })).await;
+        let result = story(Rc::new(Bed { shard: shard.clone(), timeline, io, gate })).await;
         shard.shutdown().await;
         result
     });
