@@ -44,8 +44,6 @@ mod places;
 mod writer;
 
 #[cfg(test)]
-mod campaign_tests;
-#[cfg(test)]
 mod tests;
 
 pub use block_cache::{BlockCache, BlockCacheStats};
