@@ -95,18 +95,27 @@ impl<I: Io> Timeline<I> {
 
     /// Versions of `key` with LSNs at or below `lsn`, newest first, up to a base.
     async fn collect(&self, key: Key, lsn: Lsn) -> Result<Vec<(Lsn, Value)>, LayerError> {
+        Ok(self.collect_counted(key, lsn).await?.0)
+    }
+
+    /// [`Self::collect`], with the number of layer files of which blocks were needed.
+    async fn collect_counted(
+        &self,
+        key: Key,
+        lsn: Lsn,
+    ) -> Result<(Vec<(Lsn, Value)>, u64), LayerError> {
         let mut below = Lsn(lsn.0 + 1);
         #[cfg(test)]
         if CANARY_WRONG_END.get() {
             below = lsn;
         }
-        let mut found = Vec::new();
-        let mut older = self.collect_own(key, below, &mut found).await?;
+        let (mut found, mut layers) = (Vec::new(), 0);
+        let mut older = self.collect_own(key, below, &mut found, &mut layers).await?;
         while let Some(Older { timeline, lsn, _read }) = older {
             below = below_branch_point(below, lsn);
-            older = timeline.collect_own(key, below, &mut found).await?;
+            older = timeline.collect_own(key, below, &mut found, &mut layers).await?;
         }
-        Ok(found)
+        Ok((found, layers))
     }
 
     /// What this timeline's own layers have below `below`; returns where the search must go on.
@@ -115,6 +124,7 @@ impl<I: Io> Timeline<I> {
         key: Key,
         below: Lsn,
         found: &mut Vec<(Lsn, Value)>,
+        layers_read: &mut u64,
     ) -> Result<Option<Older<I>>, LayerError> {
         let range = Lsn(0)..below;
         let (layers, older) = {
@@ -140,7 +150,9 @@ impl<I: Io> Timeline<I> {
         };
         for layer in layers {
             let range = if layer.name().is_image() { &range } else { &newer };
-            if layer.collect(key, range, found).await? != Lookup::Continue {
+            let (lookup, is_read) = layer.collect(key, range, found).await?;
+            *layers_read += u64::from(is_read);
+            if lookup != Lookup::Continue {
                 return Ok(None);
             }
         }
@@ -215,7 +227,8 @@ impl<I: Io> Timeline<I> {
     /// A page that exists at `lsn`.
     pub(super) async fn page(&self, key: Key, lsn: Lsn) -> Result<Bytes, ReadError> {
         let what = || format!("{key:?}");
-        let mut values = self.collect(key, lsn).await.map_err(|e| damaged(&what(), lsn, &e))?;
+        let collected = self.collect_counted(key, lsn).await;
+        let (mut values, layers) = collected.map_err(|e| damaged(&what(), lsn, &e))?;
         let base = match values.last() {
             Some((_, Value::Image(image))) => Some(image.clone()),
             Some((_, Value::ZeroPage)) => Some(zero_page()),
@@ -231,6 +244,8 @@ impl<I: Io> Timeline<I> {
         if base.is_some() {
             values.pop();
         }
+        self.context.counters.read_layers.note(layers);
+        self.context.counters.read_records.note(values.len() as u64);
         values.reverse();
         let page = plan::rebuild(&*self.context.redo, key, base, values).await?;
         if page.len() != PAGE_SIZE {

@@ -363,6 +363,10 @@ impl<I: Io, C: Connector> CoreControl for Rc<Shard<I, C>> {
             image_bytes_written: counters.image_bytes.get(),
             compaction_pages: counters.compaction_pages.get(),
             compaction_page_failures: counters.compaction_page_failures.get(),
+            index_bytes_written: counters.index_bytes.get(),
+            l0_layers_max: counters.l0_layers.get(),
+            read_layers: counters.read_layers.get(),
+            read_records: counters.read_records.get(),
             ..CoreMetrics::default()
         };
         self.context.redo.metrics(&mut metrics);
