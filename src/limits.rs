@@ -273,6 +273,17 @@ pub const COMPACT_L0_INPUT_BYTES_MAX: u64 = 1024 * 1024 * 1024;
 pub const COMPACT_L1_INPUT_BYTES_MAX: u64 = 4 * 1024 * 1024 * 1024;
 /// Levels of L1 layers that one merge takes: it reads as many files at once.
 pub const COMPACT_LEVELS_MAX: usize = 16;
+/// L0 layers that most pages have records in, in thousandths, before they are merged though there
+/// are few of them.
+pub const COMPACT_L0_DEPTH_MILLI: u64 = 1000;
+/// Rows of L1 layers, counted as in `COMPACT_DEPTH_MAX`, that a merge of L0 layers leaves.
+pub const COMPACT_ROWS_MAX: u64 = 2;
+/// A merge of L0 layers takes the next row of L1 layers along if it is at most so many times as
+/// large as all that is merged already.
+pub const COMPACT_ROW_FACTOR: u64 = 3;
+/// Images come before merges of L0 layers where the deltas have grown to so many percent of what
+/// they are due at.
+pub const COMPACT_IMAGE_OVERDUE_PERCENT: u64 = 150;
 /// L1 layers that a key may lie in, counted by the share of their keys that they hold, before
 /// images are made or layers are merged.
 pub const COMPACT_DEPTH_MAX: u64 = 3;
@@ -392,3 +403,9 @@ pub const READ_LAYERS_CONCURRENT_MAX: usize = 4;
 const _: () = assert!(INGEST_FROZEN_MILLI_FREE < FROZEN_LAYERS_MAX as u64 * 1000);
 const _: () = assert!(INGEST_L0_MILLI_FREE < L0_LAYERS_MAX as u64 * 1000);
 const _: () = assert!(INGEST_MEMORY_PERCENT_FREE < MEMORY_OVERDRAFT_PERCENT);
+// Read depth.
+
+/// Numbers of layers that a read may take blocks of and that are counted one by one.
+pub const READ_LAYERS_COUNTED: usize = 32;
+/// Numbers of records that a read may apply and that are counted one by one.
+pub const READ_RECORDS_COUNTED: usize = 256;

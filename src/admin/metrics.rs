@@ -1,14 +1,16 @@
 //! Prometheus text from the counters of the cores.
 
-use prometheus_client::encoding::EncodeLabelSet;
+use prometheus_client::collector::Collector;
 use prometheus_client::encoding::text::encode;
+use prometheus_client::encoding::{DescriptorEncoder, EncodeLabelSet, NoLabelSet};
+use prometheus_client::metrics::MetricType;
 use prometheus_client::metrics::counter::Counter;
 use prometheus_client::metrics::family::Family;
 use prometheus_client::metrics::gauge::Gauge;
 use prometheus_client::registry::Registry;
 use std::sync::atomic::AtomicU64;
 
-use crate::shard::control::{CoreMetrics, TimelineInfo, TimelineState};
+use crate::shard::control::{CoreMetrics, Distribution, TimelineInfo, TimelineState};
 
 #[derive(Clone, Debug, Hash, PartialEq, Eq, EncodeLabelSet)]
 struct CoreLabel {
@@ -29,6 +31,7 @@ struct TimelineLabel {
 }
 
 type Number = fn(&CoreMetrics) -> u64;
+type Depth = fn(&CoreMetrics) -> &Distribution;
 type Seconds = fn(&CoreMetrics) -> f64;
 type TimelineNumber = fn(&TimelineInfo) -> u64;
 
@@ -64,6 +67,7 @@ const COUNTERS: &[(&str, &str, Number)] = &[
     ("gc_layers_removed", "Layers removed by garbage collection", |m| m.gc_layers_removed),
     ("gc_bytes_removed", "Bytes of layers removed by it", |m| m.gc_bytes_removed),
     ("timelines_closed", "Timelines closed because nobody used them", |m| m.timelines_closed),
+    ("index_bytes_written", "Bytes of timeline indexes written", |m| m.index_bytes_written),
     ("redo_requests", "Pages rebuilt from WAL records", |m| m.redo_requests),
     ("redo_records", "WAL records applied", |m| m.redo_records),
     ("redo_pages_native", "Pages rebuilt without a wal-redo process", |m| m.redo_pages_native),
@@ -84,6 +88,11 @@ const SECONDS: &[(&str, &str, Seconds)] = &[
         m.ingest_stopped_seconds
     }),
     ("redo_seconds", "Time that wal-redo processes were busy", |m| m.redo_seconds),
+];
+
+const DEPTHS: &[(&str, &str, Depth)] = &[
+    ("read_layers", "Layer files of which the read of a page took blocks", |m| &m.read_layers),
+    ("read_records", "Records that the read of a page applied", |m| &m.read_records),
 ];
 
 const TIMELINE_GAUGES: &[(&str, &str, TimelineNumber)] = &[
@@ -113,6 +122,44 @@ const TIMELINE_GAUGES: &[(&str, &str, TimelineNumber)] = &[
         u64::from(t.state == TimelineState::Broken)
     }),
 ];
+
+/// Distributions of the cores, as histograms.
+#[derive(Debug)]
+struct Depths(Vec<(u64, [Distribution; DEPTHS.len()])>);
+
+/// Upper ends of the buckets; all above is in one more.
+const DEPTH_BUCKETS: [usize; 12] = [0, 1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 64];
+
+fn buckets(distribution: &Distribution) -> Vec<(f64, u64)> {
+    let last = distribution.counts.len().saturating_sub(1);
+    let mut from = 0;
+    let ends = DEPTH_BUCKETS.into_iter().filter(|end| *end < last);
+    let mut buckets: Vec<(f64, u64)> = ends
+        .map(|end| {
+            let counts = distribution.counts.get(from..=end).unwrap_or_default();
+            from = end + 1;
+            (end as f64, counts.iter().sum())
+        })
+        .collect();
+    buckets.push((f64::MAX, distribution.counts.get(from..).unwrap_or_default().iter().sum()));
+    buckets
+}
+
+impl Collector for Depths {
+    fn encode(&self, mut encoder: DescriptorEncoder<'_>) -> Result<(), std::fmt::Error> {
+        for (place, (name, help, _)) in DEPTHS.iter().enumerate() {
+            let mut metric = encoder.encode_descriptor(name, help, None, MetricType::Histogram)?;
+            for (core, depths) in &self.0 {
+                let Some(depth) = depths.get(place) else { continue };
+                let label = CoreLabel { core: *core };
+                let mut one = metric.encode_family(&label)?;
+                let (sum, count) = (depth.sum as f64, depth.count());
+                one.encode_histogram::<NoLabelSet>(sum, count, &buckets(depth), None)?;
+            }
+        }
+        Ok(())
+    }
+}
 
 /// The whole page of metrics.
 pub(super) fn text(cores: &[CoreMetrics], timelines: &[TimelineInfo]) -> String {
@@ -148,6 +195,16 @@ pub(super) fn text(cores: &[CoreMetrics], timelines: &[TimelineInfo]) -> String 
         open.get_or_create(&label(metrics)).set(metrics.connections_open);
     }
     registry.register("connections_open", "Connections open", open);
+    let l0 = Family::<CoreLabel, Gauge<u64, AtomicU64>>::default();
+    for metrics in cores {
+        l0.get_or_create(&label(metrics)).set(metrics.l0_layers_max);
+    }
+    registry.register("l0_layers_max", "The most L0 layers that a timeline had at once", l0);
+    let depths = |metrics: &CoreMetrics| {
+        let core = metrics.core as u64;
+        (core, std::array::from_fn(|place| (DEPTHS[place].2)(metrics).clone()))
+    };
+    registry.register_collector(Box::new(Depths(cores.iter().map(depths).collect())));
     for &(name, help, read) in TIMELINE_GAUGES {
         let family = Family::<TimelineLabel, Gauge<u64, AtomicU64>>::default();
         for info in timelines {
@@ -179,5 +236,26 @@ mod tests {
             assert_eq!(text.matches(&format!("pgstrata_{name}_total{{")).count(), 2, "{name}");
         }
         assert!(text.ends_with("# EOF\n"));
+    }
+
+    #[test]
+    fn depths_are_histograms() {
+        let mut counts = vec![0; 8];
+        (counts[2], counts[5], counts[7]) = (3, 1, 2);
+        let read_layers = Distribution { counts, sum: 40, max: 20 };
+        let core = CoreMetrics { core: 1, read_layers, ..CoreMetrics::default() };
+        let text = text(&[core], &[]);
+        for line in [
+            "pgstrata_read_layers_bucket{core=\"1\",le=\"1.0\"} 0",
+            "pgstrata_read_layers_bucket{core=\"1\",le=\"2.0\"} 3",
+            "pgstrata_read_layers_bucket{core=\"1\",le=\"6.0\"} 4",
+            "pgstrata_read_layers_bucket{core=\"1\",le=\"+Inf\"} 6",
+            "pgstrata_read_layers_sum{core=\"1\"} 40",
+            "pgstrata_read_records_count{core=\"1\"} 0",
+        ] {
+            let found = text.contains(line)
+                || text.contains(&line.replace("core=\"1\",le", "le").replace('}', ",core=\"1\"}"));
+            assert!(found, "{line}: {text}");
+        }
     }
 }

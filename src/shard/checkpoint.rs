@@ -227,14 +227,11 @@ impl<I: Io> Timeline<I> {
             .collect();
         self.write_commit_times(lsn).await.map_err(|error| fail(error.to_string()))?;
         let _turn = self.index_turn.acquire().await;
-        let index = self.index_with(&added, lsn);
-        durable::write_file_atomic(
-            &self.context.io,
-            &self.context.dir.join(INDEX_FILE),
-            &index.encode(),
-        )
-        .await
-        .map_err(|error| fail(error.to_string()))?;
+        let index = self.index_with(&added, lsn).encode();
+        durable::write_file_atomic(&self.context.io, &self.context.dir.join(INDEX_FILE), &index)
+            .await
+            .map_err(|error| fail(error.to_string()))?;
+        self.context.counters.index_bytes.add(index.len() as u64);
         self.take_place(&frozen, desc, owner, lsn);
         self.drop_elsewhere(frozen);
         self.part_goes_on(Part::Checkpoint);
@@ -271,6 +268,7 @@ impl<I: Io> Timeline<I> {
                 (self.context.io.clone(), &self.context.dir, self.context.cache.clone());
             let layer = StoredLayer::new(io, dir, desc.name, desc.file_bytes, owner, cache);
             mutable.layers.insert(layer.span(), layer);
+            self.context.counters.l0_layers.note(mutable.layers.l0_count() as u64);
         }
         let first = mutable.frozen.remove(0);
         assert!(Arc::ptr_eq(&first, frozen), "frozen layers are written in order");

@@ -41,8 +41,8 @@ use crate::base::{Key, KeyRange, Lsn, LsnRange};
 use crate::io::{Io, durable};
 use crate::layers::{LayerDesc, LayerName, LayerOwner};
 use crate::limits::{
-    COMPACT_REMOVE_POLL_MS, COMPACT_RETRY_MS_MAX, COMPACT_RETRY_MS_MIN, L0_LAYERS_MAX,
-    L0_LAYERS_URGENT, L0_MERGE_FAILURES_MAX,
+    COMPACT_L0_INPUT_BYTES_MAX, COMPACT_REMOVE_POLL_MS, COMPACT_RETRY_MS_MAX, COMPACT_RETRY_MS_MIN,
+    L0_LAYERS_MAX, L0_LAYERS_URGENT, L0_MERGE_FAILURES_MAX,
 };
 
 mod chain;
@@ -77,8 +77,21 @@ pub(crate) enum Planted {
 
 #[cfg(test)]
 thread_local! {
-    /// What was done on this thread: merges of L0, of L1, image jobs, pages rebuilt.
-    pub(crate) static WRITTEN: Cell<[u64; 4]> = const { Cell::new([0; 4]) };
+    /// What was done on this thread: merges of L0, of L1, image jobs, pages rebuilt, merges of L0
+    /// with rows of L1.
+    pub(crate) static WRITTEN: Cell<[u64; 5]> = const { Cell::new([0; 5]) };
+    /// Bytes that a merge of L0 layers takes at most.
+    pub(crate) static MERGE_BYTES_MAX: Cell<u64> = const { Cell::new(COMPACT_L0_INPUT_BYTES_MAX) };
+}
+
+#[cfg(test)]
+fn merge_bytes_max() -> u64 {
+    MERGE_BYTES_MAX.get()
+}
+
+#[cfg(not(test))]
+fn merge_bytes_max() -> u64 {
+    COMPACT_L0_INPUT_BYTES_MAX
 }
 
 #[cfg(test)]
@@ -256,6 +269,7 @@ impl<I: Io> Timeline<I> {
             l0_threshold: config.compaction_threshold,
             target_bytes: config.compaction_target_bytes,
             image_percent: config.compaction_image_percent,
+            merge_bytes_max: merge_bytes_max(),
             start_lsn: self.start_lsn(),
         };
         let actions = plan(&snapshot.plan, &config);
@@ -274,6 +288,11 @@ impl<I: Io> Timeline<I> {
         let Some(action) = actions.into_iter().nth(chosen) else { return Ok(false) };
         self.compaction.flags.hurry(false);
         tracing::debug!(tenant = %self.tenant, timeline = %self.id, ?action, "compaction");
+        #[cfg(test)]
+        if let Action::MergeL0 { inputs, .. } = &action {
+            let chosen = inputs.iter().filter_map(|at| snapshot.plan.get(*at));
+            count(4, u64::from(chosen.into_iter().any(|layer| !layer.is_l0())));
+        }
         #[cfg(test)]
         let kind = match action {
             Action::MergeL0 { .. } => 0,
@@ -412,7 +431,9 @@ impl<I: Io> Timeline<I> {
         }
         let index = self.index_replacing(&entries, &gone, self.lsns().disk_consistent);
         let path = self.context.dir.join(INDEX_FILE);
-        durable::write_file_atomic(&self.context.io, &path, &index.encode()).await?;
+        let index = index.encode();
+        durable::write_file_atomic(&self.context.io, &path, &index).await?;
+        self.context.counters.index_bytes.add(index.len() as u64);
         let owner = LayerOwner { shard: self.tenant, timeline: self.id };
         let mut mutable = self.mutable.borrow_mut();
         let layers = added.iter().map(|desc| {

@@ -244,6 +244,14 @@ pub struct CoreMetrics {
     pub ingest_slowed_seconds: f64,
     /// Time for which nothing was taken in for want of memory.
     pub ingest_stopped_seconds: f64,
+    /// Bytes of timeline indexes that checkpoints and compaction have written.
+    pub index_bytes_written: u64,
+    /// The most L0 layers that a timeline had at once.
+    pub l0_layers_max: u64,
+    /// Layer files of which a page's read took blocks.
+    pub read_layers: Distribution,
+    /// Records that a page's read applied.
+    pub read_records: Distribution,
     pub redo_requests: u64,
     pub redo_seconds: f64,
     pub redo_records: u64,
@@ -254,6 +262,50 @@ pub struct CoreMetrics {
     pub redo_failures: u64,
     /// By resource manager (`xl_rmid`).
     pub redo_managers: BTreeMap<u8, RedoSplit>,
+}
+
+/// How often each small number came.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Distribution {
+    /// How often 0, 1, 2 and so on came; the last place is for that number and all above.
+    pub counts: Vec<u64>,
+    /// All numbers added up.
+    pub sum: u64,
+    /// The largest.
+    pub max: u64,
+}
+
+impl Distribution {
+    /// How many numbers came.
+    pub fn count(&self) -> u64 {
+        self.counts.iter().sum()
+    }
+
+    /// The smallest number that so many percent of all do not exceed; 0 without numbers. In the
+    /// last place it is the largest number of all.
+    pub fn percentile(&self, percent: u64) -> u64 {
+        let wanted = (self.count().saturating_mul(percent)).div_ceil(100).max(1);
+        let mut seen = 0u64;
+        for (number, count) in self.counts.iter().enumerate() {
+            seen = seen.saturating_add(*count);
+            if seen >= wanted {
+                let is_last = number + 1 == self.counts.len();
+                return if is_last { self.max } else { number as u64 };
+            }
+        }
+        0
+    }
+
+    /// What came since `earlier`; the largest is still that of all.
+    pub fn since(&self, earlier: &Distribution) -> Distribution {
+        let before = earlier.counts.iter().copied().chain(std::iter::repeat(0));
+        let counts = self.counts.iter().zip(before);
+        Distribution {
+            counts: counts.map(|(now, before)| now.saturating_sub(before)).collect(),
+            sum: self.sum.saturating_sub(earlier.sum),
+            max: self.max,
+        }
+    }
 }
 
 /// WAL records applied to pages, by who applied them.

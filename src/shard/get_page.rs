@@ -106,18 +106,27 @@ impl<I: Io> Timeline<I> {
 
     /// Versions of `key` with LSNs at or below `lsn`, newest first, up to a base.
     async fn collect(&self, key: Key, lsn: Lsn) -> Result<Vec<(Lsn, Value)>, LayerError> {
+        Ok(self.collect_counted(key, lsn).await?.0)
+    }
+
+    /// [`Self::collect`], with the number of layer files of which blocks were needed.
+    async fn collect_counted(
+        &self,
+        key: Key,
+        lsn: Lsn,
+    ) -> Result<(Vec<(Lsn, Value)>, u64), LayerError> {
         let mut below = Lsn(lsn.0 + 1);
         #[cfg(test)]
         if CANARY_WRONG_END.get() {
             below = lsn;
         }
-        let mut found = Vec::new();
-        let mut older = self.collect_own(key, below, &mut found).await?;
+        let (mut found, mut layers) = (Vec::new(), 0);
+        let mut older = self.collect_own(key, below, &mut found, &mut layers).await?;
         while let Some(Older { timeline, lsn, _read }) = older {
             below = below_branch_point(below, lsn);
-            older = timeline.collect_own(key, below, &mut found).await?;
+            older = timeline.collect_own(key, below, &mut found, &mut layers).await?;
         }
-        Ok(found)
+        Ok((found, layers))
     }
 
     /// What this timeline's own layers have below `below`; returns where the search must go on.
@@ -126,6 +135,7 @@ impl<I: Io> Timeline<I> {
         key: Key,
         below: Lsn,
         found: &mut Vec<(Lsn, Value)>,
+        layers_read: &mut u64,
     ) -> Result<Option<Older<I>>, LayerError> {
         let range = Lsn(0)..below;
         let (layers, older) = {
@@ -149,7 +159,7 @@ impl<I: Io> Timeline<I> {
             true => range.clone(),
             false => newer,
         };
-        match descend(layers, key, (&range, &newer), found).await? {
+        match descend(layers, key, (&range, &newer), (found, layers_read)).await? {
             Lookup::Continue => Ok(older),
             Lookup::Complete | Lookup::Absent => Ok(None),
         }
@@ -223,7 +233,8 @@ impl<I: Io> Timeline<I> {
     /// A page that exists at `lsn`.
     pub(super) async fn page(&self, key: Key, lsn: Lsn) -> Result<Bytes, ReadError> {
         let what = || format!("{key:?}");
-        let mut values = self.collect(key, lsn).await.map_err(|e| damaged(&what(), lsn, &e))?;
+        let collected = self.collect_counted(key, lsn).await;
+        let (mut values, layers) = collected.map_err(|e| damaged(&what(), lsn, &e))?;
         let base = match values.last() {
             Some((_, Value::Image(image))) => Some(image.clone()),
             Some((_, Value::ZeroPage)) => Some(zero_page()),
@@ -239,6 +250,8 @@ impl<I: Io> Timeline<I> {
         if base.is_some() {
             values.pop();
         }
+        self.context.counters.read_layers.note(layers);
+        self.context.counters.read_records.note(values.len() as u64);
         values.reverse();
         let page = plan::rebuild(&*self.context.redo, key, base, values).await?;
         if page.len() != PAGE_SIZE {
@@ -303,15 +316,16 @@ async fn descend<I: Io>(
     layers: Vec<Rc<StoredLayer<I>>>,
     key: Key,
     (images, deltas): (&LsnRange, &LsnRange),
-    found: &mut Vec<(Lsn, Value)>,
+    (found, layers_read): (&mut Vec<(Lsn, Value)>, &mut u64),
 ) -> Result<Lookup, LayerError> {
     let range = |layer: &StoredLayer<I>| if layer.name().is_image() { images } else { deltas };
     let mut layers = layers.into_iter();
     for layer in layers.by_ref() {
         let before = found.len();
-        match layer.collect(key, range(&layer), found).await? {
-            Lookup::Continue => {}
-            done => return Ok(done),
+        let (done, is_read) = layer.collect(key, range(&layer), found).await?;
+        *layers_read += u64::from(is_read);
+        if done != Lookup::Continue {
+            return Ok(done);
         }
         if found.len() > before && !is_sequential() {
             break;
@@ -321,13 +335,16 @@ async fn descend<I: Io>(
     let opened = join_all(layers.as_slice().iter().map(|layer| layer.reader())).await;
     let reads = layers.zip(opened).map(|(layer, reader)| async move {
         let mut values = Vec::new();
-        let done = reader?.collect(key, range(&layer), &mut values).await?;
-        Ok::<_, LayerError>((done, values))
+        let reader = reader?;
+        let is_read = reader.needs_blocks(key, range(&layer));
+        let done = reader.collect(key, range(&layer), &mut values).await?;
+        Ok::<_, LayerError>((done, values, is_read))
     });
     let mut reads = stream::iter(reads).buffered(READ_LAYERS_CONCURRENT_MAX);
     while let Some(read) = reads.next().await {
-        let (done, values) = read?;
+        let (done, values, is_read) = read?;
         found.extend(values);
+        *layers_read += u64::from(is_read);
         if done != Lookup::Continue {
             return Ok(done);
         }

@@ -386,6 +386,10 @@ impl<I: Io, C: Connector> CoreControl for Rc<Shard<I, C>> {
             timelines_closed: counters.timelines_closed.get(),
             ingest_slowed_seconds: counters.ingest_slowed_us.get() as f64 / 1e6,
             ingest_stopped_seconds: counters.ingest_stopped_us.get() as f64 / 1e6,
+            index_bytes_written: counters.index_bytes.get(),
+            l0_layers_max: counters.l0_layers.get(),
+            read_layers: counters.read_layers.get(),
+            read_records: counters.read_records.get(),
             ..CoreMetrics::default()
         };
         self.context.redo.metrics(&mut metrics);

@@ -2,7 +2,8 @@
 
 use super::*;
 use crate::base::Key;
-use crate::shard::compact::{PLANTED, Planted, WRITTEN};
+use crate::limits::COMPACT_L0_INPUT_BYTES_MAX;
+use crate::shard::compact::{MERGE_BYTES_MAX, PLANTED, Planted, WRITTEN};
 use crate::shard::get_page::CANARY_WRONG_END;
 use crate::sim::check_seeds;
 
@@ -153,13 +154,25 @@ fn merges_across_images_are_read_right() {
 
 #[test]
 fn every_kind_of_compaction_happens() {
-    WRITTEN.set([0; 4]);
-    for seed in 0..20 {
-        calm(seed, Plant::Nothing).unwrap();
-    }
-    let [l0, l1, images, pages] = WRITTEN.get();
-    println!("{l0} merges of L0, {l1} of L1, {images} of images, {pages} pages");
-    assert!(l0 > 50 && l1 > 5 && images > 50 && pages > 100);
+    let written = |seeds: std::ops::Range<u64>| {
+        WRITTEN.set([0; 5]);
+        for seed in seeds {
+            calm(seed, Plant::Nothing).unwrap();
+        }
+        let [l0, l1, images, pages, rows] = WRITTEN.get();
+        println!(
+            "{l0} merges of L0, {rows} of them with L1, {l1} of L1, {images} of images, {pages} \
+             pages"
+        );
+        WRITTEN.get()
+    };
+    let [l0, _, images, pages, rows] = written(0..20);
+    assert!(l0 > 50 && rows > 5 && images > 50 && pages > 100);
+    // As if all rows were too large.
+    MERGE_BYTES_MAX.set(1);
+    let [_, l1, ..] = written(20..40);
+    MERGE_BYTES_MAX.set(COMPACT_L0_INPUT_BYTES_MAX);
+    assert!(l1 > 5);
 }
 
 #[test]
