@@ -58,6 +58,9 @@ pub struct Config {
     pub walredo_library: PathBuf,
     /// A page must be rebuilt within this time.
     pub redo_timeout_ms: u64,
+    /// Processes that apply WAL records may run on a kernel that cannot confine them. Only for a
+    /// developer's own WAL: a hostile record can take such a process over.
+    pub redo_sandbox_optional: bool,
     /// What is logged, in `tracing`'s filter language.
     pub log_filter: String,
 }
@@ -85,6 +88,7 @@ impl Default for Config {
             postgres_bin: PathBuf::from("/usr/lib/postgresql/15/bin/postgres"),
             walredo_library: PathBuf::new(),
             redo_timeout_ms: 60_000,
+            redo_sandbox_optional: false,
             log_filter: "info".to_owned(),
         }
     }

@@ -409,3 +409,24 @@ const _: () = assert!(INGEST_MEMORY_PERCENT_FREE < MEMORY_OVERDRAFT_PERCENT);
 pub const READ_LAYERS_COUNTED: usize = 32;
 /// Numbers of records that a read may apply and that are counted one by one.
 pub const READ_RECORDS_COUNTED: usize = 256;
+// Wal-redo processes.
+
+/// Wal-redo processes of one core at the same time, spares included.
+pub const REDO_PROCESSES_MAX: usize = 8;
+/// Of these, started but bound to no tenant yet.
+pub const REDO_SPARES: usize = 1;
+/// A process without a request for so long is ended.
+pub const REDO_IDLE: std::time::Duration = std::time::Duration::from_secs(60);
+/// A process that others wait for is given up after this time, however many requests come in.
+pub const REDO_SLICE: std::time::Duration = std::time::Duration::from_millis(500);
+/// Tenants of one core, jobs in the background included, that redo can serve.
+pub const REDO_SEATS_MAX: usize = 64 * 1024;
+/// A process that was busy for so long is replaced: the kernel ends it after an hour of CPU time.
+pub const REDO_PROCESS_BUSY_MAX: std::time::Duration = std::time::Duration::from_secs(1800);
+/// Inputs of failed redo that a node keeps.
+pub const REDO_FAILED_FILES_MAX: usize = 64;
+/// Largest input of failed redo that is kept, in bytes.
+pub const REDO_FAILED_BYTES_MAX: usize = 16 * 1024 * 1024;
+
+const _: () = assert!(REDO_SPARES < REDO_PROCESSES_MAX);
+const _: () = assert!(REDO_FAILED_BYTES_MAX > REDO_RECORD_BYTES_MAX);

@@ -10,7 +10,9 @@ use prometheus_client::metrics::gauge::Gauge;
 use prometheus_client::registry::Registry;
 use std::sync::atomic::AtomicU64;
 
-use crate::shard::control::{CoreMetrics, Distribution, TimelineInfo, TimelineState};
+use crate::shard::control::{
+    CoreMetrics, Distribution, HistogramCounts, TimelineInfo, TimelineState,
+};
 
 #[derive(Clone, Debug, Hash, PartialEq, Eq, EncodeLabelSet)]
 struct CoreLabel {
@@ -18,9 +20,11 @@ struct CoreLabel {
 }
 
 #[derive(Clone, Debug, Hash, PartialEq, Eq, EncodeLabelSet)]
-struct ManagerLabel {
+struct TypeLabel {
     core: u64,
     manager: u64,
+    /// The resource manager's part of `xl_info`, in hexadecimal.
+    info: String,
     by: &'static str,
 }
 
@@ -33,6 +37,7 @@ struct TimelineLabel {
 type Number = fn(&CoreMetrics) -> u64;
 type Depth = fn(&CoreMetrics) -> &Distribution;
 type Seconds = fn(&CoreMetrics) -> f64;
+type Counts = fn(&CoreMetrics) -> &HistogramCounts;
 type TimelineNumber = fn(&TimelineInfo) -> u64;
 
 const COUNTERS: &[(&str, &str, Number)] = &[
@@ -74,7 +79,7 @@ const COUNTERS: &[(&str, &str, Number)] = &[
     ("redo_records_native", "WAL records applied natively", |m| m.redo_records_native),
     ("redo_misfits", "Records that did not fit their page natively", |m| m.redo_misfits),
     ("redo_children_started", "Wal-redo processes started", |m| m.redo_children_started),
-    ("redo_failures", "Failed redo requests", |m| m.redo_failures),
+    ("redo_failures", "Wal-redo processes that failed", |m| m.redo_failures),
 ];
 
 const SECONDS: &[(&str, &str, Seconds)] = &[
@@ -88,6 +93,23 @@ const SECONDS: &[(&str, &str, Seconds)] = &[
         m.ingest_stopped_seconds
     }),
     ("redo_seconds", "Time that wal-redo processes were busy", |m| m.redo_seconds),
+    (
+        "redo_launch_seconds",
+        "Time from the start of wal-redo processes to their first answers",
+        |m| m.redo_launch_seconds,
+    ),
+];
+
+const GAUGES: &[(&str, &str, Number)] = &[
+    ("connections_open", "Connections open", |m| m.connections_open),
+    ("redo_children_alive", "Wal-redo processes that run now", |m| m.redo_children_alive),
+];
+
+/// With the factor from the unit that is counted to that of the metric.
+const HISTOGRAMS: &[(&str, &str, f64, Counts)] = &[
+    ("redo_page_seconds", "Time to rebuild a page from WAL records", 1e-9, |m| &m.redo_time_ns),
+    ("redo_page_records", "WAL records applied to rebuild a page", 1.0, |m| &m.redo_chain_records),
+    ("redo_page_bytes", "Bytes of those WAL records", 1.0, |m| &m.redo_chain_bytes),
 ];
 
 const DEPTHS: &[(&str, &str, Depth)] = &[
@@ -178,23 +200,27 @@ pub(super) fn text(cores: &[CoreMetrics], timelines: &[TimelineInfo]) -> String 
         }
         registry.register(name, help, family);
     }
-    let managers = Family::<ManagerLabel, Counter>::default();
+    let types = Family::<TypeLabel, Counter>::default();
     for metrics in cores {
         let core = metrics.core as u64;
-        for (manager, split) in &metrics.redo_managers {
+        for (key, split) in &metrics.redo_types {
+            let (manager, info) = (u64::from(key >> 8), format!("{:02X}", key & 0xFF));
             for (by, count) in [("native", split.native), ("child", split.child)] {
-                let label = ManagerLabel { core, manager: u64::from(*manager), by };
-                managers.get_or_create(&label).inc_by(count);
+                let label = TypeLabel { core, manager, info: info.clone(), by };
+                types.get_or_create(&label).inc_by(count);
             }
         }
     }
-    let help = "WAL records applied to pages, by resource manager and by whom";
-    registry.register("redo_manager_records", help, managers);
-    let open = Family::<CoreLabel, Gauge<u64, AtomicU64>>::default();
-    for metrics in cores {
-        open.get_or_create(&label(metrics)).set(metrics.connections_open);
+    let help = "WAL records applied to pages, by record type and by whom";
+    registry.register("redo_type_records", help, types);
+    registry.register_collector(Box::new(Histograms(cores.to_vec())));
+    for &(name, help, read) in GAUGES {
+        let family = Family::<CoreLabel, Gauge<u64, AtomicU64>>::default();
+        for metrics in cores {
+            family.get_or_create(&label(metrics)).set(read(metrics));
+        }
+        registry.register(name, help, family);
     }
-    registry.register("connections_open", "Connections open", open);
     let l0 = Family::<CoreLabel, Gauge<u64, AtomicU64>>::default();
     for metrics in cores {
         l0.get_or_create(&label(metrics)).set(metrics.l0_layers_max);
@@ -219,6 +245,30 @@ pub(super) fn text(cores: &[CoreMetrics], timelines: &[TimelineInfo]) -> String 
     out
 }
 
+/// Histograms that were counted elsewhere.
+#[derive(Debug)]
+struct Histograms(Vec<CoreMetrics>);
+
+impl Collector for Histograms {
+    fn encode(&self, mut encoder: DescriptorEncoder<'_>) -> Result<(), std::fmt::Error> {
+        for &(name, help, factor, read) in HISTOGRAMS {
+            // The prefix of the registry is there already.
+            let mut all = encoder.encode_descriptor(name, help, None, MetricType::Histogram)?;
+            for metrics in &self.0 {
+                let counts = read(metrics);
+                let bound = |bound: Option<u64>| bound.map_or(f64::MAX, |n| n as f64 * factor);
+                let classes: Vec<_> =
+                    counts.classes().map(|(n, count)| (bound(n), count)).collect();
+                let count = classes.iter().map(|(_, count)| count).sum();
+                let (label, sum) = (label(metrics), counts.sum as f64 * factor);
+                let mut one = all.encode_family(&label)?;
+                one.encode_histogram::<CoreLabel>(sum, count, &classes, None)?;
+            }
+        }
+        Ok(())
+    }
+}
+
 fn label(metrics: &CoreMetrics) -> CoreLabel {
     CoreLabel { core: metrics.core as u64 }
 }
@@ -226,15 +276,24 @@ fn label(metrics: &CoreMetrics) -> CoreLabel {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::redo::histogram::Histogram;
 
     #[test]
     fn every_counter_has_a_line_per_core() {
-        let core = CoreMetrics { core: 1, wal_bytes_received: 77, ..CoreMetrics::default() };
+        let histogram = Histogram::default();
+        [3, 4, 1000].into_iter().for_each(|number| histogram.count(number));
+        let mut core = CoreMetrics { core: 1, wal_bytes_received: 77, ..CoreMetrics::default() };
+        histogram.add_to(&mut core.redo_chain_records);
         let text = text(&[CoreMetrics::default(), core], &[]);
         assert!(text.contains("pgstrata_wal_bytes_received_total{core=\"1\"} 77"), "{text}");
         for (name, _, _) in COUNTERS {
             assert_eq!(text.matches(&format!("pgstrata_{name}_total{{")).count(), 2, "{name}");
         }
+        let name = "pgstrata_redo_page_records";
+        assert_eq!(text.matches(&format!("{name}_count{{core=")).count(), 2, "{text}");
+        assert!(text.contains(&format!("{name}_bucket{{le=\"+Inf\",core=\"1\"}} 3")), "{text}");
+        assert!(text.contains(&format!("{name}_bucket{{le=\"4.0\",core=\"1\"}} 2")), "{text}");
+        assert!(text.contains(&format!("{name}_sum{{core=\"1\"}} 1007.0")), "{text}");
         assert!(text.ends_with("# EOF\n"));
     }
 

@@ -27,6 +27,7 @@ pub mod page_client;
 pub mod pg;
 pub mod redo_command;
 pub mod redo_compare;
+mod redo_replay;
 pub mod serve;
 mod service;
 pub mod simulate;

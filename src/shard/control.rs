@@ -8,6 +8,8 @@ use super::history::{HistoryReply, HistoryRequest};
 use super::index::{BranchPoint, WalSourceConfig};
 use super::tenant_config::TenantConfig;
 use crate::base::{Kind, Lsn, TenantShardId, TimelineId};
+pub use crate::redo::child::ChildStatus;
+pub use crate::redo::histogram::HistogramCounts;
 
 /// Where a new timeline comes from.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -259,9 +261,20 @@ pub struct CoreMetrics {
     pub redo_records_native: u64,
     pub redo_misfits: u64,
     pub redo_children_started: u64,
+    /// Gauge.
+    pub redo_children_alive: u64,
+    pub redo_launch_seconds: f64,
     pub redo_failures: u64,
-    /// By resource manager (`xl_rmid`).
-    pub redo_managers: BTreeMap<u8, RedoSplit>,
+    /// Processes that are bound to a tenant now.
+    pub redo_children: Vec<ChildStatus>,
+    /// Time to rebuild a page from WAL records, in nanoseconds.
+    pub redo_time_ns: HistogramCounts,
+    /// WAL records of one redo.
+    pub redo_chain_records: HistogramCounts,
+    /// Bytes of those.
+    pub redo_chain_bytes: HistogramCounts,
+    /// By record type: resource manager (`xl_rmid`), and its part of `xl_info`.
+    pub redo_types: BTreeMap<u16, RedoSplit>,
 }
 
 /// How often each small number came.

@@ -151,9 +151,6 @@ impl<I: Io, C: Connector> Shard<I, C> {
                 return;
             }
             self.close_idle(Duration::from_millis(idle_ms));
-            if look.is_multiple_of(IDLE_LOOKS) {
-                self.rest_redo();
-            }
             self.collect_closed(pause_ms).await;
         }
     }
@@ -208,11 +205,6 @@ impl<I: Io, C: Connector> Shard<I, C> {
         if !others.contains(&true) {
             self.forget_redo(tenant).await;
         }
-    }
-
-    /// Ends wal-redo processes that were not needed since the last call.
-    fn rest_redo(&self) {
-        self.each_redo(|redo| redo.rest());
     }
 
     /// Opens and collects the closed timelines whose turn it is in the daily round; `passed_ms`

@@ -200,10 +200,6 @@ impl<I: Io, C: Connector> Shard<I, C> {
         Rc::new(move || factory.background(tenant, settings))
     }
 
-    pub(super) fn each_redo(&self, act: impl Fn(&dyn Redo)) {
-        self.redo.borrow().values().for_each(|redo| act(&**redo));
-    }
-
     /// Ends the redo services of a tenant that is gone, or of which nothing is open.
     pub(super) async fn forget_redo(&self, tenant: TenantShardId) {
         self.redo.borrow_mut().retain(|(other, _), _| *other != tenant);
