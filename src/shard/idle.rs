@@ -144,7 +144,7 @@ impl<I: Io, C: Connector> Shard<I, C> {
     pub(super) async fn idle_loop(self: Rc<Self>) {
         let idle_ms = self.context.config.timeline_idle_ms;
         let pause_ms = (idle_ms / IDLE_LOOKS).max(1);
-        for look in 1u64.. {
+        loop {
             let sleep = std::pin::pin!(self.context.io.sleep(Duration::from_millis(pause_ms)));
             select(sleep, std::pin::pin!(self.idle_signal.wait())).await;
             if self.stopping.get() {

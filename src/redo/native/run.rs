@@ -259,10 +259,6 @@ impl<R: Redo> Redo for NativeRedo<R> {
     fn stop(&self) -> LocalBoxFuture<'_, ()> {
         self.inner.stop()
     }
-
-    fn stop(&self) -> LocalBoxFuture<'_, ()> {
-        self.inner.stop()
-    }
 }
 
 fn start(target: Target, base: Option<&Bytes>) -> Result<Box<Page>, RedoError> {
