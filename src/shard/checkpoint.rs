@@ -25,7 +25,7 @@ use super::stored::StoredLayer;
 use super::timeline::Timeline;
 use crate::base::Lsn;
 use crate::io::{Io, TaskClass, durable};
-use crate::layers::{FrozenLayer, LayerDesc, LayerOwner, OpenLayer};
+use crate::layers::{FrozenLayer, LayerDesc, LayerOwner};
 use crate::limits::{CHECKPOINT_RETRY_MS, LSN_DISTANCE_FACTOR, NO_SPACE_RETRY_MS};
 use crate::wal::journal::JournalError;
 

@@ -25,7 +25,7 @@ use super::timeline::{Mutable, Timeline};
 use crate::base::{Key, Kind, Lsn, RelTag, SlruKind, Value};
 use crate::io::Io;
 use crate::layers::OpenLayer;
-use crate::limits::{INGEST_PAUSE_MS, INGEST_SLICE_RECORDS};
+use crate::limits::INGEST_SLICE_RECORDS;
 use crate::wal::change::{Change, Parameters};
 use crate::wal::control_file;
 use crate::wal::decode::{DecodeError, decode_into};
