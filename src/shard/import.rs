@@ -353,7 +353,7 @@ async fn copy_segment<I: Io>(
         }
         let at = Lsn(start.0 + done);
         done += bytes.len() as u64;
-        journal.append(at, bytes.into())?;
+        journal.append(at, bytes)?;
         journal.flush().await?;
         io.yield_if_needed().await;
     }

@@ -66,7 +66,8 @@ impl PlanLayer {
 /// What the plan goes by.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct PlanConfig {
-    /// L0 layers are merged when there are so many.
+    /// L0 layers are merged when there are so many, or fewer that reads go deep into; with
+    /// `usize::MAX` never.
     pub l0_threshold: usize,
     /// Layers are cut at this size, in bytes.
     pub target_bytes: u64,
@@ -172,7 +173,8 @@ fn merge_l0(layers: &[PlanLayer], columns: &[Column], config: &PlanConfig) -> Op
     let image_bytes = image_bytes(columns);
     let depth: u64 = found.iter().map(|(_, bytes)| weight_milli(*bytes, image_bytes)).sum();
     let is_full = image_bytes > 0 && depth >= COMPACT_L0_DEPTH_MILLI;
-    if found.len() < config.l0_threshold.max(1) && !is_full {
+    let is_off = config.l0_threshold == usize::MAX;
+    if is_off || found.len() < config.l0_threshold.max(1) && !is_full {
         return None;
     }
     found.sort_by_key(|(at, _)| layers.get(*at).map(|layer| layer.span.lsns.start));

@@ -117,7 +117,9 @@ impl Script {
         follows: bool,
     ) -> Result<(), String> {
         let older = self.shard.timeline(TENANT, ancestor).await.map_err(text)?;
-        let (start, last) = (older.start_lsn().max(older.gc_cutoff()), older.lsns().last_record);
+        // A branch reads below its own records from the root, which may have collected them.
+        let start = older.start_lsn().max(older.gc_cutoff()).max(self.root.gc_cutoff());
+        let last = older.lsns().last_record;
         let lsn = {
             let primary = self.story.outside.primary.borrow();
             let ends = primary.record_ends();
@@ -128,7 +130,7 @@ impl Script {
             ends.get((to - 1).saturating_sub(back)).copied().unwrap_or(last).max(start)
         };
         let conninfo = format!("host=primary user={id}");
-        let source = follows.then(|| WalSourceConfig { conninfo, slot: None });
+        let source = follows.then_some(WalSourceConfig { conninfo, slot: None });
         self.story.coming(id, lsn, source.as_ref().map(|source| source.conninfo.clone()));
         let request =
             CreateBranch { tenant: TENANT, timeline: id, ancestor, lsn: Some(lsn), source };

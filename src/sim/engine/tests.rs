@@ -15,7 +15,7 @@ const TWICE: u64 = 50;
 
 #[test]
 fn seeds_are_deterministic() {
-    check_seeds("seeds_are_deterministic", 0..TWICE, |seed| scenario(seed)).unwrap();
+    check_seeds("seeds_are_deterministic", 0..TWICE, scenario).unwrap();
 }
 
 fn all_pass(seeds: std::ops::Range<u64>) {
