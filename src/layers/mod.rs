@@ -43,8 +43,6 @@ mod file;
 mod writer;
 
 #[cfg(test)]
-mod campaign_tests;
-#[cfg(test)]
 mod tests;
 
 pub use block_cache::{BlockCache, BlockCacheStats};

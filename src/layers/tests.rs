@@ -13,6 +13,8 @@ use crate::base::{KeyRange, LsnRange, SmallRecord, TenantId};
 use crate::io::{File, Io};
 use crate::sim::{SimIo, SimOptions, SimWorld};
 
+mod campaign;
+
 type Entries = Vec<(Key, Lsn, Value)>;
 
 fn owner() -> LayerOwner {
