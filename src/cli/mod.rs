@@ -21,6 +21,7 @@ pub mod check;
 pub mod demo;
 pub mod demo_node;
 pub mod history;
+mod kills;
 pub mod layer;
 pub mod oracle;
 pub mod page_client;
