@@ -109,7 +109,7 @@ impl Kills {
             format!("SELECT restart_lsn FROM pg_replication_slots WHERE slot_name = '{slot}'");
         let promised = primary.lsn(&sql)?;
         let dir = node.data_dir();
-        let journal = dir.join(format!("tenants/{tenant}/timelines/{timeline}/journal"));
+        let journal = dir.join(format!("tenants/{tenant}/timelines/{timeline}/wal"));
         let wal = primary.data().join("pg_wal");
         let compared = compare_journal(&journal, &wal, checkpoint, promised)?;
         let leftovers = self.check_files(&dir)?;

@@ -33,7 +33,7 @@
 //! covered it before. A delta layer may reach below an image: merges concern whole layers, and
 //! columns get their images at different times.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use crate::base::{Key, KeyRange, Lsn, LsnRange};
 use crate::limits::{
@@ -285,18 +285,39 @@ fn weight_milli(bytes: u64, image_bytes: u64) -> u64 {
     u64::try_from((u128::from(bytes) * 1000 / full).min(1000)).unwrap_or(1000)
 }
 
+/// The keys of some layers as disjoint ranges, in order.
+struct Cover(Vec<KeyRange>);
+
+impl Cover {
+    fn new(layers: &[PlanLayer], chosen: impl IntoIterator<Item = usize>) -> Cover {
+        let keys = |at: usize| layers.get(at).map(|layer| layer.span.keys.clone());
+        let mut ranges: Vec<KeyRange> = chosen.into_iter().filter_map(keys).collect();
+        ranges.sort_by_key(|range| range.start);
+        ranges.dedup_by(|next, range| {
+            let joins = next.start <= range.end;
+            if joins {
+                range.end = range.end.max(next.end);
+            }
+            joins
+        });
+        Cover(ranges)
+    }
+
+    fn touches(&self, keys: &KeyRange) -> bool {
+        let at = self.0.partition_point(|range| range.end <= keys.start);
+        self.0.get(at).is_some_and(|range| range.start < keys.end)
+    }
+}
+
 /// True if one layer per key may take the place of these: no other delta layer that covers one
 /// of their keys lies within their LSN range.
 fn is_mergeable(layers: &[PlanLayer], inputs: &[usize]) -> bool {
     let Some(lsns) = hull(layers, inputs) else { return true };
-    let covers = |span: &LayerSpan| {
-        let spans = inputs.iter().filter_map(|at| layers.get(*at)).map(|input| &input.span);
-        spans.into_iter().any(|input| overlap(&input.keys, &span.keys))
-    };
+    let cover = Cover::new(layers, inputs.iter().copied());
     layers.iter().enumerate().all(|(at, other)| {
         let span = &other.span;
         let within = span.lsns.start < lsns.end && span.lsns.end > lsns.start;
-        inputs.contains(&at) || !within || span.is_image || !covers(span)
+        !within || span.is_image || !cover.touches(&span.keys) || inputs.contains(&at)
     })
 }
 
@@ -424,21 +445,22 @@ fn merge_l1(layers: &[PlanLayer], column: &Column) -> Option<Action> {
         }
     }
     while inputs.len() >= 2 {
-        let whole = closed(layers, &inputs);
-        let bytes = |chosen: &[usize]| -> u64 {
-            chosen.iter().filter_map(|at| layers.get(*at)).map(|layer| layer.bytes).sum()
-        };
         // Layers that come along because they share keys must not be what most of the work is for.
-        let limit = bytes(&inputs).saturating_mul(2).min(COMPACT_L1_INPUT_BYTES_MAX);
-        let levels = levels(layers, &whole);
-        let fits = bytes(&whole) <= limit && (2..=COMPACT_LEVELS_MAX).contains(&levels);
-        if fits && is_mergeable(layers, &whole) {
+        let limit = bytes(layers, &inputs).saturating_mul(2).min(COMPACT_L1_INPUT_BYTES_MAX);
+        let whole = closed(layers, &inputs, limit);
+        let fits = |whole: &Vec<usize>| (2..=COMPACT_LEVELS_MAX).contains(&levels(layers, whole));
+        if let Some(whole) = whole.filter(fits).filter(|whole| is_mergeable(layers, whole)) {
             let lsns = hull(layers, &whole)?;
             return Some(Action::MergeL1 { inputs: whole, lsns });
         }
         inputs.pop();
     }
     None
+}
+
+fn bytes(layers: &[PlanLayer], chosen: &[usize]) -> u64 {
+    let bytes = chosen.iter().filter_map(|at| layers.get(*at)).map(|layer| layer.bytes);
+    bytes.fold(0, u64::saturating_add)
 }
 
 /// Number of different LSN ranges.
@@ -454,25 +476,26 @@ fn levels(layers: &[PlanLayer], inputs: &[usize]) -> usize {
 }
 
 /// Some layers, and every L1 layer that shares keys with one of them within their LSN range, and
-/// so on.
-fn closed(layers: &[PlanLayer], inputs: &[usize]) -> Vec<usize> {
+/// so on; none if these have more than `bytes_max` together.
+fn closed(layers: &[PlanLayer], inputs: &[usize], bytes_max: u64) -> Option<Vec<usize>> {
     let mut whole = inputs.to_vec();
-    while let Some(lsns) = hull(layers, &whole) {
-        let more = |(at, layer): (usize, &PlanLayer)| {
+    while bytes(layers, &whole) <= bytes_max {
+        let lsns = hull(layers, &whole)?;
+        let cover = Cover::new(layers, whole.iter().copied());
+        let known: BTreeSet<usize> = whole.iter().copied().collect();
+        let comes_along = |(at, layer): (usize, &PlanLayer)| {
             let span = &layer.span;
             let within = span.lsns.start < lsns.end && span.lsns.end > lsns.start;
-            let is_new = layer.is_l1() && within && !whole.contains(&at);
-            let mut chosen = whole.iter().filter_map(|at| layers.get(*at));
-            let shares = is_new && chosen.any(|one| overlap(&one.span.keys, &span.keys));
-            shares.then_some(at)
+            let shares = layer.is_l1() && within && cover.touches(&span.keys);
+            (shares && !known.contains(&at)).then_some(at)
         };
-        let more: Vec<usize> = layers.iter().enumerate().filter_map(more).collect();
+        let more: Vec<usize> = layers.iter().enumerate().filter_map(comes_along).collect();
         if more.is_empty() {
-            break;
+            return Some(whole);
         }
         whole.extend(more);
     }
-    whole
+    None
 }
 
 #[cfg(test)]

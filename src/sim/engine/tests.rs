@@ -114,17 +114,35 @@ async fn check_after(
     Ok(())
 }
 
-/// Images between layers that are merged later: the merged layer reaches below an image.
-async fn images_between(io: SimIo, outside: Rc<Outside>) -> Result<(), String> {
+/// So often some records, which go to a layer, and an image of everything behind it. Ends when at
+/// most `l0_max` L0 layers are left.
+async fn layers_and_images(
+    io: SimIo,
+    outside: Rc<Outside>,
+    (rounds, records, l0_max): (usize, usize, usize),
+) -> Result<Vec<Lsn>, String> {
     let (shard, timeline) = start(&io, &outside).await?;
     let mut images = Vec::new();
-    // So short that many pages have no base of their own between two images.
-    for _ in 0..12 {
-        io.sleep(Duration::from_millis(3)).await;
+    for _ in 0..rounds {
+        for _ in 0..records {
+            outside.primary.borrow_mut().step();
+        }
+        let end = outside.primary.borrow().record_ends().last().copied();
+        let came = timeline.wait_for_lsn(end.unwrap_or(Lsn::INVALID)).await;
+        came.map_err(|error| error.to_string())?;
         let written = shard.checkpoint(TENANT, TIMELINE).await;
         written.map_err(|error| error.to_string())?;
         images.extend(timeline.make_image_layer(Key::MIN..Key::MAX).await?);
     }
+    while timeline.l0_count() > l0_max {
+        io.sleep(Duration::from_millis(1)).await;
+    }
+    shard.shutdown().await;
+    Ok(images)
+}
+
+async fn read_above(io: SimIo, outside: Rc<Outside>, images: Vec<Lsn>) -> Result<(), String> {
+    let (shard, timeline) = start(&io, &outside).await?;
     for image in images {
         check_after(&timeline, &outside, image).await?;
     }
@@ -132,13 +150,25 @@ async fn images_between(io: SimIo, outside: Rc<Outside>) -> Result<(), String> {
     Ok(())
 }
 
+/// Layers between images are merged into some that reach below images.
 fn merge_across_images(seed: u64) -> Result<(), String> {
     let mut world = SimWorld::new(seed, SimOptions::varied(seed));
     let outside = Outside::new(seed);
     outside.large_layers.set(true);
-    outside.compaction.set(Some((2, 1_000_000)));
+    outside.quiet.set(true);
     world.run(import).map_err(|error| error.to_string())??;
-    world.run(move |io| images_between(io, outside)).map_err(|error| error.to_string())?
+    let mut live = |threshold, what| {
+        outside.compaction.set(Some((threshold, 1_000_000)));
+        let outside = outside.clone();
+        let images = world.run(move |io| layers_and_images(io, outside, what));
+        images.map_err(|error| error.to_string())?
+    };
+    // Most pages get their base in layers of their own. Then few records and no merge; then that.
+    live(1, (1, 500, 0))?;
+    let images = live(usize::MAX, (10, 40, usize::MAX))?;
+    live(2, (0, 0, 1))?;
+    assert!(images.len() == 10, "only {} images", images.len());
+    world.run(move |io| read_above(io, outside, images)).map_err(|error| error.to_string())?
 }
 
 #[test]
