@@ -451,8 +451,10 @@ impl<I: Io> Timeline<I> {
         Ok(())
     }
 
-    /// Removes files that belong to nothing any more and are not being read.
+    /// Removes files that belong to nothing any more and are not being read. Has the turn, so that
+    /// a timeline that is closed and opened again does not find files that are about to go.
     async fn remove_unused(&self) {
+        let _turn = self.compaction.turn.acquire().await;
         let unused: Vec<Rc<StoredLayer<I>>> = {
             let mut retired = self.compaction.retired.borrow_mut();
             let (unused, used) = retired.drain(..).partition(|layer| Rc::strong_count(layer) == 1);

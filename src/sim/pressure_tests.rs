@@ -140,14 +140,21 @@ fn a_damaged_l0_layer_makes_ingest_slow_and_does_not_stop_it() {
     let (mut world, outside) = world_of(3, (3, 200));
     let story = move |io: SimIo| async move {
         let (shard, timeline) = start(&io, &outside).await.unwrap();
-        while timeline.l0_count() == 0 {
-            io.sleep(Duration::from_millis(1)).await;
-        }
-        let name = damage_an_l0_layer(&io, &timeline).await;
         let info = || shard.timelines().remove(0);
-        while !info().ingest_paused.is_some_and(|reason| reason.contains(&name)) {
-            io.sleep(Duration::from_millis(5)).await;
-        }
+        let (mut damaged, mut last) = (Vec::new(), None);
+        // A merge may have read a layer before it is damaged; not for ever.
+        let name = loop {
+            let named =
+                |name: &&String| info().ingest_paused.is_some_and(|why| why.contains(*name));
+            if let Some(name) = damaged.iter().find(named) {
+                break name.clone();
+            }
+            io.sleep(Duration::from_millis(1)).await;
+            if timeline.l0_count() > 0 && timeline.newest_l0_path() != last {
+                last = timeline.newest_l0_path();
+                damaged.push(damage_an_l0_layer(&io, &timeline).await);
+            }
+        };
         while timeline.l0_count() < L0_LAYERS_MAX {
             io.sleep(Duration::from_millis(5)).await;
         }
