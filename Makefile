@@ -4,10 +4,13 @@
 #   make test    everything that must hold: format, lints, unit, simulation, real PostgreSQL
 #   make bench   figures, as ratios to a baseline of the same run
 #   make soak    the long runs
-#   make fuzz    searches with cargo-fuzz (TARGET=..., SECONDS=...); needs a nightly compiler
+#   make fuzz    searches with cargo-fuzz (TARGET=..., SECONDS=...)
 
-SEEDS ?= 20000
+SEEDS ?= 100000
 MUTATIONS ?= 100000
+KILLS ?= 60
+KILL_SECONDS ?= 600
+TRANSACTIONS ?= 250000
 TARGET ?= layer_index
 SECONDS ?= 60
 WALREDO_DIR := target/walredo
@@ -48,17 +51,27 @@ test: fmt lint build
 bench: release
 	cargo bench --locked
 
-soak: build
-	target/debug/pgstrata simulate --seeds $(SEEDS)
+# docs/hacking.md says what each step is.
+soak: release
+	target/release/pgstrata simulate --seeds $(SEEDS)
+	target/release/pgstrata simulate --crash-points --seeds 2
 	LAYER_MUTATIONS=$(MUTATIONS) cargo test --locked --release --lib \
 		damage_is_always_detected_and_never_served -- --nocapture
 	FUZZ_RUNS=$(MUTATIONS) cargo test --locked --release --test fuzz_corpus -- --nocapture
-	target/debug/pgstrata redo compare --scale 20 --transactions 250000 --size 3
-	target/debug/pgstrata redo compare --scale 20 --transactions 50000 --size 2 \
+	target/release/pgstrata demo --exit --scale 10 --seconds $(KILL_SECONDS) --kill $(KILLS) \
+		-c checkpoint_distance_bytes=2000000 -c image_layer_bytes=4000000 \
+		-c compaction_target_bytes=4000000 \
+		-c gc_horizon_bytes=1000000 -c pitr_interval_s=0 -c gc_period_s=1
+	target/release/pgstrata redo compare --scale 20 --transactions $(TRANSACTIONS) --size 3
+	target/release/pgstrata redo compare --scale 20 --transactions 50000 --size 2 \
 		--data-checksums --set full_page_writes=off
 
-# What it finds is added to test_data/fuzz, where every run of the tests tries it again.
-fuzz:
-	mkdir -p fuzz/corpus/$(TARGET)
-	cargo +nightly fuzz run $(TARGET) fuzz/corpus/$(TARGET) test_data/fuzz/$(TARGET) \
-		-- -max_total_time=$(SECONDS)
+# What it finds is added to test_data/fuzz, where every run of the tests tries it again. Without a
+# sanitizer it works with the stable compiler; the code is safe Rust, so panics are what is looked
+# for.
+fuzz: deps
+	@command -v cargo-fuzz >/dev/null || cargo install --locked cargo-fuzz
+	@mkdir -p fuzz/corpus/$(TARGET)
+	cargo fuzz run --sanitizer none --target-dir target/fuzz $(TARGET) \
+		fuzz/corpus/$(TARGET) test_data/fuzz/$(TARGET) -- \
+		-max_total_time=$(SECONDS) -timeout=10 -rss_limit_mb=4096

@@ -19,7 +19,7 @@ use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use common::recorded::Recorded;
-use common::{MB, Result, Rounds, Scratch, cpu_time, shard, sized};
+use common::{MB, Result, Rounds, Scratch, cpu_time, images, parts, shard, sized};
 use nix::sys::resource::UsageWho;
 use pgstrata::cli::oracle;
 use pgstrata::cli::pg::{control_data, give_to_servers};
@@ -120,6 +120,7 @@ fn compare(full_page_writes: bool) -> Result<()> {
         "full_page_writes = {on}: {megabytes:.1} MB of WAL from {from} to {}",
         recorded.mark.end
     );
+    parts::print(from, &wal)?;
     let [mut theirs, mut ours, mut ratio, mut their_cpu, mut our_cpu, mut records] =
         std::array::from_fn(|_| Rounds::default());
     let [mut ours_in, mut ratio_in] = std::array::from_fn(|_| Rounds::default());
@@ -172,6 +173,9 @@ fn compare(full_page_writes: bool) -> Result<()> {
 fn main() -> std::process::ExitCode {
     common::main(|| {
         println!("ingest: WAL per CPU-second; median (min..max) of the rounds");
+        let scratch = Scratch::new("ingest-images")?;
+        images::compare(scratch.path().to_owned())?;
+        drop(scratch);
         compare(true)?;
         compare(false)
     })

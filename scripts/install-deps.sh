@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Installs what building and testing need on Debian 12: PostgreSQL 15 with its headers, a C
-# compiler, make, git (a build script of the io_uring library runs it). Does nothing for what is
+# Installs what building and testing need on Debian 12: PostgreSQL 15 with its headers, a C and
+# a C++ compiler, make, git (a build script of the io_uring library runs it). Does nothing for what is
 # there already, and says what it does.
 set -euo pipefail
 
@@ -12,6 +12,7 @@ want() { # package, then a test that succeeds when it is there
 }
 
 want gcc command -v gcc
+want g++ command -v g++
 want make command -v make
 want git command -v git
 want postgresql-15 test -x /usr/lib/postgresql/15/bin/postgres

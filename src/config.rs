@@ -46,6 +46,9 @@ pub struct Config {
     pub pitr_interval_s: u64,
     /// Pause between two garbage collections of a timeline; 0: only by command.
     pub gc_period_s: u64,
+    /// A timeline that takes in no WAL and is not read is closed after so long, and opened again
+    /// when it is next asked for; 0: it stays open.
+    pub timeline_idle_s: u64,
     /// Memory of each core for verified blocks of layer files.
     pub block_cache_bytes: u64,
     /// The `postgres` program of PostgreSQL 15 that applies WAL records.
@@ -55,6 +58,9 @@ pub struct Config {
     pub walredo_library: PathBuf,
     /// A page must be rebuilt within this time.
     pub redo_timeout_ms: u64,
+    /// Processes that apply WAL records may run on a kernel that cannot confine them. Only for a
+    /// developer's own WAL: a hostile record can take such a process over.
+    pub redo_sandbox_optional: bool,
     /// What is logged, in `tracing`'s filter language.
     pub log_filter: String,
 }
@@ -77,10 +83,12 @@ impl Default for Config {
             gc_horizon_bytes: 64 * 1024 * 1024,
             pitr_interval_s: 7 * 24 * 3600,
             gc_period_s: 3600,
+            timeline_idle_s: 300,
             block_cache_bytes: 64 * 1024 * 1024,
             postgres_bin: PathBuf::from("/usr/lib/postgresql/15/bin/postgres"),
             walredo_library: PathBuf::new(),
             redo_timeout_ms: 60_000,
+            redo_sandbox_optional: false,
             log_filter: "info".to_owned(),
         }
     }

@@ -7,27 +7,31 @@
 
 use bytes::{Bytes, BytesMut};
 
-use crate::base::Lsn;
+use crate::base::page::{PAGE_SIZE, Page};
+use crate::base::{Lsn, RelNode, RelTag};
 use crate::layers::fuzzing;
+use crate::redo::RedoSettings;
+use crate::redo::native::{Applied, NotNative, apply, apply_bytes, is_foreign};
 use crate::redo::protocol::decode_reply;
 use crate::server::page_protocol::{Version, decode_request, decode_response, encode_request};
 use crate::server::pq::{decode_message, decode_startup};
 use crate::wal::decode::decode;
 use crate::wal::page::WalLayout;
-use crate::wal::record::Record;
+use crate::wal::record::{BlockRef, Record};
 use crate::wal::stream::{Event, WalStream};
 
 /// A fuzzed function.
 pub type Run = fn(&[u8]);
 
 /// All of them by name.
-pub const TARGETS: [(&str, Run); 8] = [
+pub const TARGETS: [(&str, Run); 9] = [
     ("layer_frame", fuzzing::frame),
     ("layer_index", fuzzing::index),
     ("delta_block", fuzzing::delta_block),
     ("packed_block", fuzzing::packed_block),
     ("wal_stream", wal_stream),
     ("wal_record", wal_record),
+    ("native_redo", native_redo),
     ("page_protocol", page_protocol),
     ("redo_reply", redo_reply),
 ];
@@ -74,6 +78,99 @@ fn wal_record(input: &[u8]) {
             let _ = image.restore();
         }
     }
+}
+
+/// A record and a page that it is applied to: u8 1 where hint bits are logged, u64 position after
+/// the record, u16 length of the record, the record, u16 length of the front of the page, then the
+/// front and the end of the page; zeros stand between them. The record's length field is put
+/// right.
+///
+/// Both ways into native redo must come to the same, and a second turn must change nothing, for
+/// that is what a restart does.
+fn native_redo(input: &[u8]) {
+    let Some((record, lsn, page, settings)) = split_redo(input) else { return };
+    let Ok(parsed) = Record::parse(&record) else {
+        // Whatever the first way refuses, the second must get over.
+        let target = first_target(&record);
+        let _ = is_foreign(&record, target);
+        let _ = apply_bytes(&mut page.clone(), &record, target, lsn, &settings);
+        return;
+    };
+    for block in &parsed.blocks {
+        let mut after = page.clone();
+        let done = apply(&mut after, &parsed, block, lsn, &settings);
+        let named = |other: &&BlockRef| (other.rel, other.block) == (block.rel, block.block);
+        if parsed.blocks.iter().filter(named).count() == 1 {
+            let target = (block.rel, block.block);
+            let _ = is_foreign(&record, target);
+            let mut other = page.clone();
+            match apply_bytes(&mut other, &record, target, lsn, &settings) {
+                Ok(applied) => assert!(done == Ok(applied) && other == after),
+                Err(NotNative::Unsupported { .. }) => {
+                    assert!(done.is_err() || block.image.is_some());
+                }
+                Err(NotNative::Misfit(_)) => assert!(done.is_err()),
+            }
+        }
+        match done {
+            Ok(Applied::Skipped) => assert!(after == page),
+            Ok(Applied::Changed) => {
+                let once = after.clone();
+                assert!(apply(&mut after, &parsed, block, lsn, &settings).is_ok());
+                assert!(after == once);
+            }
+            Err(_) => {}
+        }
+    }
+}
+
+/// The parts of an input of [`native_redo`].
+fn split_redo(input: &[u8]) -> Option<(Bytes, Lsn, Box<Page>, RedoSettings)> {
+    let (hints, rest) = input.split_first()?;
+    let (lsn, rest) = rest.split_first_chunk()?;
+    let (len, rest) = rest.split_first_chunk()?;
+    let (record, rest) = rest.split_at_checked(u16::from_le_bytes(*len).into())?;
+    let (len, rest) = rest.split_first_chunk()?;
+    let (front, end) = rest.split_at_checked(u16::from_le_bytes(*len).into())?;
+    let hole = PAGE_SIZE.checked_sub(rest.len())?;
+    let page = [front, &vec![0; hole], end].concat().into_boxed_slice();
+    let mut record = record.to_vec();
+    let len = u32::try_from(record.len()).ok()?;
+    *record.first_chunk_mut()? = len.to_le_bytes();
+    let settings = RedoSettings { hint_bits_logged: *hints == 1 };
+    Some((record.into(), Lsn(u64::from_le_bytes(*lsn)), page.try_into().ok()?, settings))
+}
+
+/// The first block of a record that has no image there.
+fn first_target(record: &[u8]) -> (RelTag, u32) {
+    let at = |offset: usize| {
+        let bytes = record.get(offset..).and_then(|rest| rest.first_chunk());
+        bytes.map_or(0, |bytes| u32::from_le_bytes(*bytes))
+    };
+    let fork = record.get(25).map_or(0, |flags| flags & 3);
+    (RelNode { spc: at(28), db: at(32), rel: at(36) }.fork(fork), at(40))
+}
+
+/// An input for the target `native_redo`.
+#[doc(hidden)]
+pub fn native_redo_seed(record: &[u8], lsn: Lsn, page: &Page, hints: bool) -> Option<Vec<u8>> {
+    // What lies in the hole is lost, and no matter.
+    let field = |at: usize| page.get(at..).and_then(|rest| rest.first_chunk());
+    let place = |at: usize| field(at).map(|bytes| usize::from(u16::from_le_bytes(*bytes)));
+    let (lower, upper) = (place(12)?, place(14)?);
+    let (front, end) = match lower <= upper && upper > 0 {
+        true => (page.get(..lower)?, page.get(upper..)?),
+        false => (&page[..], &[][..]),
+    };
+    let front = if page.iter().all(|byte| *byte == 0) { &[][..] } else { front };
+    let mut seed = vec![u8::from(hints)];
+    seed.extend_from_slice(&lsn.0.to_le_bytes());
+    seed.extend_from_slice(&u16::try_from(record.len()).ok()?.to_le_bytes());
+    seed.extend_from_slice(record);
+    seed.extend_from_slice(&u16::try_from(front.len()).ok()?.to_le_bytes());
+    seed.extend_from_slice(front);
+    seed.extend_from_slice(end);
+    Some(seed)
 }
 
 /// What a client sends, and what a node answers.

@@ -273,6 +273,17 @@ pub const COMPACT_L0_INPUT_BYTES_MAX: u64 = 1024 * 1024 * 1024;
 pub const COMPACT_L1_INPUT_BYTES_MAX: u64 = 4 * 1024 * 1024 * 1024;
 /// Levels of L1 layers that one merge takes: it reads as many files at once.
 pub const COMPACT_LEVELS_MAX: usize = 16;
+/// L0 layers that most pages have records in, in thousandths, before they are merged though there
+/// are few of them.
+pub const COMPACT_L0_DEPTH_MILLI: u64 = 1000;
+/// Rows of L1 layers, counted as in `COMPACT_DEPTH_MAX`, that a merge of L0 layers leaves.
+pub const COMPACT_ROWS_MAX: u64 = 2;
+/// A merge of L0 layers takes the next row of L1 layers along if it is at most so many times as
+/// large as all that is merged already.
+pub const COMPACT_ROW_FACTOR: u64 = 3;
+/// Images come before merges of L0 layers where the deltas have grown to so many percent of what
+/// they are due at.
+pub const COMPACT_IMAGE_OVERDUE_PERCENT: u64 = 150;
 /// L1 layers that a key may lie in, counted by the share of their keys that they hold, before
 /// images are made or layers are merged.
 pub const COMPACT_DEPTH_MAX: u64 = 3;
@@ -346,3 +357,76 @@ pub const GC_NAMES_MAX: usize = 1000;
 
 /// Where garbage collection is switched off, its setting is looked at again so often.
 pub const GC_SETTING_LOOK_MS: u64 = 60_000;
+// Raw WAL in memory.
+
+/// A piece of WAL that is shorter is copied, in bytes: whoever sent it may hold much more memory.
+pub const RAW_WAL_SMALL_BYTES: usize = 16 * 1024;
+/// Memory that is taken for such pieces at once, in bytes.
+pub const RAW_WAL_CHUNK_BYTES: usize = 64 * 1024;
+const _: () = assert!(RAW_WAL_SMALL_BYTES <= RAW_WAL_CHUNK_BYTES);
+/// Records that ingest takes in before other tasks get their turn.
+pub const INGEST_SLICE_RECORDS: usize = 32;
+/// Writes of one layer file that the device has at once, of [`LAYER_WRITE_BYTES`] at most.
+pub const LAYER_WRITES_MAX: usize = 3;
+// Idle timelines.
+
+/// Within the time after which an unused timeline is closed, it is looked at so often.
+pub const IDLE_LOOKS: u64 = 4;
+/// Pause between two looks at whether the tasks of a timeline that is being closed have ended, in
+/// milliseconds.
+pub const CLOSING_POLL_MS: u64 = 1;
+/// Within this time each timeline that is closed and has history is opened once and collected, in
+/// milliseconds.
+pub const CLOSED_GC_PERIOD_MS: u64 = 24 * 3600 * 1000;
+// Back-pressure.
+
+/// Ingest is not slowed for the checkpoint while so many thousandths of layers are in memory,
+/// open or frozen: one may be written while the next fills.
+pub const INGEST_FROZEN_MILLI_FREE: u64 = 1500;
+/// Ingest is not slowed for compaction while there are so many thousandths of L0 layers, those
+/// counted that are still in memory.
+pub const INGEST_L0_MILLI_FREE: u64 = L0_LAYERS_URGENT as u64 * 1000 + 1000;
+/// Ingest is not slowed for memory while open and frozen layers take so much of their budget.
+pub const INGEST_MEMORY_PERCENT_FREE: u64 = 120;
+/// The rate at which slowing begins, in bytes per second: more than a core can decode.
+pub const INGEST_FAST_BYTES_PER_S: u64 = 1 << 30;
+/// The rate at which it ends: a layer in so many seconds.
+pub const INGEST_SLOWEST_LAYER_S: u64 = 256;
+/// WAL is taken in at this rate at least when L0 layers cannot be merged, in bytes per second.
+pub const INGEST_STUCK_BYTES_PER_S: u64 = 1 << 20;
+/// Merges of L0 layers that fail one after the other before they count as stuck.
+pub const L0_MERGE_FAILURES_MAX: u32 = 3;
+/// Layers of one read that are read at once, once it is known that one is not enough; all but one
+/// of them may turn out not to be needed.
+pub const READ_LAYERS_CONCURRENT_MAX: usize = 4;
+
+const _: () = assert!(INGEST_FROZEN_MILLI_FREE < FROZEN_LAYERS_MAX as u64 * 1000);
+const _: () = assert!(INGEST_L0_MILLI_FREE < L0_LAYERS_MAX as u64 * 1000);
+const _: () = assert!(INGEST_MEMORY_PERCENT_FREE < MEMORY_OVERDRAFT_PERCENT);
+// Read depth.
+
+/// Numbers of layers that a read may take blocks of and that are counted one by one.
+pub const READ_LAYERS_COUNTED: usize = 32;
+/// Numbers of records that a read may apply and that are counted one by one.
+pub const READ_RECORDS_COUNTED: usize = 256;
+// Wal-redo processes.
+
+/// Wal-redo processes of one core at the same time, spares included.
+pub const REDO_PROCESSES_MAX: usize = 8;
+/// Of these, started but bound to no tenant yet.
+pub const REDO_SPARES: usize = 1;
+/// A process without a request for so long is ended.
+pub const REDO_IDLE: std::time::Duration = std::time::Duration::from_secs(60);
+/// A process that others wait for is given up after this time, however many requests come in.
+pub const REDO_SLICE: std::time::Duration = std::time::Duration::from_millis(500);
+/// Tenants of one core, jobs in the background included, that redo can serve.
+pub const REDO_SEATS_MAX: usize = 64 * 1024;
+/// A process that was busy for so long is replaced: the kernel ends it after an hour of CPU time.
+pub const REDO_PROCESS_BUSY_MAX: std::time::Duration = std::time::Duration::from_secs(1800);
+/// Inputs of failed redo that a node keeps.
+pub const REDO_FAILED_FILES_MAX: usize = 64;
+/// Largest input of failed redo that is kept, in bytes.
+pub const REDO_FAILED_BYTES_MAX: usize = 16 * 1024 * 1024;
+
+const _: () = assert!(REDO_SPARES < REDO_PROCESSES_MAX);
+const _: () = assert!(REDO_FAILED_BYTES_MAX > REDO_RECORD_BYTES_MAX);

@@ -33,7 +33,15 @@ fn a_real_directory_is_checked() {
     let root = Root::new("check");
     let primary = root.cluster("primary", false);
     primary.pgbench_init("postgres", 2).unwrap();
-    let mut node = root.node(&["checkpoint_distance_bytes=2000000", "image_layer_bytes=8000000"]);
+    let mut node = root.node(&[
+        "checkpoint_distance_bytes=2000000",
+        "image_layer_bytes=8000000",
+        "compaction_image_percent=5",
+        "gc_horizon_bytes=100000",
+        "pitr_interval_s=0",
+        "gc_period_s=1",
+        "timeline_idle_s=1",
+    ]);
     let id = Id(3, 4);
     let data = node.data_dir();
     let data = data.to_str().unwrap();
@@ -41,20 +49,46 @@ fn a_real_directory_is_checked() {
     assert_eq!(status, 0, "a node without tenants: {text}");
     succeeds(&node, "attach", id, &["--primary", &primary.conninfo(), "--slot", "s"]);
 
-    // While it runs, layers and segments come and go.
+    // While it runs, layers and segments come and go, branches too.
     std::thread::scope(|scope| {
         let load = scope.spawn(|| {
             let options = ["-c", "3", "-j", "2", "-T", "8"];
             primary.pgbench("postgres", &options, |_| {}).map_err(|error| error.to_string())
         });
+        let node = &node;
+        let branches = scope.spawn(move || {
+            let (client, branch) = (node.admin().unwrap(), Id(3, 5).timeline());
+            let mut made = 0;
+            while !load.is_finished() {
+                client.create_branch(id.shard(), branch, id.timeline(), None, None).unwrap();
+                std::thread::sleep(std::time::Duration::from_millis(fastrand::u64(0..300)));
+                client.delete_timeline(id.shard(), branch).unwrap();
+                made += 1;
+            }
+            (made, load.join())
+        });
         let mut checks = 0;
-        while !load.is_finished() {
+        while !branches.is_finished() {
             let (status, text) = run(&["check", data]);
             assert_eq!(status, 0, "{text}");
             checks += 1;
         }
-        load.join().unwrap().unwrap();
-        assert!(checks > 1);
+        let (made, loaded) = branches.join().unwrap();
+        loaded.unwrap().unwrap();
+        let metric = |name: &str| {
+            let text = node.admin().unwrap().metrics().unwrap();
+            let line =
+                |line: &str| line.strip_prefix(name)?.rsplit(' ').next()?.parse::<u64>().ok();
+            text.lines().filter_map(line).sum::<u64>()
+        };
+        let removed = metric("pgstrata_gc_layers_removed_total{");
+        let collections = metric("pgstrata_gc_runs_total{");
+        let merges = metric("pgstrata_compaction_l0_merges_total{");
+        println!(
+            "{checks} checks, {made} branches, {merges} merges, {collections} collections of \
+             {removed} layers"
+        );
+        assert!(checks > 1 && made > 1 && merges > 0 && collections > 0);
     });
     wait_for(&node, id, oracle::mark(&primary).unwrap().end);
     node.kill().unwrap();
@@ -64,7 +98,7 @@ fn a_real_directory_is_checked() {
     let (status, text) = run(&["check", data, "--quiet", "--json"]);
     let sums: serde_json::Value = serde_json::from_str(&text).unwrap();
     assert_eq!((status, &sums["summary"]["damaged_files"]), (0, &0.into()));
-    assert!(sums["summary"]["values"].as_u64().unwrap() > 10_000, "{text}");
+    assert!(sums["summary"]["values"].as_u64().unwrap() > 5_000, "{text}");
 
     let timeline = Path::new(data)
         .join("tenants")
@@ -91,6 +125,7 @@ fn a_real_directory_is_checked() {
         let name = victim.file_name().unwrap().to_str().unwrap();
         let mut lines = text.lines().filter(|line| line.starts_with("DAMAGED "));
         assert_eq!(status, 1, "{name} {text}");
+        assert!(name != "index" || text.contains("put an index back"), "{text}");
         assert!(lines.next().unwrap().contains(name), "{name} {text}");
         std::fs::write(victim, &right).unwrap();
     }

@@ -3,7 +3,8 @@
 
 #![allow(clippy::disallowed_methods, reason = "a test that runs programs")]
 
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
+use std::path::Path;
 use std::process::Command;
 use std::time::{Duration, Instant};
 
@@ -12,6 +13,7 @@ use pgstrata::base::{Lsn, RelTag};
 use pgstrata::cli::pg::{PgCluster, StopMode, control_data};
 use pgstrata::cli::redo_compare::read_wal;
 use pgstrata::cli::workload;
+use pgstrata::fuzz::native_redo_seed;
 use pgstrata::redo::RedoSettings;
 use pgstrata::redo::native::apply;
 use pgstrata::wal::record::Record;
@@ -148,6 +150,40 @@ impl Dice {
     }
 }
 
+/// The smallest records and pages of each kind, for the corpus of the fuzz target `native_redo`:
+/// `RECORD_FUZZ_CORPUS=1 cargo test --test native_redo damage`.
+#[derive(Default)]
+struct Seeds(BTreeMap<(u8, u8, bool), Vec<Vec<u8>>>);
+
+impl Seeds {
+    const OF_A_KIND: usize = 3;
+
+    fn add(&mut self, record: &Record, bytes: &[u8], lsn: Lsn, page: &Page) {
+        let Some(seed) = native_redo_seed(bytes, lsn, page, true) else { return };
+        let image = record.blocks.iter().any(|block| block.image.is_some());
+        let kind = (record.header.rmgr, record.header.operation(), image);
+        let kept = self.0.entry(kind).or_default();
+        if kept.len() < Seeds::OF_A_KIND || kept.last().is_some_and(|last| seed.len() < last.len())
+        {
+            kept.push(seed);
+            kept.sort_by_key(Vec::len);
+            kept.truncate(Seeds::OF_A_KIND);
+        }
+    }
+
+    fn write(&self) {
+        let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("test_data/fuzz/native_redo");
+        std::fs::create_dir_all(&root).unwrap();
+        for ((rmgr, operation, image), seeds) in &self.0 {
+            for (number, seed) in seeds.iter().enumerate() {
+                let image = if *image { "-image" } else { "" };
+                let name = format!("{rmgr:02}-{operation:02x}{image}-{number}");
+                std::fs::write(root.join(name), seed).unwrap();
+            }
+        }
+    }
+}
+
 /// Damaged records and pages: whatever comes of it, it comes soon, and nothing panics.
 #[test]
 fn damage_does_no_harm() {
@@ -164,19 +200,21 @@ fn damage_does_no_harm() {
     let (mut dice, mut tried, mut refused, mut longest) = (Dice(7), 0u64, 0u64, Duration::ZERO);
     let mut seen = 0u64;
     let mut try_one = |page: &mut Page, bytes: Vec<u8>, block: u8, lsn: Lsn| {
-        let Ok(record) = Record::parse(&bytes.into()) else { return };
+        let Ok(record) = Record::parse(&bytes) else { return };
         let Some(block) = record.block(block) else { return };
         let begin = Instant::now();
         refused += u64::from(apply(page, &record, block, lsn, &HINTS).is_err());
         longest = longest.max(begin.elapsed());
         tried += 1;
     };
+    let mut seeds = Seeds::default();
     read_wal(&cluster.data().join("pg_wal"), from, |found| {
         let record = Record::parse(&found.bytes)?;
         seen += 1;
         for block in &record.blocks {
             let page =
                 pages.entry((block.rel, block.block)).or_insert_with(|| Box::new([0; PAGE_SIZE]));
+            seeds.add(&record, &found.bytes, found.end, page);
             // Common kinds now and then, rare ones always.
             let common = matches!(record.header.rmgr, 10 | 20) || record.header.info < 0x10;
             for _ in 0..if common && !seen.is_multiple_of(200) { 0 } else { 12 } {
@@ -193,6 +231,9 @@ fn damage_does_no_harm() {
         Ok(true)
     })
     .unwrap();
+    if std::env::var_os("RECORD_FUZZ_CORPUS").is_some() {
+        seeds.write();
+    }
     println!("{seen} records; {tried} damaged, {refused} refused, the longest took {longest:?}");
     assert!(tried > 100_000 && refused > tried / 20, "{tried} {refused}");
     assert!(longest < Duration::from_secs(1), "{longest:?}");

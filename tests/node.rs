@@ -527,3 +527,63 @@ fn stalling_proxy(primary: &PgCluster) -> u16 {
     });
     port
 }
+
+/// What `psql` prints for one command of the page service, and what it complains of.
+fn psql(node: &DemoNode, command: &str) -> (String, String) {
+    let program = pgstrata::cli::pg::bin_dir().join("psql");
+    let address = node.page_address();
+    let port = address.split_once(':').unwrap().1;
+    let target = format!("host=127.0.0.1 port={port} user=u dbname=d sslmode=disable");
+    let output = std::process::Command::new(program)
+        .args(["--no-psqlrc", "-At", "--pset", "null=NULL", "-d", &target, "-c", command])
+        .output()
+        .unwrap();
+    let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).trim().to_owned();
+    (text(&output.stdout), text(&output.stderr))
+}
+
+#[test]
+fn leases_are_taken_over_libpq() {
+    let root = Root::new("lease");
+    let cluster = stopped_cluster(&root);
+    let mut node = root.node(&[]);
+    let id = Id(1, 1);
+    succeeds(&node, "import", id, &["--pgdata", text(cluster.data())]);
+    let lsn = info(&node, id).last_record_lsn;
+    let command = |lsn: Lsn| format!("lease lsn {} {} {lsn}", id.shard(), id.timeline());
+    let now_ms = || {
+        let now = std::time::SystemTime::now();
+        now.duration_since(std::time::UNIX_EPOCH).unwrap().as_millis() as u64
+    };
+    let before = now_ms();
+    let (answer, complaint) = psql(&node, &command(lsn));
+    let valid_until: u64 = answer.parse().unwrap_or_else(|_| panic!("{answer} {complaint}"));
+    let minutes = (before + 599_000)..=(now_ms() + 600_000);
+    assert!(minutes.contains(&valid_until), "{valid_until}, it is {before}");
+    let held = |node: &DemoNode| {
+        let client = node.admin().unwrap();
+        let args: [(&str, String); 0] = [];
+        client.history::<serde_json::Value>(id.shard(), id.timeline(), "lsn_lease", &args).unwrap()
+    };
+    assert_eq!(held(&node)["leases"][0]["lsn"], lsn.to_string());
+    // Never: NULL, and why. Not yet: an error.
+    let (answer, complaint) = psql(&node, &command(Lsn(8)));
+    assert!(
+        answer == "NULL" && complaint.contains("history of this timeline begins"),
+        "{complaint}"
+    );
+    let (answer, complaint) = psql(&node, &command(Lsn(lsn.0 + (1 << 30))));
+    assert!(answer.is_empty() && complaint.contains("ask again when it is there"), "{complaint}");
+    let other = Id(2, 2);
+    let unknown = format!("lease lsn {} {} {lsn}", other.shard(), other.timeline());
+    assert!(psql(&node, &unknown).1.contains("is not on this node"));
+    assert!(psql(&node, "lease lsn 1 2 3").1.contains("write: lease lsn TENANT TIMELINE LSN"));
+    // The lease is there after a crash; a renewal does not shorten it.
+    node.kill().unwrap();
+    node.start_again().unwrap();
+    assert_eq!(held(&node)["leases"][0]["lsn"], lsn.to_string());
+    let renewed: u64 = psql(&node, &command(lsn)).0.parse().unwrap();
+    assert!(renewed >= valid_until);
+    // The page service goes on after it, and it is all counted.
+    is_equal(&node, id, lsn, cluster.data(), false);
+}

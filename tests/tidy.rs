@@ -16,7 +16,7 @@ const PURE_PERCENT_MIN: usize = 60;
 
 /// Who may import whom: a directory of `src/`, then what it may name after `crate::`.
 const IMPORTS: &[(&str, &[&str])] = &[
-    ("base", &["base"]),
+    ("base", &["base", "limits"]),
     ("io", &["io", "base", "limits"]),
     ("wal", &["wal", "io", "base", "limits"]),
     ("layers", &["layers", "io", "base", "limits"]),

@@ -10,6 +10,8 @@
     reason = "a benchmark drives other programs and measures time"
 )]
 
+pub mod images;
+pub mod parts;
 pub mod recorded;
 pub mod shard;
 

@@ -7,19 +7,22 @@ use std::path::{Path, PathBuf};
 use std::rc::Rc;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread;
 use std::time::Duration;
 
 use bytes::Bytes;
 use futures_util::future::{LocalBoxFuture, select};
-use glommio::{LocalExecutorBuilder, Placement};
+use glommio::{Latency, LocalExecutorBuilder, Placement, Shares};
 use pgstrata::base::lsn::Lsn;
 use pgstrata::base::{TenantId, TenantShardId, TimelineId};
 use pgstrata::cli::pg::bin_dir;
 use pgstrata::config::Config;
 use pgstrata::io::uring::UringIo;
+use pgstrata::limits::{HEARTBEAT_INTERVAL_MS, PREEMPT_INTERVAL_US};
 use pgstrata::redo::child::{ChildRedo, ChildSettings};
 use pgstrata::redo::native::run::NativeRedo;
 use pgstrata::redo::{Redo, RedoMaker, RedoSettings};
+use pgstrata::server::mesh::{Progress, Pulse, beat};
 use pgstrata::shard::background;
 use pgstrata::shard::control::{CoreControl, CoreMetrics, CreateTimeline, TimelineSource};
 use pgstrata::shard::follow::Connector;
@@ -124,17 +127,46 @@ impl RedoFactory for Children {
     fn metrics(&self, _: &mut CoreMetrics) {}
 }
 
-/// Timers move an executor on that slept over a wake-up by the other one.
-async fn beat_until(done: Arc<AtomicBool>) {
+async fn until(done: Arc<AtomicBool>) {
     while !done.load(Ordering::Acquire) {
         glommio::timer::sleep(Duration::from_millis(5)).await;
     }
+}
+
+/// As in a node: an executor that went to sleep over a task that can run is woken from outside. A
+/// timer of its own would not do: the task that waits for it may be the one that is slept over.
+fn start_beat(progress: Progress) {
+    let latency = Latency::Matters(Duration::from_millis(1));
+    let queue = glommio::executor().create_task_queue(Shares::default(), latency, "heartbeat");
+    glommio::spawn_local_into(beat(progress), queue).expect("the queue is there").detach();
+}
+
+fn tick_until(done: Arc<AtomicBool>, mut pulses: [Pulse; 2]) {
+    while !done.load(Ordering::Acquire) {
+        thread::sleep(Duration::from_millis(HEARTBEAT_INTERVAL_MS));
+        pulses.iter_mut().for_each(Pulse::tick);
+    }
+}
+
+fn executor() -> LocalExecutorBuilder {
+    LocalExecutorBuilder::new(Placement::Fixed(0))
+        .preempt_timer(Duration::from_micros(PREEMPT_INTERVAL_US))
+}
+
+/// As in a node: the background executor gets what the other leaves.
+#[allow(unsafe_code, reason = "setpriority has no safe wrapper")]
+fn lower_priority() {
+    // SAFETY: the call takes three numbers and touches no memory; `0` names the calling thread.
+    let result = unsafe { nix::libc::setpriority(nix::libc::PRIO_PROCESS, 0, 10) };
+    assert_eq!(result, 0, "setpriority");
 }
 
 /// What a benchmark works with.
 pub struct Bed {
     pub shard: Rc<Shard<UringIo, Replay>>,
     pub timeline: Rc<Timeline<UringIo>>,
+    /// The serve executor.
+    pub io: UringIo,
     /// WAL comes in once this is true.
     pub gate: Rc<Cell<bool>>,
 }
@@ -156,20 +188,29 @@ where
     // Tasks that wait keep their ends of the channel when the serve executor goes.
     let done = Arc::new(AtomicBool::new(false));
     let seen = done.clone();
-    let runner = LocalExecutorBuilder::new(Placement::Fixed(0)).spawn(move || async move {
+    let pulses = [Pulse::default(), Pulse::default()];
+    let [background_progress, serve_progress] = [pulses[0].progress(), pulses[1].progress()];
+    let ticked = done.clone();
+    let ticks = thread::spawn(move || tick_until(ticked, pulses));
+    let runner = executor().spawn(move || async move {
+        lower_priority();
+        background_progress.begin().await;
+        start_beat(background_progress);
         let work = std::pin::pin!(runner.run(UringIo::new()));
-        let end = std::pin::pin!(beat_until(seen));
+        let end = std::pin::pin!(until(seen));
         select(work, end).await;
     });
     let runner = runner.map_err(|error| error.to_string())?;
     let (data_dir, backup) = (dir.to_owned(), recorded.backup.join("data"));
     let from = recorded.start()?;
-    let serve = LocalExecutorBuilder::new(Placement::Fixed(0)).spawn(move || async move {
-        glommio::spawn_local(beat_until(Arc::default())).detach();
+    let serve = executor().spawn(move || async move {
+        serve_progress.begin().await;
+        start_beat(serve_progress);
         let gate = Rc::new(Cell::new(false));
+        let io = UringIo::new();
         let context = ShardContext {
             core: 0,
-            io: UringIo::new(),
+            io: io.clone(),
             background,
             data_dir: data_dir.clone(),
             config,
@@ -195,7 +236,7 @@ where
                 Err(error) => return Err(error.into()),
             }
         };
-        let result = story(Rc::new(Bed { shard: shard.clone(), timeline, gate })).await;
+        let result = story(Rc::new(Bed { shard: shard.clone(), timeline, io, gate })).await;
         shard.shutdown().await;
         result
     });
@@ -204,6 +245,7 @@ where
     done.store(true, Ordering::Release);
     let result = result.map_err(|error| error.to_string())??;
     runner.join().map_err(|error| error.to_string())?;
+    ticks.join().map_err(|_| "the heartbeat's thread panicked")?;
     fs::remove_dir_all(dir)?;
     Ok(result)
 }

@@ -3,7 +3,7 @@
  * in the search for __libc_start_main. If the first argument is --wal-redo, it passes its own
  * main to glibc; otherwise the binary starts as ever.
  *
- * Usage: postgres --wal-redo --hint-bits=on|off [--uid=N --gid=N]
+ * Usage: postgres --wal-redo --hint-bits=on|off [--uid=N --gid=N] [--sandbox=optional]
  *
  * The working directory must be an empty directory. Two subdirectories are made there, and
  * removed before the first request.
@@ -43,7 +43,8 @@ static void
 usage(const char *problem, const char *argument)
 {
 	fprintf(stderr, "wal-redo: %s%s\n"
-			"usage: postgres --wal-redo --hint-bits=on|off [--uid=N --gid=N]\n",
+			"usage: postgres --wal-redo --hint-bits=on|off [--uid=N --gid=N] "
+			"[--sandbox=optional]\n",
 			problem, argument);
 	_exit(1);
 }
@@ -73,6 +74,8 @@ parse_options(int argc, char **argv)
 			have_hint_bits = options.hint_bits_logged = true;
 		else if (strcmp(argv[i], "--hint-bits=off") == 0)
 			have_hint_bits = true;
+		else if (strcmp(argv[i], "--sandbox=optional") == 0)
+			options.sandbox_optional = true;
 		else if (strncmp(argv[i], "--uid=", 6) == 0)
 			options.uid = parse_id(argv[i] + 6);
 		else if (strncmp(argv[i], "--gid=", 6) == 0)
@@ -193,7 +196,7 @@ wal_redo_main(int argc, char **argv, char **envp)
 	sandbox_set_limits();
 	start_server(argv[0], &options);
 	pages_init();
-	sandbox_close();
+	sandbox_close(&options);
 	serve();
 }
 

@@ -25,12 +25,13 @@
 #define WALREDO_RECORD_MAX (8 * 1024 * 1024)
 
 /* Version of the protocol; the answer to a ping names it. */
-#define WALREDO_PROTOCOL 1
+#define WALREDO_PROTOCOL 2
 
 /* What the caller of the process settled on its command line. */
 typedef struct WalRedoOptions
 {
 	bool		hint_bits_logged;	/* source has checksums or wal_log_hints */
+	bool		sandbox_optional;	/* go on where there is no seccomp */
 	bool		drop_uid;		/* become uid and gid */
 	uint32		uid;
 	uint32		gid;
@@ -39,7 +40,8 @@ typedef struct WalRedoOptions
 /* sandbox.c; each of them ends the process where it fails */
 extern void sandbox_drop_privileges(const WalRedoOptions *options);
 extern void sandbox_set_limits(void);
-extern void sandbox_close(void);
+extern void sandbox_close(const WalRedoOptions *options);
+extern const char *sandbox_state(void);
 
 /* pages.c; errors are raised with ereport */
 extern void pages_init(void);

@@ -29,6 +29,19 @@
 /* Address space of the process; the shared libraries take some 300 MB of it. */
 #define SANDBOX_ADDRESS_SPACE ((rlim_t) 2 << 30)
 
+/* CPU time of its whole life, in seconds. The caller replaces a process well before. */
+#define SANDBOX_CPU_SECONDS ((rlim_t) 3600)
+
+/*
+ * Landlock (linux/landlock.h, which older systems lack). The numbers of its system calls are the
+ * same on all machines.
+ */
+#define LANDLOCK_CREATE_RULESET 444
+#define LANDLOCK_RESTRICT_SELF 446
+#define LANDLOCK_VERSION_FLAG 1
+
+static const char *state = "none";
+
 static void
 fail(const char *what)
 {
@@ -95,11 +108,57 @@ sandbox_set_limits(void)
 }
 
 /*
+ * Forbids every access by path, to the network and to other processes that this kernel can
+ * forbid. The filter below forbids them too; this holds should it have a hole. A kernel without
+ * Landlock does without. True if it is in force.
+ */
+static bool
+forbid_paths(void)
+{
+	struct
+	{
+		uint64		fs;
+		uint64		net;
+		uint64		scope;
+	}			ruleset = {0};
+	long		version;
+	long		fd;
+
+	version = syscall(LANDLOCK_CREATE_RULESET, NULL, 0, LANDLOCK_VERSION_FLAG);
+	if (version < 1)
+	{
+		if (version == 0 || errno == ENOSYS || errno == EOPNOTSUPP)
+			return false;
+		fail("landlock_create_ruleset");
+	}
+	ruleset.fs = 0x1fff;		/* execute, read, write, remove, make */
+	if (version >= 2)
+		ruleset.fs |= 1 << 13;	/* link to and from other directories */
+	if (version >= 3)
+		ruleset.fs |= 1 << 14;	/* truncate */
+	if (version >= 4)
+		ruleset.net = 3;		/* bind, connect */
+	if (version >= 5)
+		ruleset.fs |= 1 << 15;	/* ioctl of devices */
+	if (version >= 6)
+		ruleset.scope = 3;		/* abstract sockets, signals */
+	fd = syscall(LANDLOCK_CREATE_RULESET, &ruleset, sizeof(ruleset), 0);
+	if (fd < 0)
+		fail("landlock_create_ruleset");
+	if (syscall(LANDLOCK_RESTRICT_SELF, fd, 0) != 0)
+		fail("landlock_restrict_self");
+	if (close((int) fd) != 0)
+		fail("close");
+	return true;
+}
+
+/*
  * Leaves stdin, stdout and stderr, and of the system calls read, write, brk and exit_group. Any
- * other call kills the process.
+ * other call kills the process. Where the filter cannot be installed the process ends, unless
+ * the caller said that it may go on.
  */
 void
-sandbox_close(void)
+sandbox_close(const WalRedoOptions *options)
 {
 	struct sock_filter filter[] = {
 		BPF_STMT(BPF_LD | BPF_W | BPF_ABS, offsetof(struct seccomp_data, arch)),
@@ -114,15 +173,29 @@ sandbox_close(void)
 		BPF_STMT(BPF_RET | BPF_K, SECCOMP_RET_ALLOW),
 	};
 	struct sock_fprog program = {lengthof(filter), filter};
+	bool		no_paths;
 
+	if (clearenv() != 0)
+		fail("clearenv");
+	/* Linux 5.9; the node needs a newer one. */
 	if (syscall(__NR_close_range, 3, ~0U, 0) != 0)
-	{
-		/* Linux before 5.9 */
-		for (int fd = 3; fd < 1024; fd++)
-			close(fd);
-	}
+		fail("close_range");
+	no_paths = forbid_paths();
 	limit(RLIMIT_NOFILE, 3);
 	limit(RLIMIT_FSIZE, 0);
-	if (prctl(PR_SET_SECCOMP, SECCOMP_MODE_FILTER, &program) != 0)
-		fail("prctl(PR_SET_SECCOMP)");
+	limit(RLIMIT_CPU, SANDBOX_CPU_SECONDS);
+	if (prctl(PR_SET_SECCOMP, SECCOMP_MODE_FILTER, &program) == 0)
+		state = no_paths ? "seccomp+landlock" : "seccomp";
+	else if (options->sandbox_optional)
+		fprintf(stderr, "wal-redo: RUNS WITHOUT A SANDBOX (prctl(PR_SET_SECCOMP): %s): "
+				"whoever writes its WAL can take it over\n", strerror(errno));
+	else
+		fail("no sandbox, so it does not run: prctl(PR_SET_SECCOMP)");
+}
+
+/* What holds the process: seccomp+landlock, seccomp or none. */
+const char *
+sandbox_state(void)
+{
+	return state;
 }

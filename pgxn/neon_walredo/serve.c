@@ -12,11 +12,11 @@
 #include <setjmp.h>
 #include <unistd.h>
 
+#include "access/xlog.h"
 #include "access/xlogrecord.h"
 #include "miscadmin.h"
 #include "port/pg_bswap.h"
 #include "storage/bufpage.h"
-#include "utils/guc.h"
 #include "utils/memutils.h"
 
 #define MESSAGE_HEADER 5		/* u8 tag, u32 length of the body */
@@ -202,9 +202,9 @@ pong(void)
 	char		text[100];
 	int			len;
 
-	len = snprintf(text, sizeof(text), "walredo %d postgres %d hint-bits %s",
-				   WALREDO_PROTOCOL, PG_VERSION_NUM,
-				   GetConfigOption("wal_log_hints", false, false));
+	len = snprintf(text, sizeof(text), "walredo %d postgres %d sandbox %s hint-bits %s",
+				   WALREDO_PROTOCOL, PG_VERSION_NUM, sandbox_state(),
+				   wal_log_hints ? "on" : "off");
 	reply(REPLY_PONG, text, len);
 }
 
@@ -231,6 +231,12 @@ handle(uint8 tag, const char *body, uint32 len)
 			break;
 		case 'H':
 			expect_length(tag, len, 0);
+			pong();
+			break;
+		case 'S':
+			expect_length(tag, len, 1);
+			/* Read by XLogHintBitIsNeeded(). */
+			wal_log_hints = body[0] != 0;
 			pong();
 			break;
 		default:

@@ -22,6 +22,7 @@
 //! | GET `…/{timeline}/lsn_lease` | `{"gc_cutoff_lsn", "leases"}` |
 //! | POST `…/{timeline}/lsn_lease` | takes or prolongs a lease: `{"lsn": …, "seconds": …}` |
 //! | PUT `…/{timeline}/do_gc` | collects garbage: `{"gc_horizon_bytes": …, "pitr_interval_s": …}` |
+//! | GET `/v1/redo` | wal-redo processes by core: tenant, pid, age, requests, last redo |
 //! | GET `/metrics` | Prometheus text |
 //!
 //! Points in time are RFC 3339. Errors are `{"error": "what happened"}` with 400, 404, 409 or 503.
@@ -45,8 +46,8 @@ use crate::limits::{ADMIN_BODY_BYTES_MAX, CONTROL_REPLY_MS_MAX};
 use crate::server::mesh::{Control, Mesh, Message};
 use crate::server::router::owner;
 use crate::shard::control::{
-    Change, ControlError, CoreMetrics, CreateBranch, CreateTimeline, TenantInfo, TimelineInfo,
-    TimelineSource,
+    Change, ChildStatus, ControlError, CoreMetrics, CreateBranch, CreateTimeline, TenantInfo,
+    TimelineInfo, TimelineSource,
 };
 use crate::shard::index::WalSourceConfig;
 use crate::shard::tenant_config::TenantConfig;
@@ -147,6 +148,7 @@ fn router(state: AdminState) -> Router {
         .route("/v1/tenant/{tenant}/timeline/{timeline}/detach_ancestor", put(detach_ancestor))
         .route("/v1/tenant/{tenant}/timeline/{timeline}/checkpoint", put(checkpoint))
         .merge(super::history::routes())
+        .route("/v1/redo", get(redo_children))
         .route("/metrics", get(metrics_text))
         .fallback(|| async { not_found("there is no such path; see /v1/status, /v1/tenant") })
         .layer(DefaultBodyLimit::max(ADMIN_BODY_BYTES_MAX))
@@ -362,6 +364,27 @@ async fn checkpoint(
     let core = owner(&tenant, state.mesh.cores());
     state.ask(core, |reply| Control::Checkpoint(tenant, timeline, reply)).await??;
     Ok(StatusCode::NO_CONTENT)
+}
+
+/// The wal-redo processes of one core that are bound to a tenant.
+#[derive(Serialize)]
+struct RedoChildren {
+    core: usize,
+    /// Spares included.
+    alive: u64,
+    children: Vec<ChildStatus>,
+}
+
+async fn redo_children(
+    State(state): State<AdminState>,
+) -> Result<Json<Vec<RedoChildren>>, ApiError> {
+    let mut all = Vec::new();
+    for core in 0..state.mesh.cores() {
+        let CoreMetrics { redo_children_alive: alive, redo_children: children, .. } =
+            state.ask(core, Control::Metrics).await?;
+        all.push(RedoChildren { core, alive, children });
+    }
+    Ok(Json(all))
 }
 
 async fn metrics_text(State(state): State<AdminState>) -> Result<Response, ApiError> {

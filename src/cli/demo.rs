@@ -15,6 +15,7 @@ use std::time::{Duration, Instant};
 use super::admin_client::CommandError;
 use super::attach::wait_until_active;
 use super::demo_node::DemoNode;
+use super::kills::{Followed, Kills};
 use super::oracle::{self, Mark};
 use super::page_client::PageClient;
 use super::pg::{PgCluster, make_dir};
@@ -28,6 +29,12 @@ const TENANT: TenantId = TenantId([0x11; 16]);
 const TIMELINE: TimelineId = TimelineId([0x22; 16]);
 /// Replication slot of the node.
 const SLOT: &str = "pgstrata";
+/// Pause between two looks at which files the primary has.
+const LOOK_PAUSE: Duration = Duration::from_millis(700);
+/// Kills come within this part of pgbench's time.
+const KILL_TIME: f64 = 0.9;
+/// Kills come within this time of another load.
+const MIXED_TIME: Duration = Duration::from_secs(3);
 /// Time for the node to take in what the primary has written.
 const CATCH_UP: Duration = Duration::from_secs(120);
 
@@ -66,9 +73,12 @@ pub struct DemoArgs {
     /// A setting of the primary, such as full_page_writes=off.
     #[arg(long = "set", value_name = "NAME=VALUE")]
     settings: Vec<String>,
-    /// Kill the node (SIGKILL) so many times during the load.
+    /// Kill the node (SIGKILL) so many times during the load, at moments that are drawn.
     #[arg(long, default_value_t = 0)]
     kill: u32,
+    /// Seed of these moments.
+    #[arg(long, default_value_t = 1)]
+    seed: u64,
     /// The primary writes the image of every page after every record into the WAL
     /// (wal_consistency_checking = all), and each is compared with the page that the node
     /// rebuilds at that LSN.
@@ -176,6 +186,14 @@ fn load(
 ) -> Result<Vec<RelTag>, CommandError> {
     let done = AtomicBool::new(false);
     let mut seen = BTreeSet::new();
+    let followed =
+        Followed { tenant: TenantShardId::unsharded(TENANT), timeline: TIMELINE, slot: SLOT };
+    let time = match args.workload {
+        Load::Pgbench => Duration::from_secs(args.seconds.into()).mul_f64(KILL_TIME),
+        // Nobody knows how long it takes; at least so long.
+        Load::Mixed | Load::All => MIXED_TIME,
+    };
+    let mut kills = Kills::new(followed, args.kill, time, args.seed);
     let result = std::thread::scope(|scope| {
         let worker = scope.spawn(|| {
             let result = run_load(args, primary);
@@ -183,26 +201,32 @@ fn load(
             result.map_err(|error| error.to_string())
         });
         let mut killed = Ok(());
-        let mut kills = 0;
+        let mut next_look = Instant::now();
         while !done.load(Ordering::Acquire) {
-            std::thread::sleep(Duration::from_millis(700));
+            std::thread::sleep(Duration::from_millis(20));
             // Files come and go while they are listed; the next look sees the rest.
-            if let Ok(files) = verify_files::scan(primary.data()) {
+            if Instant::now() >= next_look
+                && let Ok(files) = verify_files::scan(primary.data())
+            {
                 seen.extend(files.forks.keys().copied());
+                next_look = Instant::now() + LOOK_PAUSE;
             }
-            if kills < args.kill && killed.is_ok() {
-                kills += 1;
-                killed = kill_and_check(primary, node, kills).map_err(|error| error.to_string());
+            if killed.is_ok() {
+                killed = kills.tick(primary, node).map_err(|error| error.to_string());
             }
         }
         let finished = worker.join().unwrap_or_else(|_| Err("the load panicked".to_owned()));
-        finished.and(killed).and(if kills < args.kill {
-            Err(format!("the load ended after {kills} kills of {}", args.kill))
-        } else {
-            Ok(())
-        })
+        finished.and(killed)
     });
     result?;
+    if kills.missing() > 0 {
+        let missing = kills.missing();
+        return Err(format!("the load ended {missing} kills of {} too early", args.kill).into());
+    }
+    if args.kill > 0 {
+        kills.finish(node)?;
+        println!("    {kills}");
+    }
     Ok(seen.into_iter().collect())
 }
 
@@ -220,45 +244,22 @@ fn run_load(args: &DemoArgs, primary: &PgCluster) -> Result<(), CommandError> {
     Ok(())
 }
 
-/// Kills the node, and checks that the primary's slot does not stand ahead of what the node has
-/// when it comes up again.
-fn kill_and_check(
-    primary: &PgCluster,
-    node: &mut DemoNode,
-    number: u32,
-) -> Result<(), CommandError> {
-    node.kill()?;
-    let sql = format!("SELECT restart_lsn FROM pg_replication_slots WHERE slot_name = '{SLOT}'");
-    let promised = primary.lsn(&sql)?;
-    node.start_again()?;
-    let tenant = TenantShardId::unsharded(TENANT);
-    let info = node.admin()?.timeline(tenant, TIMELINE)?;
-    println!(
-        "    kill {number}: the slot stands at {promised}, the node came back with {}",
-        info.journal_lsn
-    );
-    if info.journal_lsn < promised {
-        return Err(format!(
-            "the node acknowledged WAL up to {promised} and has it up to {} only",
-            info.journal_lsn
-        )
-        .into());
-    }
-    Ok(())
-}
-
 fn wait_for(node: &DemoNode, lsn: Lsn) -> Result<(), CommandError> {
     let client = node.admin()?;
-    let begin = Instant::now();
+    let mut reached = (Lsn::INVALID, Instant::now());
     loop {
         let info = client.timeline(TenantShardId::unsharded(TENANT), TIMELINE)?;
         if let Some(error) = info.error {
             return Err(error.into());
         }
+        // A node that is slower than the load may be far behind, but it goes on.
+        if info.last_record_lsn > reached.0 {
+            reached = (info.last_record_lsn, Instant::now());
+        }
         if info.last_record_lsn >= lsn {
             return Ok(());
         }
-        if begin.elapsed() > CATCH_UP {
+        if reached.1.elapsed() > CATCH_UP {
             return Err(format!("the node is at {}, not at {lsn}", info.last_record_lsn).into());
         }
         std::thread::sleep(Duration::from_millis(50));

@@ -259,6 +259,7 @@ fn piece_text(number: usize, piece: &Piece) -> String {
             let codec = match packed.codec {
                 Codec::Raw => "raw",
                 Codec::Lz4 => "lz4",
+                Codec::Zstd => "zstd",
             };
             format!(
                 "{} bytes {codec}, {} unpacked, checksum {:08X}",

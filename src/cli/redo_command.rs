@@ -1,3 +1,5 @@
+//! `pgstrata redo replay`: an input of a failed redo once more ([`super::redo_replay`]).
+//!
 //! `pgstrata redo compare`: native redo against the wal-redo child, on WAL of a load of its own or
 //! on WAL that is there.
 //!
@@ -18,6 +20,7 @@ use futures_lite::future::block_on;
 use super::admin_client::CommandError;
 use super::pg::{PgCluster, StopMode, bin_dir, control_data, make_dir};
 use super::redo_compare::{Compare, CompareReport, read_wal};
+use super::redo_replay::{ReplayArgs, replay};
 use super::service::find_library;
 use super::verify_files::{DataDirectory, scan};
 use super::workload;
@@ -36,6 +39,8 @@ pub struct RedoArgs {
 enum RedoCommand {
     /// Compare native redo with PostgreSQL's, record by record, raw bytes.
     Compare(CompareArgs),
+    /// Carry out a redo that failed in a node once more, from the file that the node kept.
+    Replay(ReplayArgs),
 }
 
 /// What runs on the primary.
@@ -94,7 +99,10 @@ pub struct CompareArgs {
 
 /// Runs `pgstrata redo`.
 pub fn run(args: RedoArgs) -> Result<(), CommandError> {
-    let RedoCommand::Compare(args) = args.command;
+    let args = match args.command {
+        RedoCommand::Compare(args) => args,
+        RedoCommand::Replay(args) => return replay(args),
+    };
     let root = std::env::temp_dir().join(format!("pgstrata-compare-{}", std::process::id()));
     make_dir(&root)?;
     std::fs::set_permissions(&root, std::os::unix::fs::PermissionsExt::from_mode(0o755))?;

@@ -243,8 +243,8 @@ impl<'a> Compare<'a> {
     /// One block of a record; true if it was applied natively.
     async fn block(
         &mut self,
-        record: &Record,
-        block: &BlockRef,
+        record: &Record<'_>,
+        block: &BlockRef<'_>,
         found: &StreamRecord,
     ) -> Result<bool, CommandError> {
         let (rel, number, lsn) = (block.rel, block.block, found.end);

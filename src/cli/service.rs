@@ -1,10 +1,9 @@
-//! What a core of a real node is made of: io_uring, primaries, wal-redo children.
+//! What a core of a real node is made of: io_uring, primaries, wal-redo processes.
 
 use std::cell::RefCell;
 use std::path::{Path, PathBuf};
 use std::rc::Rc;
-use std::sync::Arc;
-use std::sync::atomic::Ordering;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use futures_util::future::LocalBoxFuture;
@@ -12,8 +11,10 @@ use futures_util::future::LocalBoxFuture;
 use crate::base::TenantShardId;
 use crate::config::Config;
 use crate::io::uring::UringIo;
-use crate::redo::child::{ChildRedo, ChildSettings, Counters};
+use crate::limits::{REDO_IDLE, REDO_PROCESSES_MAX, REDO_SLICE, REDO_SPARES};
+use crate::redo::child::{ChildRedo, ChildStatus};
 use crate::redo::native::run::NativeRedo;
+use crate::redo::pool::{Pool, PoolSettings};
 use crate::redo::{Redo, RedoMaker, RedoSettings};
 use crate::server::node::{CoreContext, CoreService};
 use crate::server::router::owner;
@@ -25,6 +26,8 @@ use crate::shard::timeline::TimelineConfig;
 
 /// Directory, within the data directory, where children start.
 pub const REDO_DIR: &str = "redo";
+/// Directory, within the data directory, of inputs of failed redo.
+pub const REDO_FAILED_DIR: &str = "redo_failed";
 
 /// One core's shard.
 pub type NodeShard = Rc<Shard<UringIo, PrimaryConnector>>;
@@ -56,48 +59,95 @@ impl CoreService for NodeShard {
     }
 }
 
-/// Gives every tenant native redo, and behind it a wal-redo child of its own, on the core's CPU.
+/// Says what process somebody has in the background; `None` when that one is gone.
+type Watch = Box<dyn Fn() -> Option<Option<ChildStatus>>>;
+
+/// Gives every tenant native redo, and behind it processes of the core's pool.
 pub struct ChildFactory {
-    settings: ChildSettings,
+    pool: Pool,
     tenants: RefCell<Vec<(TenantShardId, Rc<NativeRedo<ChildRedo>>)>>,
-    /// Of the children that jobs have for their time.
-    background: Arc<Counters>,
+    /// Of jobs.
+    background: RefCell<Vec<Watch>>,
+    /// What was counted by services that have ended.
+    ended: RefCell<CoreMetrics>,
+}
+
+/// Adds what a service has counted.
+fn add_counters(metrics: &mut CoreMetrics, redo: &NativeRedo<ChildRedo>) {
+    let native = redo.counters();
+    metrics.redo_requests += native.pages_native.get() + native.pages_child.get();
+    metrics.redo_records += native.native_records() + native.child_records();
+    metrics.redo_pages_native += native.pages_native.get();
+    metrics.redo_records_native += native.native_records();
+    metrics.redo_misfits += native.misfits.get();
+    for ((manager, info), native, child) in native.types() {
+        let key = u16::from(manager) << 8 | u16::from(info);
+        let split = metrics.redo_types.entry(key).or_default();
+        split.native += native;
+        split.child += child;
+    }
+    native.time_ns.add_to(&mut metrics.redo_time_ns);
+    native.records.add_to(&mut metrics.redo_chain_records);
+    native.bytes.add_to(&mut metrics.redo_chain_bytes);
 }
 
 impl ChildFactory {
     /// A factory for the core on `cpu`.
     pub fn new(config: &Config, cpu: usize) -> Self {
-        let settings = ChildSettings {
-            tenant: String::new(),
+        let pool = Pool::new(PoolSettings {
             postgres_bin: config.postgres_bin.clone(),
             walredo_so: config.walredo_library.clone(),
             scratch_dir: config.data_dir.join(REDO_DIR),
             cpu: Some(cpu),
-            redo: RedoSettings { hint_bits_logged: false },
             timeout: Duration::from_millis(config.redo_timeout_ms),
-        };
-        ChildFactory { settings, tenants: RefCell::default(), background: Arc::default() }
+            processes_max: REDO_PROCESSES_MAX,
+            spares: REDO_SPARES,
+            idle: REDO_IDLE,
+            slice: REDO_SLICE,
+            failed_dir: Some(config.data_dir.join(REDO_FAILED_DIR)),
+            sandbox_optional: config.redo_sandbox_optional,
+        });
+        let (tenants, background, ended) = Default::default();
+        ChildFactory { pool, tenants, background, ended }
+    }
+
+    /// The processes that are bound to a tenant now.
+    fn children(&self) -> Vec<ChildStatus> {
+        let tenants = self.tenants.borrow();
+        let mut all: Vec<_> =
+            tenants.iter().filter_map(|(_, redo)| redo.inner().status()).collect();
+        self.background.borrow_mut().retain(|watch| match watch() {
+            Some(status) => {
+                all.extend(status);
+                true
+            }
+            None => false,
+        });
+        all
     }
 }
 
 impl RedoFactory for ChildFactory {
     fn start(&self, tenant: TenantShardId, redo: RedoSettings) -> Rc<dyn Redo> {
-        let settings = ChildSettings { tenant: tenant.to_string(), redo, ..self.settings.clone() };
-        let redo = Rc::new(NativeRedo::new(ChildRedo::new(settings), redo));
+        let child = ChildRedo::in_pool(&self.pool, tenant.to_string(), redo);
+        let redo = Rc::new(NativeRedo::new(child, redo));
         self.tenants.borrow_mut().push((tenant, redo.clone()));
         redo
     }
 
     fn background(&self, tenant: TenantShardId, redo: RedoSettings) -> RedoMaker {
-        let settings = ChildSettings { tenant: tenant.to_string(), redo, ..self.settings.clone() };
-        let counters = self.background.clone();
-        Box::new(move || Rc::new(NativeRedo::new(ChildRedo::counted(settings, counters), redo)))
+        let child = ChildRedo::in_pool(&self.pool, tenant.to_string(), redo);
+        let mut background = self.background.borrow_mut();
+        background.retain(|watch| watch().is_some());
+        background.push(Box::new(child.watch()));
+        Box::new(move || Rc::new(NativeRedo::new(child, redo)))
     }
 
     fn stop(&self, tenant: TenantShardId) -> LocalBoxFuture<'_, ()> {
         let all = std::mem::take(&mut *self.tenants.borrow_mut());
         let (mine, others): (Vec<_>, _) = all.into_iter().partition(|(other, _)| *other == tenant);
         *self.tenants.borrow_mut() = others;
+        mine.iter().for_each(|(_, redo)| add_counters(&mut self.ended.borrow_mut(), redo));
         Box::pin(async {
             for (_, redo) in mine {
                 redo.inner().shutdown().await;
@@ -111,31 +161,38 @@ impl RedoFactory for ChildFactory {
             for (_, redo) in tenants {
                 redo.inner().shutdown().await;
             }
+            if self.pool.shutdown().await {
+                let started = self.pool.counters().started.load(Ordering::Relaxed);
+                tracing::debug!(started, "wal-redo has ended; no process of it is left");
+            }
         })
     }
 
     fn metrics(&self, metrics: &mut CoreMetrics) {
+        let ended = self.ended.borrow().clone();
+        *metrics = CoreMetrics {
+            redo_requests: ended.redo_requests,
+            redo_records: ended.redo_records,
+            redo_pages_native: ended.redo_pages_native,
+            redo_records_native: ended.redo_records_native,
+            redo_misfits: ended.redo_misfits,
+            redo_types: ended.redo_types,
+            redo_time_ns: ended.redo_time_ns,
+            redo_chain_records: ended.redo_chain_records,
+            redo_chain_bytes: ended.redo_chain_bytes,
+            ..std::mem::take(metrics)
+        };
         for (_, redo) in self.tenants.borrow().iter() {
-            let (native, child) = (redo.counters(), redo.inner().counters());
-            metrics.redo_requests += native.pages_native.get() + native.pages_child.get();
-            metrics.redo_records += native.native_records() + native.child_records();
-            metrics.redo_pages_native += native.pages_native.get();
-            metrics.redo_records_native += native.native_records();
-            metrics.redo_misfits += native.misfits.get();
-            metrics.redo_children_started += child.started.load(Ordering::Relaxed);
-            metrics.redo_failures += child.failures.load(Ordering::Relaxed);
-            let micros = child.busy_micros.load(Ordering::Relaxed);
-            metrics.redo_seconds += micros as f64 / 1e6;
-            let managers = native.native.iter().zip(&native.child).zip(0u8..);
-            for ((native, child), manager) in managers {
-                let (native, child) = (native.get(), child.get());
-                if native + child > 0 {
-                    let split = metrics.redo_managers.entry(manager).or_default();
-                    split.native += native;
-                    split.child += child;
-                }
-            }
+            add_counters(metrics, redo);
         }
+        let pool = self.pool.counters();
+        let seconds = |micros: &AtomicU64| micros.load(Ordering::Relaxed) as f64 / 1e6;
+        metrics.redo_children_started += pool.started.load(Ordering::Relaxed);
+        metrics.redo_children_alive += pool.alive.load(Ordering::Relaxed);
+        metrics.redo_failures += pool.failures.load(Ordering::Relaxed);
+        metrics.redo_seconds += seconds(&pool.busy_micros);
+        metrics.redo_launch_seconds += seconds(&pool.launch_micros);
+        metrics.redo_children = self.children();
     }
 }
 

@@ -107,9 +107,10 @@ fn branch(args: BranchArgs) -> Result<(), CommandError> {
 fn list(args: &ListArgs) -> Result<(), CommandError> {
     let timelines = AdminClient::new(&args.admin)?.timelines_of(args.tenant)?;
     println!(
-        "{:<32} {:<10} {:<14} {:<32} {:<14} {:>10} {:>10} {:>10}",
+        "{:<32} {:<10} {:<14} {:<14} {:<32} {:<14} {:>10} {:>10} {:>10}",
         "timeline",
         "state",
+        "gc cutoff",
         "last record",
         "ancestor",
         "branch point",
@@ -123,9 +124,10 @@ fn list(args: &ListArgs) -> Result<(), CommandError> {
             None => ("-".to_owned(), "-".to_owned()),
         };
         println!(
-            "{:<32} {:<10} {:<14} {ancestor:<32} {lsn:<14} {:>10} {:>10} {:>10}",
+            "{:<32} {:<10} {:<14} {:<14} {ancestor:<32} {lsn:<14} {:>10} {:>10} {:>10}",
             info.timeline.to_string(),
             format!("{:?}", info.state),
+            info.gc_cutoff_lsn.to_string(),
             info.last_record_lsn.to_string(),
             info.logical_bytes.map_or("-".to_owned(), mebibytes),
             mebibytes(info.layer_bytes),

@@ -159,11 +159,15 @@ pub trait Io: Clone + 'static {
 pub trait File: 'static {
     /// What a read returns.
     type ReadBuf: Deref<Target = [u8]> + 'static;
-    /// What a write takes: zeroed, aligned memory.
+    /// What a write takes: aligned memory.
     type WriteBuf: DerefMut<Target = [u8]> + 'static;
 
     /// A zeroed buffer of `len` bytes, a multiple of [`ALIGNMENT`] and not 0.
     fn alloc(&self, len: usize) -> Self::WriteBuf;
+    /// As [`File::alloc`], but with anything in it: for callers that fill all of it.
+    fn alloc_to_fill(&self, len: usize) -> Self::WriteBuf {
+        self.alloc(len)
+    }
     /// Reads up to `len` bytes at `offset`; shorter at the end of the file.
     async fn read_at(&self, offset: u64, len: usize) -> Result<Self::ReadBuf, IoError>;
     /// Writes the whole buffer at `offset`, extending the file as needed. The buffer is at most

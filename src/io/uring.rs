@@ -119,7 +119,7 @@ impl Deref for UringRead {
     }
 }
 
-/// Zeroed, aligned memory to write from.
+/// Aligned memory to write from.
 pub struct UringBuf(DmaBuffer);
 
 impl Deref for UringBuf {
@@ -270,11 +270,15 @@ impl File for UringFile {
     type WriteBuf = UringBuf;
 
     fn alloc(&self, len: usize) -> UringBuf {
+        let mut buf = self.alloc_to_fill(len);
+        buf.fill(0);
+        buf
+    }
+
+    fn alloc_to_fill(&self, len: usize) -> UringBuf {
         self.check(0, len);
         assert!(len > 0, "a buffer of no bytes");
-        let mut buf = self.file.alloc_dma_buffer(len);
-        buf.as_bytes_mut().fill(0);
-        UringBuf(buf)
+        UringBuf(self.file.alloc_dma_buffer(len))
     }
 
     async fn read_at(&self, offset: u64, len: usize) -> Result<UringRead, IoError> {

@@ -31,7 +31,7 @@ use crate::limits::{
     LAYER_BLOCK_BYTES_MAX, LAYER_BLOCK_BYTES_TARGET, LAYER_DELTA_BLOCKS_MAX, LAYER_DELTA_KEYS_MAX,
 };
 
-/// Percentage that lz4 must save of a data block to be worth it.
+/// Percentage that packing must save of a data block to be worth it.
 const BLOCK_SAVING_PERCENT: usize = 10;
 
 /// Writes a delta layer. Memory in use: two blocks, the write buffer, the index, and 8 bytes for
@@ -76,6 +76,12 @@ impl<I: Io> DeltaWriter<I> {
             last: None,
             value_count: 0,
         })
+    }
+
+    /// Packs with zstd what is added from now on: smaller than lz4, and slower to write and read.
+    pub fn pack_tightly(mut self) -> Self {
+        self.packer = Packer::tight();
+        self
     }
 
     /// Adds a value. Keys ascend; LSNs of one key do not descend.
@@ -277,6 +283,13 @@ impl<I: Io> DeltaLayer<I> {
     async fn block(&self, number: usize, block: &BlockRef) -> Result<Bytes, LayerError> {
         let number = u32::try_from(number).expect("an index has less than 2^32 entries");
         self.file.block(number, block.offset, &block.packed).await
+    }
+
+    /// True unless filter and index tell that the layer has nothing of `key` within `lsns`.
+    pub(super) fn needs_blocks(&self, key: Key, lsns: &LsnRange) -> bool {
+        let first = self.index.first();
+        let begins_before = first.is_some_and(|block| (block.key, block.lsn) < (key, lsns.end));
+        begins_before && self.name().keys().contains(&key) && filter::may_contain(&self.filter, key)
     }
 
     /// Appends the values of `key` within `lsns` to `out`, newest first, up to and including the

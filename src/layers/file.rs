@@ -344,6 +344,15 @@ impl<I: Io> FileLayer<I> {
         }
     }
 
+    /// True if [`FileLayer::collect`] with the same arguments looks into data blocks, which it does
+    /// not where filter or index tell all.
+    pub fn needs_blocks(&self, key: Key, lsns: &LsnRange) -> bool {
+        match self {
+            FileLayer::Delta(layer) => layer.needs_blocks(key, lsns),
+            FileLayer::Image(layer) => layer.needs_blocks(key, lsns),
+        }
+    }
+
     /// For every key of the range, its newest value with `lsn < below`, unless `out` has a newer.
     ///
     /// # Errors

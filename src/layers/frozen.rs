@@ -46,7 +46,7 @@ impl FrozenLayer {
     }
 
     /// All values in order of key, then LSN.
-    pub fn entries(&self) -> impl Iterator<Item = (Key, Lsn, &Value)> {
+    pub fn entries(&self) -> impl Iterator<Item = (Key, Lsn, Value)> {
         self.versions.entries()
     }
 
@@ -72,7 +72,7 @@ impl FrozenLayer {
     ) -> Result<LayerDesc, LayerError> {
         let mut writer = DeltaWriter::create(io, dir, owner, self.lsns.clone()).await?;
         for (key, lsn, value) in self.entries() {
-            if let Err(error) = writer.add(key, lsn, value).await {
+            if let Err(error) = writer.add(key, lsn, &value).await {
                 writer.abort().await;
                 return Err(error);
             }

@@ -12,7 +12,7 @@
 //! | 4 | length unpacked |
 //! | 4 | number of values |
 //! | 4 | CRC-32C of the bytes as stored |
-//! | 1 | codec: 0 raw, 1 lz4 block |
+//! | 1 | codec: 0 raw, 1 lz4 block, 2 zstd frame |
 //!
 //! **Image layer**: runs of keys that differ only in `field6`, which counts up by one. The data
 //! region holds the content of each value (without kind byte), in key order. A run:
@@ -21,10 +21,10 @@
 //! |---|---|
 //! | 18 | first key |
 //! | 4 | number of values (1 or more); then for each: |
-//! | 1 | form: 0 page of zeros, 1 raw, 2 raw and aligned, 3 lz4 block |
+//! | 1 | form: 0 page of zeros, 1 raw, 2 raw and aligned, 3 lz4 block, 4 zstd frame |
 //! | 4 | length as stored; not for form 0 |
 //! | 4 | CRC-32C of the bytes as stored; not for form 0 |
-//! | 4 | length unpacked; only for form 3 |
+//! | 4 | length unpacked; only for forms 3 and 4 |
 //!
 //! before which stands, in 4 bytes, the number of runs. Each content begins where the one before
 //! ended, for form 2 at the next multiple of 4,096 (zeros between): a raw page is two whole device
@@ -138,11 +138,12 @@ pub(super) enum Form {
     Raw = 1,
     Aligned = 2,
     Lz4 = 3,
+    Zstd = 4,
 }
 
 impl Form {
     fn from_number(number: u8) -> Option<Form> {
-        [Form::Zero, Form::Raw, Form::Aligned, Form::Lz4]
+        [Form::Zero, Form::Raw, Form::Aligned, Form::Lz4, Form::Zstd]
             .into_iter()
             .find(|form| *form as u8 == number)
     }
@@ -271,7 +272,7 @@ impl ImageIndex {
                     out.put_u32_le(packed.stored_bytes);
                     out.put_u32_le(packed.crc);
                 }
-                if *form == Form::Lz4 {
+                if matches!(form, Form::Lz4 | Form::Zstd) {
                     out.put_u32_le(packed.raw_bytes);
                 }
             }
@@ -322,6 +323,7 @@ fn decode_blob(fields: &mut Fields<'_>, end: u64) -> Result<BlobRef, &'static st
     let (stored_bytes, crc) = (fields.u32().ok_or(CUT)?, fields.u32().ok_or(CUT)?);
     let (raw_bytes, codec) = match form {
         Form::Lz4 => (fields.u32().ok_or(CUT)?, Codec::Lz4),
+        Form::Zstd => (fields.u32().ok_or(CUT)?, Codec::Zstd),
         _ => (stored_bytes, Codec::Raw),
     };
     if raw_bytes as usize > LAYER_BLOCK_BYTES_MAX {

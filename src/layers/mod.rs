@@ -40,10 +40,9 @@ pub mod open;
 pub mod verify;
 
 mod file;
+mod places;
 mod writer;
 
-#[cfg(test)]
-mod campaign_tests;
 #[cfg(test)]
 mod tests;
 

@@ -7,11 +7,14 @@ use std::rc::Rc;
 use bytes::Bytes;
 use proptest::prelude::*;
 
+use super::format::Codec;
 use super::*;
 use crate::base::page::PAGE_SIZE;
 use crate::base::{KeyRange, LsnRange, SmallRecord, TenantId};
 use crate::io::{File, Io};
 use crate::sim::{SimIo, SimOptions, SimWorld};
+
+mod campaign;
 
 type Entries = Vec<(Key, Lsn, Value)>;
 
@@ -304,6 +307,58 @@ fn every_changed_byte_of_an_image_file_is_found() {
 }
 
 #[test]
+fn a_tightly_packed_delta_layer_is_like_another_and_every_changed_byte_is_found() {
+    simulate(|io| async move {
+        let mut entries = sample_entries();
+        entries.retain(|(_, _, value)| value.encoded_len() < 10_000);
+        let desc = write_delta(&io, &entries, Lsn(90)..Lsn(200)).await.unwrap();
+        let layer = open(&io, &desc.name).await.unwrap();
+        let right = answers(&layer).await;
+        layer.close().await.unwrap();
+        io.remove(&path_of(&desc)).await.unwrap();
+        let lsns = Lsn(90)..Lsn(200);
+        let writer = DeltaWriter::create(&io, dir(), owner(), lsns).await.unwrap();
+        let mut writer = writer.pack_tightly();
+        for (key, lsn, value) in &entries {
+            writer.add(*key, *lsn, value).await.unwrap();
+        }
+        let tight = writer.finish(Key::MIN..Key::MAX).await.unwrap();
+        assert_eq!(tight.name, desc.name);
+        let layer = open(&io, &tight.name).await.unwrap();
+        let FileLayer::Delta(delta) = &layer else { panic!("{}", tight.name) };
+        assert!(delta.index().iter().any(|block| block.packed.codec == Codec::Zstd));
+        assert_eq!(answers(&layer).await, right);
+        layer.close().await.unwrap();
+        mutate_every_byte(&io, &tight).await;
+    });
+}
+
+#[test]
+fn a_tightly_packed_image_layer_is_like_another_and_every_changed_byte_is_found() {
+    simulate(|io| async move {
+        let mut values = sample_image();
+        values.remove(&key(3));
+        let desc = write_image(&io, &values, image_keys(), Lsn(115)).await.unwrap();
+        let layer = open(&io, &desc.name).await.unwrap();
+        let right = answers(&layer).await;
+        layer.close().await.unwrap();
+        io.remove(&path_of(&desc)).await.unwrap();
+        let writer = ImageWriter::create(&io, dir(), owner(), Lsn(115)).await.unwrap();
+        let mut writer = writer.pack_tightly();
+        for (key, value) in &values {
+            writer.add(*key, value).await.unwrap();
+        }
+        let tight = writer.finish(image_keys()).await.unwrap();
+        let layer = open(&io, &tight.name).await.unwrap();
+        let FileLayer::Image(image) = &layer else { panic!("{}", tight.name) };
+        assert!(image.index().blobs().iter().any(|blob| blob.packed.codec == Codec::Zstd));
+        assert_eq!(answers(&layer).await, right);
+        layer.close().await.unwrap();
+        mutate_every_byte(&io, &tight).await;
+    });
+}
+
+#[test]
 fn pages_that_changed_places_are_found() {
     simulate(|io| async move {
         let desc = write_image(&io, &sample_image(), image_keys(), Lsn(115)).await.unwrap();
@@ -477,7 +532,7 @@ proptest! {
             values.into_iter().map(|(n, lsn, value)| (key(n), Lsn(lsn), value)).collect();
         entries.sort_by_key(|(key, lsn, _)| (*key, *lsn));
         let by_arrival = { let mut all = entries.clone(); all.sort_by_key(|(_, lsn, _)| *lsn); all };
-        let mut open_layer = OpenLayer::new(Lsn(90));
+        let mut open_layer = OpenLayer::new(Lsn(90), 1 << 24);
         for (key, lsn, value) in by_arrival {
             open_layer.put(key, lsn, value);
         }
@@ -494,7 +549,7 @@ proptest! {
         }
         assert_eq!(open_layer.value_count(), entries.len() as u64);
         let frozen = open_layer.freeze(Lsn(200));
-        let same = frozen.entries().eq(entries.iter().map(|(key, lsn, value)| (*key, *lsn, value)));
+        let same = frozen.entries().eq(entries.iter().cloned());
         assert!(same);
         simulate(move |io| async move {
             let desc = frozen.write(&io, dir(), owner()).await.unwrap();

@@ -1,22 +1,29 @@
 //! Appends to a new layer file and publishes it; shared by delta and image layers.
 //!
 //! 1. `create`: a temporary file, `<16 hex digits>.tmp`, in the directory of the layer.
-//! 2. `append`: bytes gather in an aligned buffer of 1 MiB; a full one is written. The first
-//!    4,096 bytes of the file stay free for the header.
-//! 3. `finish`: the regions, zeros, the footer, the header; sync; close; rename to the layer's
-//!    name; sync of the directory.
+//! 2. `append`: bytes gather in an aligned buffer of 1 MiB; a full one is given to the device, and
+//!    while that writes it, the next one fills. The first 4,096 bytes of the file stay free for the
+//!    header.
+//! 3. `finish`: the regions, zeros, the footer, the header; all writes come to their end; sync;
+//!    close; rename to the layer's name; sync of the directory.
 //!
 //! A crash before the rename is durable leaves at most a temporary file, which the owner of the
 //! directory removes at start. After it, the file is whole.
 
+use std::collections::VecDeque;
 use std::path::{Path, PathBuf};
+use std::rc::Rc;
+use std::task::Poll;
+
+use futures_util::future::LocalBoxFuture;
+use futures_util::poll;
 
 use crate::base::checksum::crc32c;
 use crate::io::durable::{TEMP_SUFFIX, publish};
-use crate::io::{ALIGNMENT, File, Io, IoError};
+use crate::io::{ALIGNMENT, File, Io, IoError, align_up};
 use crate::layers::format::{Description, Footer, HEADER_BYTES, Packer, frame_crc};
 use crate::layers::{LayerDesc, LayerError, LayerName, LayerOwner};
-use crate::limits::LAYER_WRITE_BYTES;
+use crate::limits::{LAYER_WRITE_BYTES, LAYER_WRITES_MAX};
 
 /// Percentage that lz4 must save of an index to be worth it.
 const INDEX_SAVING_PERCENT: usize = 10;
@@ -27,7 +34,9 @@ pub(super) struct LayerFileWriter<I: Io> {
     dir: PathBuf,
     temp: PathBuf,
     owner: LayerOwner,
-    file: I::File,
+    file: Rc<I::File>,
+    /// Writes that the device has, oldest first.
+    under_way: VecDeque<LocalBoxFuture<'static, Result<(), IoError>>>,
     buffer: <I::File as File>::WriteBuf,
     /// Bytes of the buffer in use.
     used: usize,
@@ -47,10 +56,11 @@ pub(super) struct Parts {
 impl<I: Io> LayerFileWriter<I> {
     pub(super) async fn create(io: &I, dir: &Path, owner: LayerOwner) -> Result<Self, IoError> {
         let temp = dir.join(format!("{:016x}{TEMP_SUFFIX}", io.random_u64()));
-        let file = io.create(&temp).await?;
-        let buffer = file.alloc(LAYER_WRITE_BYTES);
+        let file = Rc::new(io.create(&temp).await?);
+        let buffer = file.alloc_to_fill(LAYER_WRITE_BYTES);
         let (io, dir, offset) = (io.clone(), dir.to_owned(), HEADER_BYTES as u64);
-        Ok(LayerFileWriter { io, dir, temp, owner, file, buffer, used: 0, offset })
+        let under_way = VecDeque::new();
+        Ok(LayerFileWriter { io, dir, temp, owner, file, under_way, buffer, used: 0, offset })
     }
 
     /// The temporary file, for errors.
@@ -69,7 +79,7 @@ impl<I: Io> LayerFileWriter<I> {
             let free = self.buffer.get_mut(self.used..).unwrap_or_default();
             let len = free.len().min(bytes.len());
             let (now, later) = bytes.split_at(len);
-            free.iter_mut().zip(now).for_each(|(to, from)| *to = *from);
+            free.get_mut(..len).unwrap_or_default().copy_from_slice(now);
             self.used += len;
             bytes = later;
             if self.used == LAYER_WRITE_BYTES {
@@ -81,22 +91,63 @@ impl<I: Io> LayerFileWriter<I> {
 
     /// Adds zeros up to a multiple of the alignment.
     pub(super) async fn pad(&mut self) -> Result<(), IoError> {
-        // The buffer comes zeroed, starts at an aligned offset and ends at one.
-        self.used = self.used.next_multiple_of(ALIGNMENT);
+        // The buffer starts at an aligned offset and ends at one.
+        let padded = self.used.next_multiple_of(ALIGNMENT);
+        self.buffer.get_mut(self.used..padded).unwrap_or_default().fill(0);
+        self.used = padded;
         if self.used == LAYER_WRITE_BYTES {
             self.write_buffer().await?;
         }
         Ok(())
     }
 
+    /// Gives a buffer to the device, when that has not too many already. Its errors come later.
+    async fn write(
+        &mut self,
+        offset: u64,
+        buf: <I::File as File>::WriteBuf,
+    ) -> Result<(), IoError> {
+        while self.under_way.len() >= LAYER_WRITES_MAX {
+            self.end_oldest_write().await?;
+        }
+        let file = self.file.clone();
+        let mut write: LocalBoxFuture<'static, _> =
+            Box::pin(async move { file.write_at(offset, buf).await });
+        // Nothing is under way before it was polled once.
+        match poll!(&mut write) {
+            Poll::Ready(result) => result,
+            Poll::Pending => {
+                self.under_way.push_back(write);
+                Ok(())
+            }
+        }
+    }
+
+    async fn end_oldest_write(&mut self) -> Result<(), IoError> {
+        match self.under_way.pop_front() {
+            Some(write) => write.await,
+            None => Ok(()),
+        }
+    }
+
+    /// Waits for all writes; gives the first error.
+    async fn end_writes(&mut self) -> Result<(), IoError> {
+        let mut result = Ok(());
+        while !self.under_way.is_empty() {
+            let ended = self.end_oldest_write().await;
+            result = result.and(ended);
+        }
+        result
+    }
+
     /// Writes a full buffer.
     async fn write_buffer(&mut self) -> Result<(), IoError> {
-        let next = self.file.alloc(LAYER_WRITE_BYTES);
+        let next = self.file.alloc_to_fill(LAYER_WRITE_BYTES);
         let full = std::mem::replace(&mut self.buffer, next);
         let offset = self.offset;
         self.offset += LAYER_WRITE_BYTES as u64;
         self.used = 0;
-        self.file.write_at(offset, full).await?;
+        self.write(offset, full).await?;
         self.io.yield_if_needed().await;
         Ok(())
     }
@@ -106,12 +157,13 @@ impl<I: Io> LayerFileWriter<I> {
         if self.used == 0 {
             return Ok(());
         }
-        let mut rest = self.file.alloc(self.used);
-        rest.copy_from_slice(self.buffer.get(..self.used).unwrap_or_default());
+        let len = align_up(self.used as u64) as usize;
+        let mut rest = self.file.alloc_to_fill(len);
+        rest.copy_from_slice(self.buffer.get(..len).unwrap_or_default());
         let offset = self.offset;
-        self.offset += self.used as u64;
+        self.offset += len as u64;
         self.used = 0;
-        self.file.write_at(offset, rest).await
+        self.write(offset, rest).await
     }
 
     async fn write_end(&mut self, parts: &Parts) -> Result<LayerDesc, LayerError> {
@@ -141,7 +193,8 @@ impl<I: Io> LayerFileWriter<I> {
         self.write_rest().await?;
         let mut first = self.file.alloc(HEADER_BYTES);
         first.copy_from_slice(&header);
-        self.file.write_at(0, first).await?;
+        self.write(0, first).await?;
+        self.end_writes().await?;
         Ok(LayerDesc {
             name: parts.name.clone(),
             file_bytes: footer.file_bytes,
@@ -162,7 +215,7 @@ impl<I: Io> LayerFileWriter<I> {
         };
         let LayerFileWriter { io, dir, temp, file, .. } = self;
         let synced = file.sync().await;
-        let closed = file.close().await;
+        let closed = close::<I>(file).await;
         let target = dir.join(desc.name.to_string());
         let published = match synced.and(closed) {
             Ok(()) => publish(&io, &temp, &target).await,
@@ -176,9 +229,15 @@ impl<I: Io> LayerFileWriter<I> {
     }
 
     /// Closes and removes the temporary file. Errors are left to the cleaning at start.
-    pub(super) async fn abort(self) {
+    pub(super) async fn abort(mut self) {
+        let _ = self.end_writes().await;
         let LayerFileWriter { io, temp, file, .. } = self;
-        let _ = file.close().await;
+        let _ = close::<I>(file).await;
         let _ = io.remove(&temp).await;
     }
+}
+
+/// Closes the file, of which no write is under way.
+async fn close<I: Io>(file: Rc<I::File>) -> Result<(), IoError> {
+    Rc::into_inner(file).expect("only writes share the file, and they have ended").close().await
 }

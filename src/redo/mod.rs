@@ -3,7 +3,8 @@
 //! A request names a block, the newest page image at or below the wanted LSN (if there is one)
 //! and the records after it. [`plan`] cuts the records into runs; our own small records and
 //! images are applied there. WAL records are applied in Rust where that goes ([`native`]), else
-//! by a child process: unmodified PostgreSQL with `pgxn/neon_walredo` loaded ([`child`]).
+//! by a child process: unmodified PostgreSQL with `pgxn/neon_walredo` loaded ([`child`]), of
+//! which a core has a few ([`pool`]).
 
 use std::rc::Rc;
 
@@ -13,8 +14,11 @@ use futures_util::future::LocalBoxFuture;
 use crate::base::{BlockNumber, Kind, Lsn, RelTag};
 
 pub mod child;
+pub mod failed;
+pub mod histogram;
 pub mod native;
 pub mod plan;
+pub mod pool;
 pub mod protocol;
 pub mod record;
 pub mod small;

@@ -9,24 +9,26 @@
 //! | `A` | u64 LSN after the record, the record | apply |
 //! | `G` | none | end, reply with the page |
 //! | `H` | none | ping |
+//! | `S` | u8: hint bits are logged | settings; the reply is that to a ping |
 //!
 //! Reply: u32 big-endian length of the payload, u8 status, payload. Replies come in the order of
-//! the requests (`G` and `H` have one). After an error the process ends.
+//! the requests (`G`, `H` and `S` have one). After an error the process ends.
 //!
 //! | status | payload |
 //! |---|---|
 //! | 0 | page, 8,192 bytes |
 //! | 1 | error text |
-//! | 2 | pong: `walredo 1 postgres 150000 hint-bits on` |
+//! | 2 | pong: `walredo 2 postgres 150000 sandbox seccomp hint-bits on` |
 
 use bytes::{Buf, BufMut, Bytes, BytesMut};
 
-use super::{RedoError, RedoRequest};
+use super::{RedoError, RedoRequest, RedoSettings};
 use crate::base::page::PAGE_SIZE;
+use crate::base::{Lsn, RelNode};
 use crate::limits::{REDO_RECORD_BYTES_MAX, REDO_TEXT_BYTES_MAX};
 
 /// First words of the answer to a ping: the version of this protocol.
-pub const PONG_PREFIX: &str = "walredo 1 postgres 15";
+pub const PONG_PREFIX: &str = "walredo 2 postgres 15";
 
 const REPLY_HEADER: usize = 5;
 
@@ -61,6 +63,60 @@ fn put_message(out: &mut Vec<u8>, tag: u8, body: &[&[u8]]) {
 /// Appends a ping.
 pub fn encode_ping(out: &mut Vec<u8>) {
     put_message(out, b'H', &[]);
+}
+
+/// Appends what binds a process to a cluster.
+pub fn encode_settings(settings: RedoSettings, out: &mut Vec<u8>) {
+    put_message(out, b'S', &[&[u8::from(settings.hint_bits_logged)]]);
+}
+
+/// Why bytes are no request.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("no request of redo: {problem} at byte {at}")]
+pub struct RequestError {
+    /// What is wrong.
+    pub problem: &'static str,
+    /// Where, counted from the start of the request.
+    pub at: usize,
+}
+
+/// Takes the messages of one request apart again; for inputs that were kept on disk.
+pub fn decode_request(bytes: &Bytes) -> Result<RedoRequest, RequestError> {
+    let mut at = 0;
+    let mut request: Option<RedoRequest> = None;
+    loop {
+        let fail = |problem| RequestError { problem, at };
+        let header = bytes.get(at..).and_then(|rest| rest.first_chunk::<5>());
+        let &[tag, a, b, c, d] = header.ok_or(fail("it is cut off"))?;
+        let len = u32::from_be_bytes([a, b, c, d]) as usize;
+        let start = at + 5;
+        let end = start.checked_add(len).filter(|end| *end <= bytes.len());
+        let mut body = bytes.slice(start..end.ok_or(fail("a message is cut off"))?);
+        match (tag, &mut request) {
+            (b'B', None) if len == 17 => {
+                let fork = body.get_u8();
+                let (spc, db, rel) = (body.get_u32(), body.get_u32(), body.get_u32());
+                let rel = RelNode { spc, db, rel }.fork(fork);
+                let block = body.get_u32();
+                request = Some(RedoRequest { rel, block, base: None, records: Vec::new() });
+            }
+            (b'P', Some(request)) if len == PAGE_SIZE && request.base.is_none() => {
+                request.base = Some(body);
+            }
+            (b'A', Some(request)) if len >= 8 => {
+                let lsn = Lsn(body.get_u64());
+                request.records.push((lsn, body));
+            }
+            (b'G', Some(_)) if len == 0 => {
+                if start != bytes.len() {
+                    return Err(fail("more follows its end"));
+                }
+                return request.ok_or(RequestError { problem: "it has no beginning", at });
+            }
+            _ => return Err(fail("a message does not belong here")),
+        }
+        at = start + len;
+    }
 }
 
 /// Appends the messages of one request. The records must have passed [`super::record::check`];
@@ -129,7 +185,6 @@ pub fn decode_reply(input: &mut BytesMut) -> Result<Option<Reply>, ReplyError> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::base::{Lsn, RelNode};
 
     fn request() -> RedoRequest {
         RedoRequest {
@@ -151,6 +206,34 @@ mod tests {
         ]
         .concat();
         assert_eq!(out, expected);
+    }
+
+    #[test]
+    fn requests_are_taken_apart_again_and_damage_is_seen_or_harmless() {
+        let mut whole = request();
+        whole.base = Some(vec![9; PAGE_SIZE].into());
+        whole.records.push((Lsn(0x1_0000_0040), Bytes::from_static(b"second")));
+        for request in [request(), whole] {
+            let mut out = Vec::new();
+            encode_request(&request, &mut out).unwrap();
+            let bytes = Bytes::from(out);
+            let again = decode_request(&bytes).unwrap();
+            assert_eq!((again.rel, again.block), (request.rel, request.block));
+            assert_eq!((&again.base, &again.records), (&request.base, &request.records));
+            for cut in 0..bytes.len() {
+                assert!(decode_request(&bytes.slice(..cut)).is_err(), "{cut}");
+            }
+            for at in 0..bytes.len() {
+                let mut bad = bytes.to_vec();
+                bad[at] ^= 0x41;
+                // Whatever is read of it, it is that.
+                if let Ok(read) = decode_request(&bad.clone().into()) {
+                    let mut out = Vec::new();
+                    encode_request(&read, &mut out).unwrap();
+                    assert_eq!(out, bad, "{at}");
+                }
+            }
+        }
     }
 
     #[test]

@@ -24,18 +24,21 @@ use futures_util::future::{Either, LocalBoxFuture, select};
 use futures_util::stream::FuturesOrdered;
 use futures_util::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt, StreamExt};
 
-use crate::base::{Kind, TenantShardId, TimelineId};
+use self::lease::describe;
+use self::request::{ANY_HEADER, Reply, handle};
+use crate::base::{Kind, Lsn, TenantShardId, TimelineId};
 use crate::limits::{
     CONNECTION_HOPS_MAX, CONNECTION_READ_BYTES, CONNECTION_REPLY_BYTES_MAX,
     CONNECTION_STARTUP_MS_MAX, CONNECTION_STATEMENTS_MAX, PAGE_REQUESTS_CONCURRENT_MAX,
 };
 use crate::server::counters::{Counters, count};
-use crate::server::page_protocol::{
-    Answer, Query, Request, Version, decode_request, encode_error, encode_response,
-};
+use crate::server::page_protocol::{Version, encode_error, encode_response};
 use crate::server::pq::{self, Command, Message, Severity, SqlState, Startup, Target};
 use crate::server::router;
-use crate::shard::reader::{PageBackend, ReadError, TimelineReader};
+use crate::shard::reader::{PageBackend, ReadError};
+
+mod lease;
+mod request;
 
 /// A connection between two waits: what a core must know to go on with it.
 #[derive(Default)]
@@ -50,19 +53,29 @@ pub struct Session {
     skip_to_sync: bool,
     statements: BTreeMap<String, String>,
     portals: BTreeMap<String, String>,
-    /// The page stream to open next, and whether a simple query asked for it.
-    pending: Option<Stream>,
+    /// The command of a tenant to carry out next.
+    pending: Option<Wanted>,
     /// Moves since the last command that was served.
     hops: u32,
 }
 
-/// A page stream that a command asked for.
+/// A command that needs a timeline.
 #[derive(Clone, Copy)]
-struct Stream {
-    version: Version,
+struct Wanted {
     tenant: TenantShardId,
     timeline: TimelineId,
+    work: Work,
+    /// A simple query asked for it.
     simple: bool,
+}
+
+/// What is to be done with the timeline.
+#[derive(Clone, Copy)]
+enum Work {
+    /// A page stream.
+    Pages(Version),
+    /// A lease on an LSN.
+    Lease(Lsn),
 }
 
 /// How the work on a connection ended.
@@ -161,7 +174,7 @@ struct Conn<'a, S, B> {
 /// What a message at the command level leads to.
 enum Next {
     Go,
-    Open(Stream),
+    Open(Wanted),
     Terminate,
 }
 
@@ -182,8 +195,13 @@ where
                     return self.leave_for(owner, wanted).await.map(Some);
                 }
                 self.session.hops = 0;
-                if !self.open_stream(wanted).await? {
-                    return Ok(None);
+                match wanted.work {
+                    Work::Pages(version) => {
+                        if !self.open_stream(wanted, version).await? {
+                            return Ok(None);
+                        }
+                    }
+                    Work::Lease(lsn) => self.lease(wanted, lsn).await?,
                 }
                 continue;
             }
@@ -199,7 +217,7 @@ where
         }
     }
 
-    async fn leave_for(&mut self, owner: usize, wanted: Stream) -> Result<usize, Fault> {
+    async fn leave_for(&mut self, owner: usize, wanted: Wanted) -> Result<usize, Fault> {
         self.session.hops += 1;
         if self.session.hops > CONNECTION_HOPS_MAX {
             let text = format!("no core takes tenant {}", wanted.tenant);
@@ -362,10 +380,14 @@ where
                 Some((SqlState::UNDEFINED_PORTAL, format!("portal \"{name}\" does not exist")))
             }
             Message::Describe(target) => {
-                if matches!(target, Target::Statement(_)) {
-                    pq::put_no_parameters(out);
-                }
-                pq::put_empty(out, b'n');
+                let text = match &target {
+                    Target::Statement(name) => {
+                        pq::put_no_parameters(out);
+                        statements.get(name)
+                    }
+                    Target::Portal(name) => portals.get(name),
+                };
+                describe(out, text.map_or("", String::as_str));
                 None
             }
             Message::Close(target) => {
@@ -386,7 +408,12 @@ where
     fn command(&mut self, text: &str, simple: bool) -> Next {
         match pq::parse_command(text) {
             Ok(Command::PageStream { version, tenant, timeline }) => {
-                return Next::Open(Stream { version, tenant, timeline, simple });
+                let work = Work::Pages(version);
+                return Next::Open(Wanted { tenant, timeline, work, simple });
+            }
+            Ok(Command::Lease { tenant, timeline, lsn }) => {
+                let work = Work::Lease(lsn);
+                return Next::Open(Wanted { tenant, timeline, work, simple });
             }
             // "SELECT 1" is what other page services answer, and what drivers are used to.
             Ok(Command::Set) => pq::put_command_complete(&mut self.session.unwritten, "SELECT 1"),
@@ -408,31 +435,43 @@ where
         pq::put_ready(&mut self.session.unwritten);
     }
 
-    /// Serves a page stream; false when the connection is over, true when the stream alone is.
-    async fn open_stream(&mut self, wanted: Stream) -> Result<bool, Fault> {
+    /// The timeline that a command names; `None` when the client has been told why not.
+    async fn find(&mut self, wanted: &Wanted) -> Result<Option<Rc<B::Timeline>>, Fault> {
         let found = self.service.backend.timeline(wanted.tenant, wanted.timeline).await;
-        let timeline = match found {
-            Ok(timeline) => timeline,
+        let error = match found {
+            Ok(timeline) => return Ok(Some(timeline)),
             Err(error) if error.kind() == Kind::Shutdown => return Err(shutdown()),
-            Err(error) => {
-                let state = match error {
-                    ReadError::TenantNotFound(_) | ReadError::TimelineNotFound(..) => {
-                        SqlState::UNDEFINED_OBJECT
-                    }
-                    ReadError::NotReady { .. }
-                    | ReadError::NotMade { .. }
-                    | ReadError::Unreadable { .. }
-                    | ReadError::Archived { .. } => SqlState::NOT_READY,
-                    _ => SqlState::INTERNAL,
-                };
-                self.end_stream(&wanted, state, &error.to_string());
-                return Ok(true);
-            }
+            Err(error) => error,
         };
+        let state = match error {
+            ReadError::TenantNotFound(_) | ReadError::TimelineNotFound(..) => {
+                SqlState::UNDEFINED_OBJECT
+            }
+            ReadError::NotReady { .. }
+            | ReadError::NotMade { .. }
+            | ReadError::Unreadable { .. }
+            | ReadError::Archived { .. } => SqlState::NOT_READY,
+            _ => SqlState::INTERNAL,
+        };
+        self.end_with_error(wanted, state, &error.to_string());
+        Ok(None)
+    }
+
+    /// Serves a page stream; false when the connection is over, true when the stream alone is.
+    ///
+    /// The timeline is looked up for every batch of requests: one that is idle may be closed
+    /// between two of them, and is opened again then.
+    async fn open_stream(&mut self, wanted: Wanted, version: Version) -> Result<bool, Fault> {
+        if self.find(&wanted).await?.is_none() {
+            return Ok(true);
+        }
         pq::put_copy_both(&mut self.session.unwritten);
         loop {
             let (batch, stopper) = self.take_requests()?;
-            self.answer(&wanted, &timeline, batch).await?;
+            if !batch.is_empty() {
+                let Some(timeline) = self.find(&wanted).await? else { return Ok(true) };
+                self.answer(version, &timeline, batch).await?;
+            }
             match stopper {
                 None => {
                     self.flush().await?;
@@ -445,14 +484,15 @@ where
                 Some(Message::Terminate) => return Ok(false),
                 Some(other) => {
                     let text = format!("unexpected message {} during COPY", other.name());
-                    self.end_stream(&wanted, SqlState::PROTOCOL_VIOLATION, &text);
+                    self.end_with_error(&wanted, SqlState::PROTOCOL_VIOLATION, &text);
                     return Ok(true);
                 }
             }
         }
     }
 
-    fn end_stream(&mut self, wanted: &Stream, state: SqlState, text: &str) {
+    /// Ends a command with an error.
+    fn end_with_error(&mut self, wanted: &Wanted, state: SqlState, text: &str) {
         self.error_of_command(wanted.simple, state, text);
         if wanted.simple {
             self.ready_after_command();
@@ -478,14 +518,13 @@ where
 
     async fn answer(
         &mut self,
-        wanted: &Stream,
-        timeline: &Rc<B::Timeline>,
+        version: Version,
+        timeline: &B::Timeline,
         batch: Vec<Bytes>,
     ) -> Result<(), Fault> {
         let service = self.service;
-        let version = wanted.version;
         let mut answers: FuturesOrdered<_> =
-            batch.iter().map(|message| handle(service, &**timeline, version, message)).collect();
+            batch.iter().map(|message| handle(service, timeline, version, message)).collect();
         let mut stop = pin!(service.stop.recv());
         loop {
             let ready = futures_util::poll!(answers.next());
@@ -531,64 +570,5 @@ where
             Reply::Shutdown => return Err(shutdown()),
         }
         Ok(())
-    }
-}
-
-/// Stands where version 2 does not send a header.
-const ANY_HEADER: crate::server::page_protocol::Header = crate::server::page_protocol::Header {
-    id: 0,
-    lsn: crate::shard::reader::RequestLsn {
-        request: crate::base::Lsn::INVALID,
-        not_modified_since: crate::base::Lsn::INVALID,
-    },
-};
-
-enum Reply {
-    Answer(Request, Answer),
-    Malformed(crate::server::page_protocol::RequestError),
-    Shutdown,
-}
-
-async fn handle<B: PageBackend>(
-    service: &Service<B>,
-    timeline: &B::Timeline,
-    version: Version,
-    message: &[u8],
-) -> Reply {
-    let request = match decode_request(version, message) {
-        Ok(request) => request,
-        Err(error) => return Reply::Malformed(error),
-    };
-    let lsn = request.header.lsn;
-    let counters = &service.counters;
-    let result = match request.query {
-        Query::GetPage { rel, block } => {
-            count(&counters.get_page_requests);
-            let start = (service.now)();
-            let page = timeline.get_page(rel, block, lsn).await;
-            let spent = (service.now)().saturating_sub(start);
-            counters.get_page_time.set(counters.get_page_time.get() + spent);
-            page.map(Answer::GetPage)
-        }
-        Query::Exists { rel } => timeline.rel_exists(rel, lsn).await.map(Answer::Exists),
-        Query::Nblocks { rel } => timeline.rel_size(rel, lsn).await.map(Answer::Nblocks),
-        Query::DbSize { db } => timeline.db_size(db, lsn).await.map(Answer::DbSize),
-        Query::GetSlruSegment { kind, segment } => {
-            timeline.slru_segment(kind, segment, lsn).await.map(Answer::GetSlruSegment)
-        }
-    };
-    if !matches!(request.query, Query::GetPage { .. }) {
-        count(&counters.other_requests);
-    }
-    match result {
-        Ok(answer) => Reply::Answer(request, answer),
-        Err(error) if error.kind() == Kind::Shutdown => Reply::Shutdown,
-        Err(error) => {
-            count(&counters.request_errors);
-            if error.kind() == Kind::Corrupt {
-                tracing::error!("page request failed: {error}");
-            }
-            Reply::Answer(request, Answer::Error(error.to_string()))
-        }
     }
 }

@@ -4,7 +4,7 @@
 //!    requests, the start-up packet (`pqcomm.h`, `ProcessStartupPacket`).
 //! 2. [`decode_message`] reads the messages of the session, simple and extended queries and COPY.
 //! 3. The `put_*` functions append the server's messages to a buffer.
-//! 4. [`parse_command`] reads the node's commands, which clients send as query text.
+//! 4. [`parse_command`] reads the node's commands, which clients send as query text ([`command`]).
 //!
 //! Both decoders take bytes off the front of a buffer once a whole packet or message is there,
 //! and return `None` until then. Lengths are checked before anything is waited for, so that
@@ -20,9 +20,12 @@
 
 use bytes::{Buf, BufMut, Bytes, BytesMut};
 
-use crate::base::{Kind, TenantShardId, TimelineId};
+use crate::base::Kind;
 use crate::limits::{CLIENT_MESSAGE_BYTES_MAX, STARTUP_PACKET_BYTES_MAX};
-use crate::server::page_protocol::Version;
+
+pub mod command;
+
+pub use command::{Command, CommandError, parse_command};
 
 const LENGTH_BYTES: usize = 4;
 /// Protocol 3.0; the minor version does not matter to this server.
@@ -31,6 +34,8 @@ const PROTOCOL_MAJOR: u32 = 3;
 const CANCEL_CODE: u32 = (1234 << 16) | 5678;
 const SSL_CODE: u32 = (1234 << 16) | 5679;
 const GSSENC_CODE: u32 = (1234 << 16) | 5680;
+/// `TEXTOID`.
+const TEXT_TYPE: u32 = 25;
 
 /// A packet before the session.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -374,6 +379,36 @@ pub fn put_empty(out: &mut BytesMut, tag: u8) {
     put_message(out, tag, |_| {});
 }
 
+/// `RowDescription`: one column of type text.
+pub fn put_row_description(out: &mut BytesMut, column: &str) {
+    put_message(out, b'T', |out| {
+        out.put_u16(1);
+        put_string(out, column);
+        // No table, no column of one.
+        out.put_u32(0);
+        out.put_u16(0);
+        out.put_u32(TEXT_TYPE);
+        // Of variable length (-1), without a modifier (-1), as text (0).
+        out.put_i16(-1);
+        out.put_i32(-1);
+        out.put_u16(0);
+    });
+}
+
+/// `DataRow` with one column; `None` is NULL.
+pub fn put_data_row(out: &mut BytesMut, value: Option<&str>) {
+    put_message(out, b'D', |out| {
+        out.put_u16(1);
+        match value {
+            None => out.put_i32(-1),
+            Some(text) => {
+                out.put_u32(text.len() as u32);
+                out.put_slice(text.as_bytes());
+            }
+        }
+    });
+}
+
 /// `ParameterDescription` of a statement without parameters.
 pub fn put_no_parameters(out: &mut BytesMut) {
     put_message(out, b't', |out| out.put_u16(0));
@@ -395,6 +430,8 @@ pub struct SqlState(pub &'static str);
 impl SqlState {
     /// `protocol_violation`.
     pub const PROTOCOL_VIOLATION: SqlState = SqlState("08P01");
+    /// `warning`.
+    pub const WARNING: SqlState = SqlState("01000");
     /// `feature_not_supported`.
     pub const NOT_SUPPORTED: SqlState = SqlState("0A000");
     /// `syntax_error`.
@@ -409,7 +446,7 @@ impl SqlState {
     pub const TOO_MANY_CONNECTIONS: SqlState = SqlState("53300");
     /// `program_limit_exceeded`.
     pub const LIMIT_EXCEEDED: SqlState = SqlState("54000");
-    /// `cannot_connect_now`: the timeline is being made.
+    /// `cannot_connect_now`: the timeline is being made, or not there yet.
     pub const NOT_READY: SqlState = SqlState("57P03");
     /// `admin_shutdown`.
     pub const ADMIN_SHUTDOWN: SqlState = SqlState("57P01");
@@ -425,7 +462,16 @@ pub fn put_error(out: &mut BytesMut, severity: Severity, state: SqlState, text: 
         Severity::Error => "ERROR",
         Severity::Fatal => "FATAL",
     };
-    put_message(out, b'E', |out| {
+    put_report(out, b'E', severity, state, text);
+}
+
+/// `NoticeResponse`: a warning beside the answer to a command.
+pub fn put_warning(out: &mut BytesMut, text: &str) {
+    put_report(out, b'N', "WARNING", SqlState::WARNING, text);
+}
+
+fn put_report(out: &mut BytesMut, tag: u8, severity: &str, state: SqlState, text: &str) {
+    put_message(out, tag, |out| {
         for (field, value) in [(b'S', severity), (b'V', severity), (b'C', state.0), (b'M', text)] {
             out.put_u8(field);
             put_string(out, value);
@@ -439,103 +485,6 @@ fn put_string(out: &mut BytesMut, text: &str) {
         out.put_slice(part.as_bytes());
     }
     out.put_u8(0);
-}
-
-/// A command of the node.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Command {
-    /// `pagestream_v2 TENANT TIMELINE`, `pagestream_v3 TENANT TIMELINE`.
-    PageStream {
-        /// Which messages.
-        version: Version,
-        /// The tenant shard.
-        tenant: TenantShardId,
-        /// The timeline.
-        timeline: TimelineId,
-    },
-    /// `set …`: accepted for drivers that send it at once; changes nothing.
-    Set,
-    /// No command at all.
-    Empty,
-}
-
-/// Why a query text is no command.
-#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-pub enum CommandError {
-    /// No such command.
-    #[error("unknown command '{word}'; this server knows pagestream_v2, pagestream_v3 and set")]
-    Unknown {
-        /// Its first word, cut to a sensible length.
-        word: String,
-    },
-    /// A command that other page services have and this one does not.
-    #[error("{command} is not supported yet")]
-    NotSupported {
-        /// The command.
-        command: &'static str,
-    },
-    /// Wrong arguments.
-    #[error("{command}: {problem}; write: {command} TENANT TIMELINE")]
-    Arguments {
-        /// The command.
-        command: &'static str,
-        /// What is wrong.
-        problem: String,
-    },
-}
-
-impl CommandError {
-    /// What a caller can do about it.
-    pub fn kind(&self) -> Kind {
-        Kind::Invalid
-    }
-
-    /// SQLSTATE for the client.
-    pub fn sql_state(&self) -> SqlState {
-        match self {
-            CommandError::NotSupported { .. } => SqlState::NOT_SUPPORTED,
-            CommandError::Unknown { .. } | CommandError::Arguments { .. } => SqlState::SYNTAX_ERROR,
-        }
-    }
-}
-
-/// Reads a command. Its first word may be in any case; a closing semicolon is allowed.
-///
-/// # Errors
-/// No command, or wrong arguments.
-pub fn parse_command(text: &str) -> Result<Command, CommandError> {
-    let text = text.trim().trim_end_matches(';');
-    let mut words = text.split_whitespace();
-    let Some(word) = words.next() else { return Ok(Command::Empty) };
-    let not_supported = |command| Err(CommandError::NotSupported { command });
-    let (command, version) = match word.to_ascii_lowercase().as_str() {
-        "pagestream_v2" => ("pagestream_v2", Version::V2),
-        "pagestream_v3" => ("pagestream_v3", Version::V3),
-        "set" => return Ok(Command::Set),
-        "basebackup" => return not_supported("basebackup"),
-        "fullbackup" => return not_supported("fullbackup"),
-        "lease" => return not_supported("lease lsn"),
-        "pagestream" => return not_supported("pagestream (version 1)"),
-        _ => return Err(CommandError::Unknown { word: word.chars().take(40).collect() }),
-    };
-    let mut argument = |what: &str| {
-        let problem = format!("the {what} is missing");
-        words.next().ok_or(CommandError::Arguments { command, problem })
-    };
-    let (tenant, timeline) = (argument("tenant")?, argument("timeline")?);
-    if words.next().is_some() {
-        let problem = "too many arguments".to_owned();
-        return Err(CommandError::Arguments { command, problem });
-    }
-    let bad = |error: crate::base::id::IdParseError| CommandError::Arguments {
-        command,
-        problem: error.to_string(),
-    };
-    Ok(Command::PageStream {
-        version,
-        tenant: tenant.parse().map_err(bad)?,
-        timeline: timeline.parse().map_err(bad)?,
-    })
 }
 
 #[cfg(test)]

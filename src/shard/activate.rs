@@ -2,7 +2,8 @@
 //!
 //! At start the shard reads the index of every timeline and keeps a few numbers of it. A timeline
 //! with a WAL source is opened at once, because it must follow; any other is opened when somebody
-//! asks for it first. A branch is opened after its ancestor, and holds it open.
+//! asks for it first. A branch is opened after its ancestor, and holds it open. What nobody uses
+//! is closed again ([`super::idle`]).
 //!
 //! Opening runs as a task of its own, so that an asker who goes away does not leave it half done;
 //! askers wait for its end. One that fails for a reason that may pass (a full disk, say) is tried
@@ -18,6 +19,7 @@ use super::control::{DetachState, TimelineInfo, TimelineState};
 use super::follow::Connector;
 use super::import::Progress;
 use super::index::{BranchPoint, DELETED_FILE, INDEX_FILE, TimelineIndex};
+use super::layer_map::{LayerSpan, Totals};
 use super::load::{LoadError, load, read_index};
 use super::reader::ReadError;
 use super::tenant_config::{CONFIG_FILE, TenantConfig};
@@ -39,27 +41,35 @@ pub(super) struct Brief {
     /// Connection string without its password.
     pub(super) source: Option<Box<str>>,
     pub(super) start_lsn: Lsn,
+    pub(super) gc_cutoff_lsn: Lsn,
     pub(super) disk_consistent_lsn: Lsn,
     pub(super) layer_count: u64,
     pub(super) layer_bytes: u64,
     pub(super) history_bytes: u64,
+    /// Known if it was when the timeline was closed.
+    pub(super) logical_bytes: Option<u64>,
 }
 
 impl Brief {
     /// The few numbers of an index.
     pub(super) fn of(index: &TimelineIndex) -> Box<Brief> {
-        let is_delta =
-            |name: &str| name.parse::<LayerName>().is_ok_and(|name: LayerName| !name.is_image());
-        let deltas = index.layers.iter().filter(|layer| is_delta(&layer.name));
+        let mut totals = Totals::default();
+        for (layer, id) in index.layers.iter().zip(0..) {
+            if let Ok(name) = layer.name.parse::<LayerName>() {
+                totals.add(&LayerSpan::from(&name), id, layer.len);
+            }
+        }
         Box::new(Brief {
             ancestor: index.ancestor,
             archived: index.archived,
             source: index.source.as_ref().map(|source| redacted(&source.conninfo).into()),
             start_lsn: index.start_lsn,
+            gc_cutoff_lsn: index.gc_cutoff_lsn.max(index.start_lsn),
             disk_consistent_lsn: index.disk_consistent_lsn,
             layer_count: index.layers.len() as u64,
-            layer_bytes: index.layers.iter().map(|layer| layer.len).sum(),
-            history_bytes: deltas.map(|layer| layer.len).sum(),
+            layer_bytes: totals.layer_bytes(),
+            history_bytes: totals.history_bytes(),
+            logical_bytes: None,
         })
     }
 
@@ -86,7 +96,7 @@ impl From<Option<BranchPoint>> for Ancestry {
     }
 }
 
-/// A timeline that is being opened.
+/// A timeline that is being opened, or closed.
 #[derive(Clone)]
 pub(super) struct Loading {
     pub(super) brief: Box<Brief>,
@@ -94,6 +104,14 @@ pub(super) struct Loading {
     done: async_channel::Receiver<()>,
     /// Why it failed.
     failure: Rc<RefCell<Option<ReadError>>>,
+}
+
+impl Loading {
+    /// The work begins; it is over when the sender is dropped.
+    pub(super) fn new(brief: Box<Brief>) -> (Loading, async_channel::Sender<()>) {
+        let (sender, done) = async_channel::bounded(1);
+        (Loading { brief, done, failure: Rc::default() }, sender)
+    }
 }
 
 /// What the shard knows of a timeline.
@@ -105,6 +123,7 @@ pub(super) enum Slot<I: Io> {
     Damaged(String, Ancestry),
     /// On disk, not open.
     Idle(Box<Brief>),
+    /// On its way from one of its neighbours to the other.
     Loading(Loading),
     /// A branch whose index is being written.
     Branching(Box<Brief>),
@@ -130,9 +149,10 @@ impl<I: Io> Slot<I> {
             Slot::Failed(reason) | Slot::Damaged(reason, _) => {
                 (TimelineState::Broken, Some(reason.clone()), None)
             }
-            Slot::Idle(brief) if brief.archived => (TimelineState::Archived, None, Some(brief)),
-            Slot::Idle(brief) => (TimelineState::Idle, None, Some(brief)),
-            Slot::Loading(loading) => (TimelineState::Idle, None, Some(&loading.brief)),
+            Slot::Idle(brief) | Slot::Loading(Loading { brief, .. }) => match brief.archived {
+                true => (TimelineState::Archived, None, Some(brief)),
+                false => (TimelineState::Idle, None, Some(brief)),
+            },
             Slot::Branching(_) => (TimelineState::Importing, None, None),
             Slot::Deleting(_) => (TimelineState::Deleting, None, None),
             Slot::Ready(ready) => return ready.info(core),
@@ -155,6 +175,7 @@ impl<I: Io> Slot<I> {
             error,
             import,
             start_lsn: brief.map_or(Lsn::INVALID, |brief| brief.start_lsn),
+            gc_cutoff_lsn: brief.map_or(Lsn::INVALID, |brief| brief.gc_cutoff_lsn),
             ancestor,
             detach: None::<DetachState>,
             received_lsn: at,
@@ -166,10 +187,13 @@ impl<I: Io> Slot<I> {
             wal_source_error: None,
             ingest_paused: None,
             damaged: Vec::new(),
+            ingest_limit_bytes_per_s: None,
             layer_count: number(|brief| brief.layer_count),
+            l0_count: 0,
+            frozen_count: 0,
             layer_bytes: number(|brief| brief.layer_bytes),
             history_bytes: number(|brief| brief.history_bytes),
-            logical_bytes: None,
+            logical_bytes: brief.and_then(|brief| brief.logical_bytes),
             open_layer_bytes: 0,
             journal_bytes: 0,
         }
@@ -280,7 +304,10 @@ impl<I: Io, C: Connector> Shard<I, C> {
         let (tenant, id) = key;
         let mut slots = self.slots.borrow_mut();
         let brief = match slots.get(&key) {
-            Some(Slot::Ready(timeline)) => return Ok(Look::Ready(timeline.clone())),
+            Some(Slot::Ready(timeline)) => {
+                timeline.touch();
+                return Ok(Look::Ready(timeline.clone()));
+            }
             Some(Slot::Loading(loading)) => return Ok(Look::Wait(loading.clone())),
             Some(Slot::Idle(brief)) => brief.clone(),
             Some(Slot::Importing(_) | Slot::Branching(_)) => {
@@ -302,8 +329,7 @@ impl<I: Io, C: Connector> Shard<I, C> {
         if self.stopping.get() {
             return Err(ReadError::Shutdown);
         }
-        let (sender, done) = async_channel::bounded(1);
-        let loading = Loading { brief, done, failure: Rc::default() };
+        let (loading, sender) = Loading::new(brief);
         slots.insert(key, Slot::Loading(loading.clone()));
         let work = self.clone().load_slot(key, loading.clone(), sender);
         // Boxed, because opening an ancestor comes through here again.
@@ -324,6 +350,7 @@ impl<I: Io, C: Connector> Shard<I, C> {
                 for (branch, point) in self.branches_of(key) {
                     timeline.set_branch(branch, Some(point));
                 }
+                timeline.recall_logical_size(brief.logical_bytes);
                 self.start_following(&timeline);
                 Slot::Ready(timeline)
             }
@@ -399,7 +426,7 @@ impl<I: Io, C: Connector> Shard<I, C> {
             dir: dir.clone(),
         };
         let timeline = load(make, &context.io, &dir, owner, ancestor).await?;
-        context.io.spawn(TaskClass::Background, self.clone().gc_loop(timeline.clone()));
+        timeline.spawn_own(TaskClass::Background, |timeline| self.clone().gc_loop(timeline));
         Ok(timeline)
     }
 

@@ -13,7 +13,7 @@ use crate::base::slru;
 use crate::base::{BlockNumber, Key, Lsn, RelNode, RelTag, SlruKind, SmallRecord, Value};
 use crate::limits::REL_GAP_BLOCKS_MAX;
 use crate::redo::small::{heap_block_to_map_block, heap_block_to_map_byte, initialised_page};
-use crate::wal::change::{BlockChange, Change};
+use crate::wal::change::{BlockChange, BlockValue, Change};
 
 /// Value of a directory entry that exists.
 pub const EXISTS: Bytes = Bytes::from_static(b"r");
@@ -24,6 +24,8 @@ const FORKS: [u8; 4] = [0, 1, 2, 3];
 pub trait Sink {
     /// Stores one value. For one key, LSNs never fall.
     fn put(&mut self, key: Key, lsn: Lsn, value: Value);
+    /// Stores the record that is being carried out, which ends at `lsn`.
+    fn put_record(&mut self, key: Key, lsn: Lsn, will_init: bool);
 }
 
 /// Why a change cannot be carried out.
@@ -183,12 +185,16 @@ impl<S: Sink> Apply<'_, S> {
             }
             self.extend(rel, blocks, block, &Value::ZeroPage)?;
             // The page starts from zeros, whatever was in its place before a truncation.
-            if let Value::WalRecord { will_init, .. } = &mut value {
+            if let BlockValue::Record { will_init } = &mut value {
                 *will_init = true;
             }
             self.set_size(rel, block + 1);
         }
-        self.put(Key::rel_block(rel, block), value);
+        let key = Key::rel_block(rel, block);
+        match value {
+            BlockValue::Record { will_init } => self.sink.put_record(key, self.lsn, will_init),
+            BlockValue::Page(page) => self.put(key, Value::Image(page)),
+        }
         Ok(())
     }
 

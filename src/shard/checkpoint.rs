@@ -25,10 +25,8 @@ use super::stored::StoredLayer;
 use super::timeline::Timeline;
 use crate::base::Lsn;
 use crate::io::{Io, TaskClass, durable};
-use crate::layers::{FrozenLayer, LayerDesc, LayerOwner, OpenLayer};
-use crate::limits::{
-    CHECKPOINT_RETRY_MS, FROZEN_LAYERS_MAX, LSN_DISTANCE_FACTOR, NO_SPACE_RETRY_MS,
-};
+use crate::layers::{FrozenLayer, LayerDesc, LayerOwner};
+use crate::limits::{CHECKPOINT_RETRY_MS, LSN_DISTANCE_FACTOR, NO_SPACE_RETRY_MS};
 use crate::wal::journal::JournalError;
 
 /// Why a checkpoint failed. It is tried again: the layer is still in memory and its WAL in the
@@ -45,9 +43,9 @@ pub struct CheckpointError {
 impl<I: Io> Timeline<I> {
     /// Starts the tasks that write: journal, checkpoint, compaction.
     pub(super) fn start_writers(self: &Rc<Self>) {
-        self.context.io.spawn(TaskClass::Ingest, self.clone().journal_loop());
-        self.context.io.spawn(TaskClass::Background, self.clone().checkpoint_loop());
-        self.context.io.spawn(TaskClass::Background, self.clone().compaction_loop());
+        self.spawn_own(TaskClass::Ingest, Self::journal_loop);
+        self.spawn_own(TaskClass::Background, Self::checkpoint_loop);
+        self.spawn_own(TaskClass::Background, Self::compaction_loop);
     }
 
     /// Flushes the journal whenever bytes wait.
@@ -97,14 +95,14 @@ impl<I: Io> Timeline<I> {
         Ok(())
     }
 
-    fn part_waits(&self, part: Part, reason: String) {
+    pub(super) fn part_waits(&self, part: Part, reason: String) {
         let text = reason.clone();
         if self.health.borrow_mut().pause(part, reason) {
             tracing::warn!(tenant = %self.tenant, timeline = %self.id, "{text}");
         }
     }
 
-    fn part_goes_on(&self, part: Part) {
+    pub(super) fn part_goes_on(&self, part: Part) {
         if self.health.borrow_mut().resume(part) {
             tracing::info!(tenant = %self.tenant, timeline = %self.id, "{part:?} goes on");
         }
@@ -118,10 +116,10 @@ impl<I: Io> Timeline<I> {
             (mutable.open.memory_bytes() as u64, distance)
         };
         let limit = self.context.config.get().checkpoint_distance_bytes;
-        if bytes >= limit
+        let is_due = bytes >= limit
             || self.memory.is_asked()
-            || distance >= limit.saturating_mul(LSN_DISTANCE_FACTOR)
-        {
+            || distance >= limit.saturating_mul(LSN_DISTANCE_FACTOR);
+        if is_due && self.may_freeze() {
             self.freeze();
         }
     }
@@ -129,7 +127,8 @@ impl<I: Io> Timeline<I> {
     /// Freezes the open layer when it is old enough. Between records only.
     pub(super) fn freeze_if_old(&self) {
         let age = self.context.io.now() - self.mutable.borrow().open_since;
-        if age >= Duration::from_secs(self.context.config.get().checkpoint_timeout_s) {
+        let timeout = Duration::from_secs(self.context.config.get().checkpoint_timeout_s);
+        if age >= timeout && self.may_freeze() {
             self.freeze();
         }
     }
@@ -143,7 +142,10 @@ impl<I: Io> Timeline<I> {
         if end <= mutable.open.start() || mutable.broken.is_some() {
             return;
         }
-        let full = std::mem::replace(&mut mutable.open, OpenLayer::new(end));
+        let full = {
+            let next = mutable.open.successor(end);
+            std::mem::replace(&mut mutable.open, next)
+        };
         mutable.open_since = self.context.io.now();
         mutable.frozen.push(full.freeze(end));
         drop(mutable);
@@ -151,11 +153,6 @@ impl<I: Io> Timeline<I> {
         self.note_memory();
         self.history.times.borrow_mut().close_bucket();
         self.checkpoint_signal.set();
-    }
-
-    /// True when ingest must wait for the checkpoint: memory would grow without bound.
-    pub(super) fn frozen_is_full(&self) -> bool {
-        self.mutable.borrow().frozen.len() >= FROZEN_LAYERS_MAX || self.memory.is_overdrawn()
     }
 
     async fn checkpoint_loop(self: Rc<Self>) {
@@ -173,22 +170,37 @@ impl<I: Io> Timeline<I> {
                     tracing::error!("{error}");
                     return;
                 }
-                self.part_waits(Part::Checkpoint, format!("{error}; trying again"));
-                self.context.io.sleep(Duration::from_millis(CHECKPOINT_RETRY_MS)).await;
                 if self.stopping.get() {
                     return;
                 }
+                self.part_waits(Part::Checkpoint, format!("{error}; trying again"));
+                self.context.io.sleep(Duration::from_millis(CHECKPOINT_RETRY_MS)).await;
+            }
+            // There may have been no place for another frozen layer until now.
+            if !self.ingesting.get() && !self.stopping.get() {
+                self.freeze_if_full();
             }
         }
     }
 
-    /// Writes all frozen layers, oldest first.
+    /// Writes all frozen layers, oldest first, each when there is room for an L0 layer.
     pub(super) async fn write_frozen_layers(&self) -> Result<(), CheckpointError> {
-        let _turn = self.checkpoint_turn.acquire().await;
         loop {
             let oldest = self.mutable.borrow().frozen.first().cloned();
             let Some(frozen) = oldest else { return Ok(()) };
-            self.write_frozen(frozen).await?;
+            if let Err(no_room) = self.wait_for_l0_room().await {
+                let lsn = Lsn(frozen.lsns().end.0 - 1);
+                let cause = no_room.to_string();
+                return Err(CheckpointError { tenant: self.tenant, timeline: self.id, lsn, cause });
+            }
+            // Others write too; they must not wait for the room.
+            let _turn = self.checkpoint_turn.acquire().await;
+            let oldest = self.mutable.borrow().frozen.first().cloned();
+            if let Some(frozen) = oldest
+                && self.has_l0_room()
+            {
+                self.write_frozen(frozen).await?;
+            }
         }
     }
 
@@ -215,15 +227,13 @@ impl<I: Io> Timeline<I> {
             .collect();
         self.write_commit_times(lsn).await.map_err(|error| fail(error.to_string()))?;
         let _turn = self.index_turn.acquire().await;
-        let index = self.index_with(&added, lsn);
-        durable::write_file_atomic(
-            &self.context.io,
-            &self.context.dir.join(INDEX_FILE),
-            &index.encode(),
-        )
-        .await
-        .map_err(|error| fail(error.to_string()))?;
+        let index = self.index_with(&added, lsn).encode();
+        durable::write_file_atomic(&self.context.io, &self.context.dir.join(INDEX_FILE), &index)
+            .await
+            .map_err(|error| fail(error.to_string()))?;
+        self.context.counters.index_bytes.add(index.len() as u64);
         self.take_place(&frozen, desc, owner, lsn);
+        self.drop_elsewhere(frozen);
         self.part_goes_on(Part::Checkpoint);
         self.compaction.wake(self.l0_count());
         self.context.counters.checkpoints.add(1);
@@ -232,6 +242,15 @@ impl<I: Io> Timeline<I> {
             tracing::warn!(tenant = %self.tenant, timeline = %self.id, "{error}");
         }
         Ok(())
+    }
+
+    /// A layer has very many values; giving their memory back would hold up reads.
+    fn drop_elsewhere(&self, frozen: Arc<FrozenLayer>) {
+        let background = self.context.background.clone();
+        self.context.io.spawn(TaskClass::Background, async move {
+            // If the executor is gone, it is done here.
+            let _ = background.run(move |_| async move { drop(frozen) }).await;
+        });
     }
 
     /// Step 4: the file takes the frozen layer's place.
@@ -249,17 +268,21 @@ impl<I: Io> Timeline<I> {
                 (self.context.io.clone(), &self.context.dir, self.context.cache.clone());
             let layer = StoredLayer::new(io, dir, desc.name, desc.file_bytes, owner, cache);
             mutable.layers.insert(layer.span(), layer);
+            self.context.counters.l0_layers.note(mutable.layers.l0_count() as u64);
         }
         let first = mutable.frozen.remove(0);
         assert!(Arc::ptr_eq(&first, frozen), "frozen layers are written in order");
         mutable.lsns.advance(Advance::DiskConsistent(lsn));
         drop(mutable);
         self.note_memory();
+        #[cfg(test)]
+        self.note_l0();
     }
 
     /// Freezes, and waits until all that is ingested by now is in layer files.
     pub(super) async fn checkpoint_now(&self) -> Result<Lsn, CheckpointError> {
-        while self.ingesting.get() {
+        while self.ingesting.get() || !self.may_freeze() {
+            self.write_frozen_layers().await?;
             self.context.io.sleep(Duration::from_millis(1)).await;
         }
         self.freeze();

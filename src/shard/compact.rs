@@ -41,7 +41,8 @@ use crate::base::{Key, KeyRange, Lsn, LsnRange};
 use crate::io::{Io, durable};
 use crate::layers::{LayerDesc, LayerName, LayerOwner};
 use crate::limits::{
-    COMPACT_REMOVE_POLL_MS, COMPACT_RETRY_MS_MAX, COMPACT_RETRY_MS_MIN, L0_LAYERS_URGENT,
+    COMPACT_L0_INPUT_BYTES_MAX, COMPACT_REMOVE_POLL_MS, COMPACT_RETRY_MS_MAX, COMPACT_RETRY_MS_MIN,
+    L0_LAYERS_MAX, L0_LAYERS_URGENT, L0_MERGE_FAILURES_MAX,
 };
 
 mod chain;
@@ -76,8 +77,21 @@ pub(crate) enum Planted {
 
 #[cfg(test)]
 thread_local! {
-    /// What was done on this thread: merges of L0, of L1, image jobs, pages rebuilt.
-    pub(crate) static WRITTEN: Cell<[u64; 4]> = const { Cell::new([0; 4]) };
+    /// What was done on this thread: merges of L0, of L1, image jobs, pages rebuilt, merges of L0
+    /// with rows of L1.
+    pub(crate) static WRITTEN: Cell<[u64; 5]> = const { Cell::new([0; 5]) };
+    /// Bytes that a merge of L0 layers takes at most.
+    pub(crate) static MERGE_BYTES_MAX: Cell<u64> = const { Cell::new(COMPACT_L0_INPUT_BYTES_MAX) };
+}
+
+#[cfg(test)]
+fn merge_bytes_max() -> u64 {
+    MERGE_BYTES_MAX.get()
+}
+
+#[cfg(not(test))]
+fn merge_bytes_max() -> u64 {
+    COMPACT_L0_INPUT_BYTES_MAX
 }
 
 #[cfg(test)]
@@ -105,6 +119,8 @@ pub(super) struct Compaction<I: Io> {
     strays: RefCell<Vec<LayerName>>,
     /// Failures one after the other.
     failures: Cell<u32>,
+    /// Merges of L0 layers that failed one after the other.
+    pub(super) l0_failures: Cell<u32>,
 }
 
 impl<I: Io> Default for Compaction<I> {
@@ -116,6 +132,7 @@ impl<I: Io> Default for Compaction<I> {
             retired: RefCell::default(),
             strays: RefCell::default(),
             failures: Cell::new(0),
+            l0_failures: Cell::new(0),
         }
     }
 }
@@ -127,6 +144,21 @@ impl<I: Io> Compaction<I> {
             self.flags.hurry(true);
         }
         self.signal.set();
+    }
+
+    /// Nothing is being done or waits to be done again.
+    pub(super) fn is_at_rest(&self) -> bool {
+        self.turn.is_free() && self.failures.get() == 0 && self.retired.borrow().is_empty()
+    }
+
+    /// L0 layers cannot be merged.
+    pub(super) fn is_stuck(&self) -> bool {
+        self.l0_failures.get() >= L0_MERGE_FAILURES_MAX
+    }
+
+    /// There will be no more jobs.
+    pub(super) fn has_ended(&self) -> bool {
+        self.flags.is_cancelled()
     }
 
     /// Ends a job that runs; no other begins.
@@ -237,9 +269,18 @@ impl<I: Io> Timeline<I> {
             l0_threshold: config.compaction_threshold,
             target_bytes: config.compaction_target_bytes,
             image_percent: config.compaction_image_percent,
+            merge_bytes_max: merge_bytes_max(),
             start_lsn: self.start_lsn(),
         };
         let actions = plan(&snapshot.plan, &config);
+        let merges_l0 = |action: &Action| matches!(action, Action::MergeL0 { .. });
+        if self.l0_count() >= L0_LAYERS_MAX.max(config.l0_threshold)
+            && !actions.iter().any(merges_l0)
+        {
+            // Nothing would ask again.
+            self.compaction.l0_failures.set(L0_MERGE_FAILURES_MAX);
+            self.note_l0_merge(Some("they overlap with other layers"));
+        }
         if actions.is_empty() {
             return Ok(false);
         }
@@ -248,17 +289,34 @@ impl<I: Io> Timeline<I> {
         self.compaction.flags.hurry(false);
         tracing::debug!(tenant = %self.tenant, timeline = %self.id, ?action, "compaction");
         #[cfg(test)]
+        if let Action::MergeL0 { inputs, .. } = &action {
+            let chosen = inputs.iter().filter_map(|at| snapshot.plan.get(*at));
+            count(4, u64::from(chosen.into_iter().any(|layer| !layer.is_l0())));
+        }
+        #[cfg(test)]
         let kind = match action {
             Action::MergeL0 { .. } => 0,
             Action::MergeL1 { .. } => 1,
             Action::MakeImages { .. } => 2,
         };
         match action {
-            Action::MergeL0 { inputs, lsns } | Action::MergeL1 { inputs, lsns } => {
+            Action::MergeL0 { inputs, lsns } => {
+                let merged = self.merge(&snapshot, &inputs, lsns).await;
+                match &merged {
+                    Ok(()) => self.note_l0_merge(None),
+                    Err(CompactError::Cancelled | CompactError::Background(_)) => {}
+                    Err(error) => self.note_l0_merge(Some(&error.to_string())),
+                }
+                merged?;
+                self.context.counters.merges_l0.add(1);
+            }
+            Action::MergeL1 { inputs, lsns } => {
                 self.merge(&snapshot, &inputs, lsns).await?;
+                self.context.counters.merges_l1.add(1);
             }
             Action::MakeImages { keys, lsn, base, deltas } => {
                 self.make_images(&snapshot, keys, lsn, (base, &deltas)).await?;
+                self.context.counters.image_jobs.add(1);
             }
         }
         #[cfg(test)]
@@ -373,7 +431,9 @@ impl<I: Io> Timeline<I> {
         }
         let index = self.index_replacing(&entries, &gone, self.lsns().disk_consistent);
         let path = self.context.dir.join(INDEX_FILE);
-        durable::write_file_atomic(&self.context.io, &path, &index.encode()).await?;
+        let index = index.encode();
+        durable::write_file_atomic(&self.context.io, &path, &index).await?;
+        self.context.counters.index_bytes.add(index.len() as u64);
         let owner = LayerOwner { shard: self.tenant, timeline: self.id };
         let mut mutable = self.mutable.borrow_mut();
         let layers = added.iter().map(|desc| {
@@ -391,8 +451,10 @@ impl<I: Io> Timeline<I> {
         Ok(())
     }
 
-    /// Removes files that belong to nothing any more and are not being read.
+    /// Removes files that belong to nothing any more and are not being read. Has the turn, so that
+    /// a timeline that is closed and opened again does not find files that are about to go.
     async fn remove_unused(&self) {
+        let _turn = self.compaction.turn.acquire().await;
         let unused: Vec<Rc<StoredLayer<I>>> = {
             let mut retired = self.compaction.retired.borrow_mut();
             let (unused, used) = retired.drain(..).partition(|layer| Rc::strong_count(layer) == 1);

@@ -8,6 +8,8 @@ use super::history::{HistoryReply, HistoryRequest};
 use super::index::{BranchPoint, WalSourceConfig};
 use super::tenant_config::TenantConfig;
 use crate::base::{Kind, Lsn, TenantShardId, TimelineId};
+pub use crate::redo::child::ChildStatus;
+pub use crate::redo::histogram::HistogramCounts;
 
 /// Where a new timeline comes from.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -158,6 +160,10 @@ pub struct TimelineInfo {
     pub import: Option<ImportProgress>,
     /// First LSN that can be read: the end of the base backup.
     pub start_lsn: Lsn,
+    /// Reads before this LSN are refused, unless a lease holds it: what garbage collection has
+    /// passed.
+    #[serde(default)]
+    pub gc_cutoff_lsn: Lsn,
     /// The timeline that this one branched off, and where.
     pub ancestor: Option<BranchPoint>,
     /// A detaching that is under way or has failed.
@@ -171,14 +177,21 @@ pub struct TimelineInfo {
     pub wal_source_connected: bool,
     /// Why no WAL comes from the source at the moment; the node goes on trying.
     pub wal_source_error: Option<String>,
-    /// Why ingest waits at the moment; it goes on by itself when that is gone.
+    /// Why ingest waits or is slow at the moment; it goes on by itself when that is gone.
     pub ingest_paused: Option<String>,
     /// What reads found damaged since the start; not everything, if it is much.
     pub damaged: Vec<String>,
+    /// Bytes of WAL per second that are taken in at most at the moment; none: as many as come.
+    pub ingest_limit_bytes_per_s: Option<u64>,
     pub layer_count: u64,
+    /// Layers over all keys, as checkpoints write them, that wait for compaction.
+    pub l0_count: u64,
+    /// Layers in memory that wait for a checkpoint.
+    pub frozen_count: u64,
     /// Physical size: bytes of all layer files of its own.
     pub layer_bytes: u64,
-    /// Bytes of its delta layers: the changes that are kept.
+    /// Of these, what is kept beyond one copy of everything: delta layers, and image layers that
+    /// newer ones cover wholly.
     pub history_bytes: u64,
     /// Bytes of all relations at `last_record_lsn`; none until they have been added up, which
     /// the first look starts.
@@ -216,6 +229,31 @@ pub struct CoreMetrics {
     pub image_bytes_written: u64,
     pub compaction_pages: u64,
     pub compaction_page_failures: u64,
+    /// Merges of L0 layers that compaction has carried out.
+    pub compaction_l0_merges: u64,
+    /// Merges of L1 layers.
+    pub compaction_l1_merges: u64,
+    /// Jobs that made image layers.
+    pub compaction_image_jobs: u64,
+    pub gc_runs: u64,
+    /// Collections that did not come to their end; those that were ended by a shutdown apart.
+    pub gc_failures: u64,
+    pub gc_layers_removed: u64,
+    pub gc_bytes_removed: u64,
+    /// Timelines that were closed because nobody used them.
+    pub timelines_closed: u64,
+    /// Time for which WAL was left with its source, to keep to a rate.
+    pub ingest_slowed_seconds: f64,
+    /// Time for which nothing was taken in for want of memory.
+    pub ingest_stopped_seconds: f64,
+    /// Bytes of timeline indexes that checkpoints and compaction have written.
+    pub index_bytes_written: u64,
+    /// The most L0 layers that a timeline had at once.
+    pub l0_layers_max: u64,
+    /// Layer files of which a page's read took blocks.
+    pub read_layers: Distribution,
+    /// Records that a page's read applied.
+    pub read_records: Distribution,
     pub redo_requests: u64,
     pub redo_seconds: f64,
     pub redo_records: u64,
@@ -223,9 +261,64 @@ pub struct CoreMetrics {
     pub redo_records_native: u64,
     pub redo_misfits: u64,
     pub redo_children_started: u64,
+    /// Gauge.
+    pub redo_children_alive: u64,
+    pub redo_launch_seconds: f64,
     pub redo_failures: u64,
-    /// By resource manager (`xl_rmid`).
-    pub redo_managers: BTreeMap<u8, RedoSplit>,
+    /// Processes that are bound to a tenant now.
+    pub redo_children: Vec<ChildStatus>,
+    /// Time to rebuild a page from WAL records, in nanoseconds.
+    pub redo_time_ns: HistogramCounts,
+    /// WAL records of one redo.
+    pub redo_chain_records: HistogramCounts,
+    /// Bytes of those.
+    pub redo_chain_bytes: HistogramCounts,
+    /// By record type: resource manager (`xl_rmid`), and its part of `xl_info`.
+    pub redo_types: BTreeMap<u16, RedoSplit>,
+}
+
+/// How often each small number came.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Distribution {
+    /// How often 0, 1, 2 and so on came; the last place is for that number and all above.
+    pub counts: Vec<u64>,
+    /// All numbers added up.
+    pub sum: u64,
+    /// The largest.
+    pub max: u64,
+}
+
+impl Distribution {
+    /// How many numbers came.
+    pub fn count(&self) -> u64 {
+        self.counts.iter().sum()
+    }
+
+    /// The smallest number that so many percent of all do not exceed; 0 without numbers. In the
+    /// last place it is the largest number of all.
+    pub fn percentile(&self, percent: u64) -> u64 {
+        let wanted = (self.count().saturating_mul(percent)).div_ceil(100).max(1);
+        let mut seen = 0u64;
+        for (number, count) in self.counts.iter().enumerate() {
+            seen = seen.saturating_add(*count);
+            if seen >= wanted {
+                let is_last = number + 1 == self.counts.len();
+                return if is_last { self.max } else { number as u64 };
+            }
+        }
+        0
+    }
+
+    /// What came since `earlier`; the largest is still that of all.
+    pub fn since(&self, earlier: &Distribution) -> Distribution {
+        let before = earlier.counts.iter().copied().chain(std::iter::repeat(0));
+        let counts = self.counts.iter().zip(before);
+        Distribution {
+            counts: counts.map(|(now, before)| now.saturating_sub(before)).collect(),
+            sum: self.sum.saturating_sub(earlier.sum),
+            max: self.max,
+        }
+    }
 }
 
 /// WAL records applied to pages, by who applied them.

@@ -13,11 +13,11 @@ use futures_util::future::{Either, select};
 use super::index::{ClusterIdentity, WalSourceConfig};
 use super::ingest::IngestError;
 use super::lsns::Advance;
+use super::plan::pressure::Pace;
 use super::timeline::Timeline;
 use crate::base::{Kind, Lsn};
 use crate::io::Io;
-use crate::limits::{INGEST_PAUSE_MS, NO_SPACE_RETRY_MS, STATUS_INTERVAL_MS};
-use crate::wal;
+use crate::limits::{NO_SPACE_RETRY_MS, STATUS_INTERVAL_MS};
 use crate::wal::journal::JournalError;
 use crate::wal::receiver::{EndOfStream, StandbyStatus, WalMessage, WalSource};
 use crate::wal::source::SourceError;
@@ -147,17 +147,19 @@ impl<I: Io> Timeline<I> {
     async fn stream<S: WalSource>(&self, source: &mut S) -> Result<(), FollowError> {
         source.start(self.lsns().received).await?;
         self.source_connected.set(true);
-        let mut watch = SilenceWatch::new(self.context.io.now());
-        let mut reported = None;
+        let began = self.context.io.now();
+        let (mut watch, mut pace) = (SilenceWatch::new(began), Pace::new(began));
+        let (mut reported, mut reported_at) = (None, began);
         loop {
-            let positions = self.positions();
-            let liveness = watch.check(self.context.io.now());
+            let (positions, now) = (self.positions(), self.context.io.now());
+            let liveness = watch.check(now);
             if liveness == Liveness::Dead {
                 return Err(FollowError::Silent);
             }
             // The source acts on the flushed position; the others ride along.
             if reported.is_none_or(|[_, flush, _]: [Lsn; 3]| flush != positions[1])
                 || liveness == Liveness::Ask
+                || now.saturating_sub(reported_at) >= Duration::from_millis(STATUS_INTERVAL_MS)
             {
                 let [write, flush, apply] = positions;
                 let unix_time_us = self.context.io.unix_time_us();
@@ -171,7 +173,15 @@ impl<I: Io> Timeline<I> {
                         reply_requested,
                     })
                     .await?;
-                reported = Some(positions);
+                (reported, reported_at) = (Some(positions), now);
+            }
+            if let Some(pause) = pace.pause(now, self.ingest_limit())
+                && self.may_follow()
+            {
+                self.stay_behind(pause).await;
+                // Nobody listened, so silence means nothing.
+                watch.heard(self.context.io.now());
+                continue;
             }
             let event = self.next_event(source).await;
             if let Event::Message(message) = &event {
@@ -186,7 +196,10 @@ impl<I: Io> Timeline<I> {
                 Event::Report => {}
                 Event::Tick => reported = None,
                 Event::Message(message) => match message? {
-                    WalMessage::Data { start, bytes, .. } => self.take_in(start, bytes).await?,
+                    WalMessage::Data { start, bytes, .. } => {
+                        pace.took(bytes.len() as u64);
+                        self.take_in(start, bytes).await?;
+                    }
                     WalMessage::KeepAlive { reply_requested, .. } => {
                         if reply_requested {
                             reported = None;
@@ -201,6 +214,14 @@ impl<I: Io> Timeline<I> {
                 },
             }
         }
+    }
+
+    /// Leaves WAL with its source for a moment.
+    async fn stay_behind(&self, pause: Duration) {
+        let began = self.context.io.now();
+        self.pause(pause).await;
+        let waited = self.context.io.now().saturating_sub(began);
+        self.context.counters.ingest_slowed_us.add(waited.as_micros() as u64);
     }
 
     async fn next_event<S: WalSource>(&self, source: &mut S) -> Event {
@@ -240,7 +261,8 @@ impl<I: Io> Timeline<I> {
                 flushed => flushed?,
             }
         }
-        self.journal.append(start, &bytes)?;
+        let bytes = self.hold(bytes);
+        self.journal.append(start, bytes.clone())?;
         {
             let mut mutable = self.mutable.borrow_mut();
             let end = Lsn(start.0 + bytes.len() as u64);
@@ -258,33 +280,6 @@ impl<I: Io> Timeline<I> {
             mutable.unsynced.push_back((end, boundary));
         }
         result
-    }
-
-    /// Ingests every record that is whole with `bytes`, which continue what was given before.
-    pub(super) async fn ingest_bytes(&self, mut bytes: Bytes) -> Result<(), TakeInError> {
-        self.freeze_if_old();
-        loop {
-            let event = self.mutable.borrow_mut().wal.next(&mut bytes)?;
-            let record = match event {
-                wal::stream::Event::Record(record) => record,
-                wal::stream::Event::NeedInput => {
-                    self.note_memory();
-                    return Ok(());
-                }
-                wal::stream::Event::EndOfWal => {
-                    return Err(TakeInError::Zeros { at: self.lsns().last_record });
-                }
-            };
-            self.ingest(&record).await?;
-            self.freeze_if_full();
-            while self.frozen_is_full() {
-                if self.stopping.get() {
-                    return Err(TakeInError::Stopped);
-                }
-                self.context.io.sleep(Duration::from_millis(INGEST_PAUSE_MS)).await;
-            }
-            self.context.io.yield_if_needed().await;
-        }
     }
 }
 

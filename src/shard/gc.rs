@@ -116,6 +116,25 @@ impl<I: Io> Timeline<I> {
         request: GcRequest,
         branch_points: impl FnOnce() -> Result<Vec<Lsn>, GcError>,
     ) -> Result<GcReport, GcError> {
+        let result = self.run_collection(request, branch_points).await;
+        let counters = &self.context.counters;
+        match &result {
+            Ok(report) => {
+                counters.gc_runs.add(1);
+                counters.gc_layers_removed.add(report.layers_removed);
+                counters.gc_bytes_removed.add(report.bytes_removed);
+            }
+            Err(GcError::Shutdown) => {}
+            Err(_) => counters.gc_failures.add(1),
+        }
+        result
+    }
+
+    async fn run_collection(
+        &self,
+        request: GcRequest,
+        branch_points: impl FnOnce() -> Result<Vec<Lsn>, GcError>,
+    ) -> Result<GcReport, GcError> {
         let _turn = self.history.gc_turn.acquire().await;
         if self.stopping.get() {
             return Err(GcError::Shutdown);

@@ -11,6 +11,8 @@ pub enum Part {
     Journal,
     /// Checkpoints fail: ingest waits once too many layers do.
     Checkpoint,
+    /// L0 layers cannot be merged: ingest is slow.
+    Compaction,
 }
 
 /// See the module's text. Nothing here is kept over a restart: what is damaged is found again by

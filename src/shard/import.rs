@@ -351,8 +351,9 @@ async fn copy_segment<I: Io>(
         if bytes.is_empty() {
             break;
         }
-        journal.append(Lsn(start.0 + done), &bytes)?;
+        let at = Lsn(start.0 + done);
         done += bytes.len() as u64;
+        journal.append(at, bytes)?;
         journal.flush().await?;
         io.yield_if_needed().await;
     }

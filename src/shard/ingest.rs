@@ -7,6 +7,9 @@
 //! 3. [`Apply`] carries the changes out in the open layer, in one synchronous step;
 //! 4. `last_record_lsn` moves, and readers that wait for it wake up.
 //!
+//! Records for which nothing waits are taken in by the slice: the steps of all of them run without
+//! a pause, and the last step once for all.
+//!
 //! Only copying a database file by file takes several steps, all of them below the new
 //! `last_record_lsn`, so that no reader sees a half-made database. While a record is under way
 //! (`ingesting`) the open layer is not frozen: its end must not cut a record in two.
@@ -14,6 +17,7 @@
 use bytes::Bytes;
 
 use super::apply::{Apply, ApplyError, EXISTS, Sink, touched_forks};
+use super::follow::TakeInError;
 use super::get_page::zero_page;
 use super::lsns::Advance;
 use super::reader::ReadError;
@@ -21,10 +25,11 @@ use super::timeline::{Mutable, Timeline};
 use crate::base::{Key, Kind, Lsn, RelTag, SlruKind, Value};
 use crate::io::Io;
 use crate::layers::OpenLayer;
+use crate::limits::INGEST_SLICE_RECORDS;
 use crate::wal::change::{Change, Parameters};
 use crate::wal::control_file;
 use crate::wal::decode::{DecodeError, decode_into};
-use crate::wal::stream::StreamRecord;
+use crate::wal::stream::{Event, StreamRecord};
 
 /// Why a record could not be ingested. Ingest of the timeline stops; nothing is skipped.
 #[derive(Debug, thiserror::Error)]
@@ -63,6 +68,8 @@ impl IngestError {
 /// Counts values on their way into the open layer.
 struct CountingSink<'a> {
     open: &'a mut OpenLayer,
+    /// Start of the record that is being carried out.
+    start: Lsn,
     values: u64,
 }
 
@@ -71,6 +78,36 @@ impl Sink for CountingSink<'_> {
         self.open.put(key, lsn, value);
         self.values += 1;
     }
+
+    fn put_record(&mut self, key: Key, lsn: Lsn, will_init: bool) {
+        self.open.put_record(key, lsn, self.start, will_init);
+        self.values += 1;
+    }
+}
+
+/// Where a record stands: its start, and the LSN of its changes.
+#[derive(Clone, Copy)]
+struct Place {
+    start: Lsn,
+    end: Lsn,
+}
+
+/// Counts of what was carried out.
+#[derive(Clone, Copy, Default)]
+struct Done {
+    records: u64,
+    values: u64,
+    skipped: u64,
+}
+
+/// Why a slice of records ended.
+enum SliceEnd {
+    /// Others have their turn.
+    Pause,
+    /// This record cannot be carried out at once.
+    Wait(StreamRecord),
+    /// All bytes are used up.
+    NeedInput,
 }
 
 impl<I: Io> Mutable<I> {
@@ -88,13 +125,15 @@ impl<I: Io> Mutable<I> {
         })
     }
 
-    /// Carries out changes at `lsn`; returns values stored and changes skipped.
+    /// Carries out changes of the record at `place`.
     fn apply(
         &mut self,
-        lsn: Lsn,
+        place: Place,
         changes: impl IntoIterator<Item = Change>,
-    ) -> Result<(u64, u64), ApplyError> {
-        let mut sink = CountingSink { open: &mut self.open, values: 0 };
+        done: &mut Done,
+    ) -> Result<(), ApplyError> {
+        let lsn = place.end;
+        let mut sink = CountingSink { open: &mut self.open, start: place.start, values: 0 };
         let sizes = &mut self.sizes;
         let mut apply = Apply { sink: &mut sink, sizes, lsn, skipped: 0 };
         let mut checkpoint_changed = false;
@@ -107,60 +146,150 @@ impl<I: Io> Mutable<I> {
                 other => apply.change(other)?,
             }
         }
-        let skipped = apply.skipped;
+        done.skipped += apply.skipped;
         if let Some(checkpoint) = self.checkpoint.as_ref().filter(|_| checkpoint_changed) {
             let bytes = Bytes::copy_from_slice(&checkpoint.encode());
             sink.put(Key::CHECKPOINT, lsn, Value::Image(bytes));
         }
-        Ok((sink.values, skipped))
+        done.values += sink.values;
+        Ok(())
     }
 }
 
 impl<I: Io> Timeline<I> {
-    /// Ingests a record. Called for one record at a time, in WAL order.
-    pub(super) async fn ingest(&self, record: &StreamRecord) -> Result<(), IngestError> {
-        let StreamRecord { start, end, ref bytes } = *record;
-        // The list is kept from record to record, for its memory.
+    /// Holds WAL that comes in next; gives the same bytes in the memory in which they are held.
+    /// [`Timeline::ingest_bytes`] follows.
+    pub(super) fn hold(&self, bytes: Bytes) -> Bytes {
+        let mut mutable = self.mutable.borrow_mut();
+        let (start, boundary) = (mutable.wal.position(), mutable.lsns.last_record);
+        mutable.open.hold_wal(start, bytes, boundary)
+    }
+
+    /// Ingests every record that is whole with `bytes`, which continue what was given before and
+    /// were given to [`Timeline::hold`].
+    pub(super) async fn ingest_bytes(&self, mut bytes: Bytes) -> Result<(), TakeInError> {
+        self.freeze_if_old();
+        loop {
+            match self.ingest_slice(&mut bytes)? {
+                SliceEnd::NeedInput => {
+                    self.note_memory();
+                    return Ok(());
+                }
+                SliceEnd::Wait(record) => self.ingest(&record).await?,
+                SliceEnd::Pause => {}
+            }
+            self.freeze_if_full();
+            if !self.wait_for_memory().await {
+                return Err(TakeInError::Stopped);
+            }
+            self.context.io.yield_if_needed().await;
+        }
+    }
+
+    /// Ingests records for which nothing waits, up to the end of the slice.
+    fn ingest_slice(&self, bytes: &mut Bytes) -> Result<SliceEnd, TakeInError> {
+        let limit = self.context.config.get().checkpoint_distance_bytes;
+        // The list is kept from slice to slice, for its memory.
         let mut changes = self.changes.take();
+        let mut done = Done::default();
+        let mut mutable = self.mutable.borrow_mut();
+        let before = mutable.lsns.last_record;
+        let mut last = before;
+        let result = loop {
+            changes.clear();
+            let full = mutable.open.memory_bytes() as u64 >= limit;
+            if done.records >= INGEST_SLICE_RECORDS as u64 || full && done.records > 0 {
+                break Ok(SliceEnd::Pause);
+            }
+            match self.ingest_next(&mut mutable, bytes, &mut changes, &mut done) {
+                Ok(Ok(end)) => last = end,
+                Ok(Err(why)) => break Ok(why),
+                Err(error) => break Err(error),
+            }
+        };
+        self.changes.set(changes);
+        if last > before {
+            mutable.lsns.advance(Advance::LastRecord(last));
+            mutable.sizes.trim();
+        }
+        drop(mutable);
+        self.count(done);
+        if last > before {
+            self.waiters.wake(last);
+        }
+        result
+    }
+
+    /// Ingests the next record and gives its end, if nothing waits for it.
+    fn ingest_next(
+        &self,
+        mutable: &mut Mutable<I>,
+        bytes: &mut Bytes,
+        changes: &mut Vec<Change>,
+        done: &mut Done,
+    ) -> Result<Result<Lsn, SliceEnd>, TakeInError> {
+        let record = match mutable.wal.next(bytes)? {
+            Event::Record(record) => record,
+            Event::NeedInput => return Ok(Err(SliceEnd::NeedInput)),
+            Event::EndOfWal => {
+                let at = mutable.wal.boundary();
+                return Err(TakeInError::Zeros { at });
+            }
+        };
+        let StreamRecord { start, end, .. } = record;
+        decode_into(&record.bytes, start, end, changes)
+            .map_err(|cause| IngestError::Decode { start, cause })?;
+        if !mutable.is_ready_for(changes) {
+            return Ok(Err(SliceEnd::Wait(record)));
+        }
+        self.history.note_commits(end, changes);
+        mutable.apply(Place { start, end }, changes.drain(..), done).map_err(IngestError::Apply)?;
+        done.records += 1;
+        Ok(Ok(end))
+    }
+
+    /// Ingests a record for which something may wait. Called for one record at a time, in WAL
+    /// order.
+    async fn ingest(&self, record: &StreamRecord) -> Result<(), IngestError> {
+        let StreamRecord { start, end, ref bytes } = *record;
+        let mut changes = Vec::new();
         decode_into(bytes, start, end, &mut changes)
             .map_err(|cause| IngestError::Decode { start, cause })?;
         self.history.note_commits(end, &changes);
-        if self.mutable.borrow().is_ready_for(&changes) {
-            self.apply_now(end, changes.drain(..)).map_err(IngestError::Apply)?;
-        } else {
-            self.ingesting.set(true);
-            let result = self.carry_out(end, changes.drain(..)).await;
-            self.ingesting.set(false);
-            result.map_err(|error| match error {
-                CarryOutError::Apply(error) => IngestError::Apply(error),
-                CarryOutError::Read(cause) => IngestError::Read { start, cause },
-            })?;
-        }
-        self.changes.set(changes);
+        self.ingesting.set(true);
+        let result = self.carry_out(Place { start, end }, changes).await;
+        self.ingesting.set(false);
+        result.map_err(|error| match error {
+            CarryOutError::Apply(error) => IngestError::Apply(error),
+            CarryOutError::Read(cause) => IngestError::Read { start, cause },
+        })?;
         let mut mutable = self.mutable.borrow_mut();
         mutable.lsns.advance(Advance::LastRecord(end));
         mutable.sizes.trim();
         drop(mutable);
-        self.context.counters.wal_records.add(1);
+        self.count(Done { records: 1, ..Done::default() });
         self.waiters.wake(end);
         Ok(())
     }
 
-    async fn carry_out(
-        &self,
-        lsn: Lsn,
-        changes: impl ExactSizeIterator<Item = Change>,
-    ) -> Result<(), CarryOutError> {
+    fn count(&self, done: Done) {
+        self.context.counters.wal_records.add(done.records);
+        self.context.counters.values.add(done.values);
+        self.context.counters.changes_skipped.add(done.skipped);
+    }
+
+    async fn carry_out(&self, place: Place, changes: Vec<Change>) -> Result<(), CarryOutError> {
+        let lsn = place.end;
         let mut ready = Vec::with_capacity(changes.len());
         for change in changes {
             match change {
                 Change::DatabaseCopy { source, target } => {
-                    self.apply_now(lsn, ready.drain(..))?;
+                    self.apply_now(place, ready.drain(..))?;
                     self.drop_database(lsn, target.1, &[target.0]).await?;
                     self.copy_database(lsn, source, target).await?;
                 }
                 Change::DatabaseDrop { db, spcs } => {
-                    self.apply_now(lsn, ready.drain(..))?;
+                    self.apply_now(place, ready.drain(..))?;
                     self.drop_database(lsn, db, &spcs).await?;
                 }
                 Change::Parameters(parameters) => self.set_parameters(lsn, parameters).await?,
@@ -174,17 +303,17 @@ impl<I: Io> Timeline<I> {
                 }
             }
         }
-        Ok(self.apply_now(lsn, ready)?)
+        Ok(self.apply_now(place, ready)?)
     }
 
     fn apply_now(
         &self,
-        lsn: Lsn,
+        place: Place,
         changes: impl IntoIterator<Item = Change>,
     ) -> Result<(), ApplyError> {
-        let (values, skipped) = self.mutable.borrow_mut().apply(lsn, changes)?;
-        self.context.counters.values.add(values);
-        self.context.counters.changes_skipped.add(skipped);
+        let mut done = Done::default();
+        self.mutable.borrow_mut().apply(place, changes, &mut done)?;
+        self.count(done);
         Ok(())
     }
 
@@ -266,7 +395,7 @@ impl<I: Io> Timeline<I> {
             let known = self.metadata(Key::database(spc, db), read_lsn).await?.is_some();
             let mut mutable = self.mutable.borrow_mut();
             let Mutable { open, sizes, .. } = &mut *mutable;
-            let mut sink = CountingSink { open, values: 0 };
+            let mut sink = CountingSink { open, start: lsn, values: 0 };
             let mut apply = Apply { sink: &mut sink, sizes, lsn, skipped: 0 };
             forks.into_iter().for_each(|rel| apply.drop_fork(rel));
             if known {
@@ -308,7 +437,7 @@ impl<I: Io> Timeline<I> {
             }
             let mut mutable = self.mutable.borrow_mut();
             let Mutable { open, sizes, .. } = &mut *mutable;
-            let mut sink = CountingSink { open, values: 0 };
+            let mut sink = CountingSink { open, start: lsn, values: 0 };
             let mut apply = Apply { sink: &mut sink, sizes, lsn, skipped: 0 };
             apply.ensure_fork(to);
             apply.set_size(to, blocks);

@@ -26,6 +26,7 @@
 //! below the newest, which is what compaction does.
 
 mod cover;
+mod totals;
 
 use std::cmp::{Ordering, Reverse};
 use std::collections::{BTreeMap, BTreeSet};
@@ -34,6 +35,7 @@ use std::ops::Bound;
 use cover::{Cover, LayerId, Place};
 
 pub use cover::Steps;
+pub use totals::{Totals, recount};
 
 use crate::base::{Key, KeyRange, Lsn, LsnRange};
 use crate::layers::LayerName;
@@ -91,6 +93,9 @@ pub struct LayerMap<L> {
     by_first_key: BTreeSet<(Key, LayerId)>,
     cover: Cover,
     l0_count: usize,
+    /// Size of a layer in bytes.
+    weigh: fn(&L) -> u64,
+    totals: Totals,
 }
 
 impl<L> Default for LayerMap<L> {
@@ -102,11 +107,28 @@ impl<L> Default for LayerMap<L> {
             by_first_key: BTreeSet::new(),
             cover: Cover::default(),
             l0_count: 0,
+            weigh: |_| 0,
+            totals: Totals::default(),
         }
     }
 }
 
 impl<L> LayerMap<L> {
+    /// A map that keeps [`Self::totals`] of layers with these sizes in bytes.
+    pub fn weighing(weigh: fn(&L) -> u64) -> Self {
+        LayerMap { weigh, ..LayerMap::default() }
+    }
+
+    /// Bytes of all layers; 0 where they are not weighed.
+    pub fn totals(&self) -> &Totals {
+        &self.totals
+    }
+
+    /// The same, counted anew; for tests.
+    pub fn recount(&self) -> (u64, u64) {
+        recount(self.iter().map(|(span, layer)| (span, (self.weigh)(layer))))
+    }
+
     /// Adds a layer. There is one layer per span: returns the one that was there before.
     ///
     /// # Panics
@@ -117,9 +139,10 @@ impl<L> LayerMap<L> {
         assert!(span.lsns.start < span.lsns.end, "a layer without LSNs: {span:?}");
         let one_lsn = span.lsns.start.checked_add(1) == Some(span.lsns.end);
         assert!(one_lsn || !span.is_image, "an image at several LSNs: {span:?}");
-        if let Some(id) = self.by_span.get(&span) {
-            let (_, present) = self.slot_mut(*id).as_mut().expect("a span has a layer");
-            return Some(std::mem::replace(present, layer));
+        if self.by_span.contains_key(&span) {
+            let before = self.remove(&span);
+            self.insert(span, layer);
+            return before;
         }
         let id = self.free.pop().unwrap_or_else(|| {
             self.slots.push(None);
@@ -129,6 +152,7 @@ impl<L> LayerMap<L> {
         self.by_first_key.insert((span.keys.start, id));
         self.cover.insert(&span.place(id));
         self.l0_count += usize::from(span.is_l0());
+        self.totals.add(&span, id, (self.weigh)(&layer));
         *self.slot_mut(id) = Some((span, layer));
         None
     }
@@ -140,7 +164,23 @@ impl<L> LayerMap<L> {
         self.cover.remove(&span.place(id));
         self.l0_count -= usize::from(span.is_l0());
         self.free.push(id);
-        self.slot_mut(id).take().map(|(_, layer)| layer)
+        let (_, layer) = self.slot_mut(id).take()?;
+        let bytes = (self.weigh)(&layer);
+        let sharing: Vec<(LayerId, LayerSpan)> = match span.is_image && bytes > 0 {
+            true => self.sharing(&span.keys).map(|id| (id, self.layer(id).0.clone())).collect(),
+            false => Vec::new(),
+        };
+        let others = sharing.iter().map(|(id, span)| (*id, span));
+        self.totals.remove(span, id, bytes, others);
+        Some(layer)
+    }
+
+    /// Layers that share keys with `keys`.
+    fn sharing(&self, keys: &KeyRange) -> impl Iterator<Item = LayerId> {
+        let first = self.cover.all(keys.start, Lsn::MAX);
+        let after = Bound::Excluded((keys.start, LayerId::MAX));
+        let begin_within = self.by_first_key.range((after, Bound::Excluded((keys.end, 0))));
+        first.chain(begin_within.map(|(_, id)| *id))
     }
 
     /// Takes out the layers with the spans `removed`, then adds `added`; no reader sees a state in
@@ -291,6 +331,10 @@ impl<L> LayerMap<L> {
         }
         if l0_count != self.l0_count {
             return Err(format!("{l0_count} L0 layers, counted as {}", self.l0_count));
+        }
+        let totals = (self.totals.layer_bytes(), self.totals.history_bytes());
+        if totals != self.recount() {
+            return Err(format!("{totals:?} bytes, counted anew {:?}", self.recount()));
         }
         let place_of = |id: LayerId| {
             let (span, _) = self.slots.get(id as usize)?.as_ref()?;

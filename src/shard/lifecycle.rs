@@ -303,8 +303,12 @@ impl<I: Io, C: Connector> Shard<I, C> {
         let dir = timelines.join(key.1.to_string());
         match durable::publish(io, &dir.join(INDEX_FILE), &dir.join(DELETED_FILE)).await {
             Ok(()) => {}
-            // An import that failed, or a deletion that failed after this step.
-            Err(error) if error.cause == IoCause::NotFound => {}
+            // An import that failed, or a deletion that failed after this step: the name may not be
+            // durable yet.
+            Err(error) if error.cause == IoCause::NotFound => match io.sync_dir(&dir).await {
+                Err(error) if error.cause != IoCause::NotFound => return Err(error),
+                Ok(()) | Err(_) => {}
+            },
             Err(error) => return Err(error),
         }
         let removed = async {

@@ -20,6 +20,26 @@ impl<I: Io> Timeline<I> {
         Some(u64::try_from(blocks).unwrap_or(0).saturating_mul(PAGE_SIZE as u64))
     }
 
+    /// The size when the timeline was closed. All that it had then was in layer files, so the
+    /// sizes have grown since by what came from the journal, if anything.
+    pub(super) fn recall_logical_size(&self, bytes: Option<u64>) {
+        if let Some(bytes) = bytes {
+            let blocks = bytes / PAGE_SIZE as u64;
+            self.logical_base.set(LogicalBase::Known(blocks.cast_signed()));
+        }
+    }
+
+    /// What is shown of layers agrees with the layers; for tests.
+    #[cfg(test)]
+    pub(crate) fn check_totals(&self) -> Result<(), String> {
+        let mutable = self.mutable.borrow();
+        let (info, counted) = (mutable.layers.totals(), mutable.layers.recount());
+        match (info.layer_bytes(), info.history_bytes()) {
+            kept if kept == counted => Ok(()),
+            kept => Err(format!("{} keeps sizes {kept:?}, counted anew {counted:?}", self.id)),
+        }
+    }
+
     /// Starts to add up the sizes, unless that was done.
     pub(super) fn want_logical_size(self: &Rc<Self>) {
         let readable = self.lsns().last_record >= self.start_lsn() && !self.gate.is_closed();
@@ -50,7 +70,7 @@ impl<I: Io> Timeline<I> {
     }
 
     /// Blocks of all relations at `lsn`; `None` when the timeline goes away meanwhile.
-    pub(super) async fn sum_of_sizes(&self, lsn: Lsn) -> Result<Option<i64>, ReadError> {
+    pub(crate) async fn sum_of_sizes(&self, lsn: Lsn) -> Result<Option<i64>, ReadError> {
         let mut blocks = 0i64;
         for rel in self.all_forks(lsn).await? {
             let Some(_read) = self.gate.enter().filter(|_| !self.stopping.get()) else {

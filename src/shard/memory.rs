@@ -2,13 +2,11 @@
 //!
 //! Every timeline has a [`Share`] and keeps it up to date. When all shares together exceed the
 //! budget, the largest open layer is asked to become a file; and the next largest, until what
-//! nobody has asked for yet fits. Far above the budget ingest waits, whoever it is for: files
-//! cannot be made as fast as WAL comes in.
+//! nobody has asked for yet fits. Above the budget ingest slows, whoever it is for, and far above it
+//! stops ([`super::plan::pressure`]): files cannot be made as fast as WAL comes in.
 
 use std::cell::{Cell, RefCell};
 use std::rc::{Rc, Weak};
-
-use crate::limits::MEMORY_OVERDRAFT_PERCENT;
 
 /// See the module's text.
 #[derive(Debug)]
@@ -63,10 +61,10 @@ impl MemoryBudget {
         self.open_bytes.get() + self.frozen_bytes.get()
     }
 
-    /// Ingest must wait.
-    pub fn is_overdrawn(&self) -> bool {
-        let most = u128::from(self.limit_bytes) * u128::from(MEMORY_OVERDRAFT_PERCENT) / 100;
-        u128::from(self.used_bytes()) > most
+    /// The same in percent of the budget, rounded up.
+    pub fn used_percent(&self) -> u64 {
+        let used = u128::from(self.used_bytes()) * 100;
+        u64::try_from(used.div_ceil(u128::from(self.limit_bytes.max(1)))).unwrap_or(u64::MAX)
     }
 
     /// Asks for the largest open layers, as many as it takes. Half of the budget is for layers
@@ -112,9 +110,14 @@ impl Share {
         self.account.asked.set(false);
     }
 
-    /// Ingest must wait.
-    pub fn is_overdrawn(&self) -> bool {
-        self.budget.is_overdrawn()
+    /// All layers of the core fit into the budget.
+    pub fn is_within_budget(&self) -> bool {
+        self.budget.used_bytes() <= self.budget.limit_bytes
+    }
+
+    /// What all layers of the core take, in percent of the budget.
+    pub fn used_percent(&self) -> u64 {
+        self.budget.used_percent()
     }
 }
 
@@ -155,16 +158,16 @@ mod tests {
     }
 
     #[test]
-    fn ingest_waits_far_above_the_budget_and_a_share_that_goes_gives_back() {
+    fn all_shares_count_and_one_that_goes_gives_back() {
         let budget = MemoryBudget::new(100);
         let (one, _woken) = share(&budget);
         let (two, _woken) = share(&budget);
         one.set(40, 60);
-        assert!(!two.is_overdrawn());
-        two.set(0, 300);
-        assert!(one.is_overdrawn());
+        assert_eq!(two.used_percent(), 100);
+        two.set(0, 101);
+        assert_eq!(one.used_percent(), 201);
         drop(two);
-        assert!(!one.is_overdrawn());
+        assert_eq!(one.used_percent(), 100);
         assert_eq!(budget.used_bytes(), 100);
         assert_eq!(budget.shares.borrow().iter().filter(|one| one.strong_count() > 0).count(), 1);
     }

@@ -5,6 +5,10 @@
 //! [`get_page`] reads; [`import`] makes a timeline, [`load`] opens one again.
 //! gives records to [`ingest`] and [`apply`]; [`checkpoint`] moves values from memory to files;
 //! [`get_page`] reads; [`import`] makes a timeline, [`load`] opens one again. [`history`] says how
+//! far back it can be read, [`gc`] removes what nobody can need. A timeline that nobody uses is
+//! closed again (`idle`).
+//! gives records to [`ingest`] and [`apply`], as fast as [`pressure`] lets it; [`checkpoint`] moves
+//! values from memory to files, [`compact`] merges these; [`get_page`] reads; [`import`] makes a timeline, [`load`] opens one again. [`history`] says how
 //! far back it can be read, [`gc`] removes what nobody can need.
 //!
 //! Synchronous methods change state, asynchronous ones wait; no borrow lives across an `.await`.
@@ -24,6 +28,7 @@ pub mod gc;
 pub mod get_page;
 pub mod health;
 pub mod history;
+mod idle;
 pub mod import;
 pub mod index;
 pub mod ingest;
@@ -36,6 +41,7 @@ pub mod lsns;
 pub mod memory;
 pub mod metrics;
 pub mod plan;
+pub mod pressure;
 pub mod primary;
 pub mod reader;
 pub mod sizes;
@@ -45,3 +51,6 @@ pub mod tenants;
 pub mod timeline;
 pub mod timestamps;
 mod turn;
+
+#[cfg(test)]
+pub(crate) use idle::CANARY_CLOSE_IN_USE;

@@ -4,7 +4,8 @@ use std::rc::Rc;
 
 use bytes::Bytes;
 
-use crate::base::{BlockNumber, Kind, Lsn, RelTag, SlruKind, TenantShardId, TimelineId};
+use super::leases::LeaseError;
+use crate::base::{BlockNumber, Kind, Lsn, RelTag, SlruKind, TenantShardId, TimelineId, Timestamp};
 use crate::redo::RedoError;
 
 /// The pair of LSNs that a page request carries (facts of the page service protocol).
@@ -165,6 +166,12 @@ pub trait TimelineReader: 'static {
         segment: u32,
         lsn: RequestLsn,
     ) -> Result<Bytes, ReadError>;
+    /// Keeps `lsn` readable for the usual time of a lease, or prolongs that; returns its end. It
+    /// is durable then.
+    ///
+    /// # Errors
+    /// [`LeaseError`]; [`Kind::Invalid`] means that there will be no lease on this LSN.
+    async fn lease_lsn(&self, lsn: Lsn) -> Result<Timestamp, LeaseError>;
 }
 
 /// One core's timelines, as the page service finds them.

@@ -6,6 +6,7 @@
 //! once and kept here; the cache also answers reads, because a size that has not changed since
 //! LSN `since` is the size at every later LSN too.
 
+use std::cell::Cell;
 use std::collections::{BTreeMap, HashMap};
 
 use foldhash::fast::RandomState;
@@ -22,10 +23,15 @@ pub struct RelSize {
     pub since: Lsn,
 }
 
+/// Forks that are found without a search: a record touches few, and the next ones the same.
+const RECENT: usize = 8;
+
 /// See the module's text.
 #[derive(Default)]
 pub struct Sizes {
     rels: HashMap<RelTag, RelSize, RandomState>,
+    /// Some of `rels`, each at the place that [`Sizes::recent`] tells.
+    recent: [Cell<Option<(RelTag, RelSize)>>; RECENT],
     slru: BTreeMap<(SlruKind, u32), BlockNumber>,
     origins: BTreeMap<u16, Lsn>,
     growth: i64,
@@ -34,7 +40,18 @@ pub struct Sizes {
 impl Sizes {
     /// The fork's newest size, if it is known.
     pub fn rel(&self, rel: RelTag) -> Option<RelSize> {
-        self.rels.get(&rel).copied()
+        let recent = self.recent(rel);
+        if let Some((_, size)) = recent.get().filter(|(known, _)| *known == rel) {
+            return Some(size);
+        }
+        let size = *self.rels.get(&rel)?;
+        recent.set(Some((rel, size)));
+        Some(size)
+    }
+
+    fn recent(&self, rel: RelTag) -> &Cell<Option<(RelTag, RelSize)>> {
+        let place = rel.node.rel.wrapping_add(u32::from(rel.fork) << 2) as usize % RECENT;
+        &self.recent[place]
     }
 
     /// Size in blocks of a fork that was loaded before; 0 for one that does not exist.
@@ -49,7 +66,9 @@ impl Sizes {
 
     /// Remembers a fork's newest size. The size before must be known, or the fork be new.
     pub fn set_rel(&mut self, rel: RelTag, blocks: Option<BlockNumber>, since: Lsn) {
-        let before = self.rels.insert(rel, RelSize { blocks, since });
+        let size = RelSize { blocks, since };
+        let before = self.rels.insert(rel, size);
+        self.recent(rel).set(Some((rel, size)));
         let in_blocks = |size: Option<BlockNumber>| i64::from(size.unwrap_or(0));
         self.growth += in_blocks(blocks) - in_blocks(before.and_then(|size| size.blocks));
     }
@@ -69,6 +88,7 @@ impl Sizes {
     pub fn trim(&mut self) {
         if self.rels.len() > REL_SIZE_CACHE_ENTRIES_MAX {
             self.rels.clear();
+            self.recent = Default::default();
         }
     }
 
@@ -101,5 +121,42 @@ impl Sizes {
             Some(lsn) => self.origins.insert(id, lsn),
             None => self.origins.remove(&id),
         };
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::base::RelNode;
+
+    #[test]
+    fn sizes_are_those_of_the_table_however_they_are_found() {
+        let mut sizes = Sizes::default();
+        let mut twin: BTreeMap<RelTag, RelSize> = BTreeMap::new();
+        let mut random = 1u64;
+        for n in 0..50_000u64 {
+            random = random.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1);
+            let bits = (random >> 33) as u32;
+            let node = RelNode { spc: 1663, db: bits >> 8 & 1, rel: bits >> 4 & 15 };
+            let rel = node.fork((bits >> 9 & 3) as u8);
+            let size = RelSize { blocks: (bits & 15 > 1).then_some(bits >> 12), since: Lsn(n) };
+            match bits % 5 {
+                0 => {
+                    sizes.set_rel(rel, size.blocks, size.since);
+                    twin.insert(rel, size);
+                }
+                1 => {
+                    sizes.loaded(rel, size.blocks, size.since);
+                    twin.entry(rel).or_insert(size);
+                }
+                _ => assert_eq!(sizes.rel(rel), twin.get(&rel).copied()),
+            }
+        }
+        for rel in 0..=REL_SIZE_CACHE_ENTRIES_MAX as u32 {
+            sizes.set_rel(RelNode { spc: 1, db: 1, rel }.fork(0), Some(rel), Lsn(1));
+        }
+        sizes.trim();
+        assert!(twin.keys().all(|rel| sizes.rel(*rel).is_none()));
+        assert_eq!(sizes.rel(RelNode { spc: 1, db: 1, rel: 7 }.fork(0)), None);
     }
 }

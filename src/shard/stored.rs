@@ -60,7 +60,8 @@ impl<I: Io> StoredLayer<I> {
         self.len
     }
 
-    async fn reader(&self) -> Result<Rc<FileLayer<I>>, LayerError> {
+    /// The open file; opens it if need be.
+    pub(super) async fn reader(&self) -> Result<Rc<FileLayer<I>>, LayerError> {
         if let Some(reader) = self.reader.borrow().as_ref() {
             return Ok(reader.clone());
         }
@@ -81,14 +82,18 @@ impl<I: Io> StoredLayer<I> {
         }
     }
 
-    /// Appends the values of `key` within `lsns` to `out`, newest first, up to the first base.
+    /// Appends the values of `key` within `lsns` to `out`, newest first, up to the first base. Tells
+    /// too whether blocks of the file were needed, from the cache or the disk: what filter or index
+    /// tell is free.
     pub async fn collect(
         &self,
         key: Key,
         lsns: &LsnRange,
         out: &mut Vec<(Lsn, Value)>,
-    ) -> Result<Lookup, LayerError> {
-        self.reader().await?.collect(key, lsns, out).await
+    ) -> Result<(Lookup, bool), LayerError> {
+        let reader = self.reader().await?;
+        let is_read = reader.needs_blocks(key, lsns);
+        Ok((reader.collect(key, lsns, out).await?, is_read))
     }
 
     /// For every key of the range, its newest value with `lsn < below`, unless `out` has a newer.

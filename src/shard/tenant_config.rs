@@ -156,6 +156,7 @@ mod tests {
         gc_horizon_bytes: 1,
         pitr_interval_s: 2,
         gc_period_s: 3,
+        timeline_idle_ms: 4,
     };
 
     #[test]

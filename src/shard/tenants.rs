@@ -28,13 +28,14 @@ use super::control::{
 };
 use super::follow::Connector;
 use super::history::{HistoryReply, HistoryRequest};
+use super::idle::Round;
 use super::import::{self, ImportError, ImportJob, Progress};
 use super::index::INDEX_FILE;
 use super::memory::MemoryBudget;
 use super::metrics::Counters;
 use super::reader::{PageBackend, ReadError};
 use super::tenant_config::TenantConfig;
-use super::timeline::{Timeline, TimelineConfig};
+use super::timeline::{Signal, Timeline, TimelineConfig};
 use super::turn::Turn;
 use crate::base::{Kind, TenantShardId, TimelineId};
 use crate::io::durable::TEMP_SUFFIX;
@@ -95,6 +96,9 @@ pub struct Shard<I: Io, C: Connector> {
     /// By tenant, and by what redo must know of the cluster: timelines may come from several.
     redo: RefCell<HashMap<(TenantShardId, RedoSettings), Rc<dyn Redo>>>,
     pub(super) stopping: Cell<bool>,
+    /// Ends the pause of the look for idle timelines.
+    pub(super) idle_signal: Signal,
+    pub(super) round: Round,
 }
 
 /// What the shard knows of a tenant.
@@ -122,6 +126,8 @@ impl<I: Io, C: Connector> Shard<I, C> {
             tenants: RefCell::default(),
             redo: RefCell::default(),
             stopping: Cell::new(false),
+            idle_signal: Signal::new(),
+            round: Round::default(),
             context,
         });
         let tenants = shard.context.data_dir.join("tenants");
@@ -145,6 +151,9 @@ impl<I: Io, C: Connector> Shard<I, C> {
                 true => shard.open_tenant(tenant).await?,
                 false => {}
             }
+        }
+        if shard.context.config.timeline_idle_ms > 0 {
+            shard.context.io.spawn(TaskClass::Background, shard.clone().idle_loop());
         }
         Ok(shard)
     }
@@ -191,7 +200,7 @@ impl<I: Io, C: Connector> Shard<I, C> {
         Rc::new(move || factory.background(tenant, settings))
     }
 
-    /// Ends the redo services of a tenant that is gone.
+    /// Ends the redo services of a tenant that is gone, or of which nothing is open.
     pub(super) async fn forget_redo(&self, tenant: TenantShardId) {
         self.redo.borrow_mut().retain(|(other, _), _| *other != tenant);
         self.context.redo.stop(tenant).await;
@@ -276,7 +285,7 @@ impl<I: Io, C: Connector> Shard<I, C> {
     }
 
     /// Imports that were cancelled remove what they have written; then they are no longer there.
-    /// What is being opened is open, or has failed.
+    /// What is being opened is open, or has failed; what is being closed is closed.
     async fn wait_for_imports(&self) {
         let importing = |slot: &Slot<I>| {
             matches!(slot, Slot::Importing(_) | Slot::Loading(_) | Slot::Branching(_))
@@ -363,6 +372,20 @@ impl<I: Io, C: Connector> CoreControl for Rc<Shard<I, C>> {
             image_bytes_written: counters.image_bytes.get(),
             compaction_pages: counters.compaction_pages.get(),
             compaction_page_failures: counters.compaction_page_failures.get(),
+            compaction_l0_merges: counters.merges_l0.get(),
+            compaction_l1_merges: counters.merges_l1.get(),
+            compaction_image_jobs: counters.image_jobs.get(),
+            gc_runs: counters.gc_runs.get(),
+            gc_failures: counters.gc_failures.get(),
+            gc_layers_removed: counters.gc_layers_removed.get(),
+            gc_bytes_removed: counters.gc_bytes_removed.get(),
+            timelines_closed: counters.timelines_closed.get(),
+            ingest_slowed_seconds: counters.ingest_slowed_us.get() as f64 / 1e6,
+            ingest_stopped_seconds: counters.ingest_stopped_us.get() as f64 / 1e6,
+            index_bytes_written: counters.index_bytes.get(),
+            l0_layers_max: counters.l0_layers.get(),
+            read_layers: counters.read_layers.get(),
+            read_records: counters.read_records.get(),
             ..CoreMetrics::default()
         };
         self.context.redo.metrics(&mut metrics);
@@ -443,6 +466,7 @@ impl<I: Io, C: Connector> CoreControl for Rc<Shard<I, C>> {
 
     async fn shutdown(&self) {
         self.stopping.set(true);
+        self.idle_signal.set();
         for slot in self.slots.borrow().values() {
             if let Slot::Importing(progress) = slot {
                 progress.cancel();

@@ -16,6 +16,7 @@ use super::control::{DetachState, ImportProgress, TimelineInfo, TimelineState};
 use super::gate::Gate;
 use super::health::Health;
 use super::history::History;
+use super::idle::Usage;
 use super::index::{ClusterIdentity, IndexLayer, TimelineIndex, WalSourceConfig};
 use super::layer_map::LayerMap;
 use super::lsns::{Advance, LsnWaiters, Lsns};
@@ -60,6 +61,9 @@ pub struct TimelineConfig {
     pub pitr_interval_s: u64,
     /// Pause between two garbage collections, in seconds; 0: there are none by themselves.
     pub gc_period_s: u64,
+    /// A timeline that takes in no WAL and is not used is closed after so many milliseconds; 0:
+    /// it stays open. Of the node alone.
+    pub timeline_idle_ms: u64,
 }
 
 impl From<&Config> for TimelineConfig {
@@ -75,6 +79,7 @@ impl From<&Config> for TimelineConfig {
             gc_horizon_bytes: config.gc_horizon_bytes,
             pitr_interval_s: config.pitr_interval_s,
             gc_period_s: config.gc_period_s,
+            timeline_idle_ms: config.timeline_idle_s.saturating_mul(1000),
         }
     }
 }
@@ -137,6 +142,7 @@ pub struct Timeline<I: Io> {
     /// Room for the changes of one record.
     pub(super) changes: Cell<Vec<Change>>,
     pub(super) stopping: Cell<bool>,
+    pub(super) usage: Usage,
     /// Tells the WAL receiver to stop.
     pub(super) stop_signal: Signal,
     /// The WAL receiver has ended.
@@ -256,6 +262,7 @@ impl<I: Io> Timeline<I> {
             .map(|(timeline, point)| Ancestor { timeline, lsn: point.lsn });
         let open_since = context.io.now();
         let checkpoint_signal = Signal::new();
+        let segment_bytes = index.cluster.wal_segment_bytes;
         let wal = WalStream::new(lsn, wal_layout(&index.cluster))?;
         Ok(Rc::new(Timeline {
             tenant: index.tenant,
@@ -269,7 +276,7 @@ impl<I: Io> Timeline<I> {
                 ancestor,
                 branches: BTreeMap::new(),
                 detach: None,
-                open: OpenLayer::new(Lsn(lsn.0 + 1)),
+                open: OpenLayer::new(Lsn(lsn.0 + 1), segment_bytes),
                 open_since,
                 frozen: Vec::new(),
                 layers,
@@ -297,6 +304,7 @@ impl<I: Io> Timeline<I> {
             ingesting: Cell::new(false),
             changes: Cell::default(),
             stopping: Cell::new(false),
+            usage: Usage::new(open_since),
             stop_signal: Signal::new(),
             follow_ended: Cell::new(false),
             source_connected: Cell::new(false),
@@ -373,7 +381,7 @@ impl<I: Io> Timeline<I> {
 
     /// The timeline as the admin API shows it.
     pub fn info(&self, core: usize) -> TimelineInfo {
-        let start_lsn = self.start_lsn();
+        let (start_lsn, ingest_limit_bytes_per_s) = (self.start_lsn(), self.ingest_limit());
         let mutable = self.mutable.borrow();
         let health = self.health.borrow();
         let lsns = mutable.lsns;
@@ -392,6 +400,7 @@ impl<I: Io> Timeline<I> {
             error: mutable.broken.clone(),
             import: None::<ImportProgress>,
             start_lsn,
+            gc_cutoff_lsn: self.history.cutoff.get(),
             ancestor: mutable.ancestor.as_ref().map(Ancestor::point),
             detach: mutable.detach.clone(),
             received_lsn: lsns.received,
@@ -403,14 +412,12 @@ impl<I: Io> Timeline<I> {
             wal_source_error: mutable.source_error.clone(),
             ingest_paused: health.paused().map(str::to_owned),
             damaged: health.damaged().cloned().collect(),
+            ingest_limit_bytes_per_s,
             layer_count: mutable.layers.len() as u64,
-            layer_bytes: mutable.layers.iter().map(|(_, layer)| layer.file_bytes()).sum(),
-            history_bytes: mutable
-                .layers
-                .iter()
-                .filter(|(span, _)| !span.is_image)
-                .map(|(_, layer)| layer.file_bytes())
-                .sum(),
+            l0_count: mutable.layers.l0_count() as u64,
+            frozen_count: mutable.frozen.len() as u64,
+            layer_bytes: mutable.layers.totals().layer_bytes(),
+            history_bytes: mutable.layers.totals().history_bytes(),
             logical_bytes: self.logical_bytes(&mutable),
             open_layer_bytes: mutable.open.memory_bytes() as u64 + frozen,
             journal_bytes: lsns.received.bytes_since(lsns.disk_consistent),

@@ -27,6 +27,11 @@ impl Turn {
         TurnGuard(self)
     }
 
+    /// True when nobody is in the section.
+    pub fn is_free(&self) -> bool {
+        !self.take.is_empty()
+    }
+
     fn release(&self) {
         // There is one token and one place for it.
         let _ = self.give.try_send(());

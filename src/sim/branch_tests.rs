@@ -142,6 +142,7 @@ async fn check_page(
     if !one.follows && last != one.end {
         return Err(format!("{} ends at {last}, not at {}", one.id, one.end));
     }
+    timeline.check_totals()?;
     let (start, forks) = (timeline.start_lsn(), outside.primary.borrow().forks());
     if forks.is_empty() || last <= start {
         return Ok(());
@@ -349,6 +350,46 @@ async fn live(io: SimIo, outside: Rc<Outside>, story: Rc<Story>) -> Result<(), S
     }
 }
 
+/// The sizes that are shown agree with the primary, with the files, and with a count of all forks.
+async fn check_sizes(
+    shard: &SimShard,
+    story: &Story,
+    outside: &Outside,
+    io: &SimIo,
+) -> Result<(), String> {
+    outside.quiet.set(true);
+    // What the primary has sent until now comes in.
+    io.sleep(Duration::from_millis(100)).await;
+    let readable = |one: &Known| one.life == Life::There && one.archived == Maybe::No;
+    let ids: Vec<TimelineId> =
+        story.known.borrow().iter().filter(|one| readable(one)).map(|one| one.id).collect();
+    for id in ids {
+        let timeline = shard.timeline(TENANT, id).await.map_err(|error| error.to_string())?;
+        timeline.check_totals()?;
+        let info = loop {
+            let infos = shard.timelines();
+            let info = infos.into_iter().find(|info| info.timeline == id).ok_or("gone")?;
+            if info.logical_bytes.is_some() {
+                break info;
+            }
+            io.sleep(Duration::from_millis(1)).await;
+        };
+        let lsn = info.last_record_lsn;
+        let counted = timeline.sum_of_sizes(lsn).await.map_err(|error| error.to_string())?;
+        let expected = {
+            let primary = outside.primary.borrow();
+            primary.forks().iter().map(|rel| i64::from(primary.size_at(*rel, lsn))).sum::<i64>()
+        };
+        let shown = info.logical_bytes.map(|bytes| (bytes / 8192) as i64);
+        if shown != Some(expected) || counted != Some(expected) {
+            return Err(format!("{id} has {shown:?} blocks, counted {counted:?}, not {expected}"));
+        }
+        story.count("sizes");
+    }
+    outside.quiet.set(false);
+    Ok(())
+}
+
 async fn finish(io: SimIo, outside: Rc<Outside>, story: Rc<Story>) -> Result<(), String> {
     let shard = start(&io, &outside, &story).await?;
     let end = outside.primary.borrow().record_ends().last().copied().unwrap_or(START);
@@ -367,6 +408,7 @@ async fn finish(io: SimIo, outside: Rc<Outside>, story: Rc<Story>) -> Result<(),
     for _ in 0..150 {
         check_page(&shard, &story, &outside, &io).await?;
     }
+    check_sizes(&shard, story.as_ref(), &outside, &io).await?;
     // Nothing is left of what was deleted or not made.
     let dirs = io.list(timeline_dir().parent().unwrap()).await.map_err(|e| e.to_string())?;
     let there = story.known.borrow().iter().filter(|one| one.life == Life::There).count();
@@ -381,6 +423,7 @@ async fn finish(io: SimIo, outside: Rc<Outside>, story: Rc<Story>) -> Result<(),
 fn scenario(seed: u64, story: &Rc<Story>) -> Result<u64, String> {
     let mut world = SimWorld::new(seed, SimOptions::varied(seed));
     let outside = Outside::new(seed);
+    outside.timeline_idle_ms.set([0, 1, 20][(seed % 3) as usize]);
     *story.known.borrow_mut() = vec![Known {
         id: TIMELINE,
         end: Lsn::INVALID,
@@ -421,6 +464,7 @@ fn trees_of_timelines_are_right_through_crashes() {
         "archive",
         "unarchive",
         "detach",
+        "sizes",
     ] {
         assert!(done.get(what).copied().unwrap_or(0) >= 5, "{what}: {done:?}");
     }

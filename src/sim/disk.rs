@@ -9,7 +9,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Component, Path};
 
-use super::file_data::{ChangeSeq, FileData};
+use super::file_data::{ChangeSeq, FileData, Keep};
 use super::random::Stream;
 use crate::io::{DirEntry, IoCause};
 
@@ -21,12 +21,13 @@ pub type DirSeq = u64;
 
 const ROOT: Inode = 1;
 
-#[derive(Default)]
+#[derive(Clone, Default)]
 struct Directory {
     live: BTreeMap<String, Inode>,
     durable: BTreeMap<String, Inode>,
 }
 
+#[derive(Clone)]
 enum Node {
     File(FileData),
     Directory(Directory),
@@ -34,6 +35,7 @@ enum Node {
 
 /// `link`: put `inode` under a name, replacing what was there. `unlink`: take a name away. A
 /// rename is both.
+#[derive(Clone)]
 struct DirChange {
     seq: DirSeq,
     unlink: Option<(Inode, String)>,
@@ -47,7 +49,38 @@ impl DirChange {
     }
 }
 
-/// The disk of one simulated machine.
+/// What a power loss leaves of what is not synced.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum CrashMode {
+    /// Nothing: neither content nor names.
+    Lost,
+    /// All changes of names, no content.
+    NamesOnly,
+    /// A run of sectors from either end of each write; names by chance.
+    Torn,
+    /// Each write whole or not at all, so that a later one may be there without an earlier one;
+    /// names by chance.
+    Reordered,
+}
+
+impl CrashMode {
+    /// All of them.
+    pub const ALL: [CrashMode; 4] =
+        [CrashMode::Lost, CrashMode::NamesOnly, CrashMode::Torn, CrashMode::Reordered];
+
+    /// Its name on the command line.
+    pub fn name(self) -> &'static str {
+        match self {
+            CrashMode::Lost => "lost",
+            CrashMode::NamesOnly => "names-only",
+            CrashMode::Torn => "torn",
+            CrashMode::Reordered => "reordered",
+        }
+    }
+}
+
+/// The disk of one simulated machine. A copy shares the content of files until one changes it.
+#[derive(Clone)]
 pub struct Disk {
     nodes: BTreeMap<Inode, Node>,
     open_counts: BTreeMap<Inode, u32>,
@@ -325,6 +358,21 @@ impl Disk {
         let moods = [0, 500_000, 1_000_000];
         let keep_data = moods[stream.below(3) as usize];
         let keep_entries = [0, 700_000, 1_000_000][stream.below(3) as usize];
+        self.lose(stream, Keep::Sectors(keep_data), keep_entries);
+    }
+
+    /// Power loss of a certain kind.
+    pub fn crash_as(&mut self, mode: CrashMode, stream: &mut Stream) {
+        let some_entries = [0, 700_000, 1_000_000][stream.below(3) as usize];
+        match mode {
+            CrashMode::Lost => self.lose(stream, Keep::Sectors(0), 0),
+            CrashMode::NamesOnly => self.lose(stream, Keep::Sectors(0), 1_000_000),
+            CrashMode::Torn => self.lose(stream, Keep::Runs, some_entries),
+            CrashMode::Reordered => self.lose(stream, Keep::Writes, some_entries),
+        }
+    }
+
+    fn lose(&mut self, stream: &mut Stream, keep_data: Keep, keep_entries: u32) {
         let mut cut = BTreeSet::new();
         for change in std::mem::take(&mut self.log) {
             let lost = change.directories().any(|dir| cut.contains(&dir));
@@ -373,6 +421,16 @@ impl Disk {
             }
         }
         self.nodes.retain(|inode, _| reached.contains(inode));
+    }
+
+    /// False for an operation on a name that will find nothing to do.
+    pub fn would_change(&self, operation: &str, path: &Path) -> bool {
+        let exists = self.lookup(path).is_ok();
+        match operation {
+            "open" | "list" => false,
+            "create" | "create directory" => !exists,
+            _ => exists,
+        }
     }
 
     /// Makes the content of an open file up to `seq` durable.

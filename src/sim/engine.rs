@@ -7,12 +7,14 @@
 //! 3. at the end, without faults, the timeline catches up with all of the WAL (liveness).
 
 use std::cell::{Cell, RefCell};
+use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::rc::Rc;
 use std::time::Duration;
 
 use bytes::Bytes;
 
+use super::faults::{self, FaultClass};
 use super::primary::Primary;
 use super::redo::ToyRedoFactory;
 use super::{Outcome, SimIo, SimOptions, SimWorld};
@@ -55,7 +57,7 @@ pub enum Plant {
 
 /// The primary and what it was told; it survives all crashes of the node.
 pub(super) struct Outside {
-    pub(super) primary: RefCell<Primary>,
+    pub(super) primary: Rc<RefCell<Primary>>,
     pub(super) acknowledged: Cell<Lsn>,
     /// No layer is closed for its size.
     pub(super) large_layers: Cell<bool>,
@@ -71,13 +73,30 @@ pub(super) struct Outside {
     pub(super) quiet: Cell<bool>,
     /// `gc_period_s` of the timeline.
     pub(super) gc_period_s: Cell<u64>,
+    /// The primary shows no WAL from here on.
+    pub(super) visible_end: Cell<Lsn>,
+    /// `checkpoint_distance_bytes` and `compaction_target_bytes`; `None`: by chance.
+    pub(super) layer_bytes: Cell<Option<(u64, u64)>>,
+    /// What was acknowledged as flushed, by the connection string of the timeline's source.
+    pub(super) flushed: RefCell<BTreeMap<String, Lsn>>,
+    /// `timeline_idle_ms` of the node.
+    pub(super) timeline_idle_ms: Cell<u64>,
+    /// Bytes of the block cache; `None`: by chance.
+    pub(super) cache_bytes: Cell<Option<usize>>,
+    /// Everything that the background executor does takes so many times as long.
+    pub(super) background_slowness: Cell<u32>,
 }
 
 impl Outside {
     pub(super) fn new(seed: u64) -> Rc<Outside> {
         let primary = Primary::new(seed, START, SEGMENT_BYTES, SYSTEM_ID);
+        Outside::of(Rc::new(RefCell::new(primary)))
+    }
+
+    /// A primary that there is already; nothing was acknowledged to it.
+    pub(super) fn of(primary: Rc<RefCell<Primary>>) -> Rc<Outside> {
         Rc::new(Outside {
-            primary: RefCell::new(primary),
+            primary,
             acknowledged: Cell::new(START),
             large_layers: Cell::new(false),
             collects: Cell::new(false),
@@ -86,6 +105,12 @@ impl Outside {
             clock_ahead_us: Cell::new(0),
             quiet: Cell::new(false),
             gc_period_s: Cell::new(0),
+            visible_end: Cell::new(Lsn::MAX),
+            layer_bytes: Cell::new(None),
+            flushed: RefCell::default(),
+            timeline_idle_ms: Cell::new(0),
+            cache_bytes: Cell::new(None),
+            background_slowness: Cell::new(1),
         })
     }
 }
@@ -99,6 +124,7 @@ pub(super) struct SimConnector {
 pub(super) struct SimSource {
     io: SimIo,
     outside: Rc<Outside>,
+    conninfo: String,
     at: Lsn,
 }
 
@@ -107,11 +133,11 @@ impl Connector for SimConnector {
 
     async fn connect(
         &self,
-        _: &WalSourceConfig,
+        source: &WalSourceConfig,
         _: &ClusterIdentity,
     ) -> Result<SimSource, SourceError> {
         let (io, outside) = (self.io.clone(), self.outside.clone());
-        Ok(SimSource { io, outside, at: Lsn::INVALID })
+        Ok(SimSource { io, outside, conninfo: source.conninfo.clone(), at: Lsn::INVALID })
     }
 }
 
@@ -138,7 +164,8 @@ impl WalSource for SimSource {
                 primary.commit(Timestamp(time));
             }
         }
-        let end_of_wal = primary.end();
+        let end_of_wal = primary.end().min(self.outside.visible_end.get());
+        let len = len.min(end_of_wal.bytes_since(self.at) as usize);
         let bytes = Bytes::copy_from_slice(primary.read(self.at, len));
         if bytes.is_empty() {
             return Ok(WalMessage::KeepAlive { end_of_wal, reply_requested: false });
@@ -151,6 +178,9 @@ impl WalSource for SimSource {
     async fn send_status(&mut self, status: StandbyStatus) -> Result<(), SourceError> {
         let known = self.outside.acknowledged.get();
         self.outside.acknowledged.set(known.max(status.flush));
+        let mut flushed = self.outside.flushed.borrow_mut();
+        let known = flushed.entry(self.conninfo.clone()).or_insert(Lsn::INVALID);
+        *known = status.flush.max(*known);
         Ok(())
     }
 }
@@ -204,9 +234,12 @@ pub(super) type SimShard = Rc<Shard<SimIo, SimConnector>>;
 
 pub(super) async fn start_shard(io: &SimIo, outside: &Rc<Outside>) -> Result<SimShard, String> {
     let (background, runner) = background::channel();
-    io.spawn(TaskClass::Background, runner.run(io.clone()));
+    let slow = io.slowed(outside.background_slowness.get());
+    io.spawn(TaskClass::Background, runner.run(slow));
     let distance = 64 * 1024 + io.random_u64() % (512 * 1024);
     let budget = 256 * 1024 + io.random_u64() % (1 << 20);
+    let target = 16 * 1024 + io.random_u64() % (256 * 1024);
+    let (distance, target) = outside.layer_bytes.get().unwrap_or((distance, target));
     let large = outside.large_layers.get();
     let by_chance =
         (1 + (io.random_u64() % 4) as usize, [10, 50, 200, 5_000][(io.random_u64() % 4) as usize]);
@@ -222,13 +255,17 @@ pub(super) async fn start_shard(io: &SimIo, outside: &Rc<Outside>) -> Result<Sim
             wait_lsn_timeout_ms: 60_000,
             image_layer_bytes: 1 << 20,
             compaction_threshold: threshold,
-            compaction_target_bytes: 16 * 1024 + io.random_u64() % (256 * 1024),
+            compaction_target_bytes: target,
             compaction_image_percent: image_percent,
             gc_horizon_bytes: 0,
             pitr_interval_s: 0,
             gc_period_s: outside.gc_period_s.get(),
+            timeline_idle_ms: outside.timeline_idle_ms.get(),
         },
-        block_cache_bytes: (io.random_u64() % (1 << 20)) as usize,
+        block_cache_bytes: {
+            let by_chance = (io.random_u64() % (1 << 20)) as usize;
+            outside.cache_bytes.get().unwrap_or(by_chance)
+        },
         memory_budget_bytes: if large { 1 << 30 } else { budget },
         connector: SimConnector { io: io.clone(), outside: outside.clone() },
         redo: Rc::new(ToyRedoFactory),
@@ -253,12 +290,23 @@ pub(super) async fn start(
     Ok((shard, timeline))
 }
 
-/// Reads one page at an LSN and compares it.
-pub(super) async fn check_page(
+/// What a read of one page came to.
+pub(super) enum Compared {
+    /// There is nothing to read yet, or it was collected.
+    Nothing,
+    Right,
+    Refused(ReadError),
+}
+
+/// Reads one page and the size of its fork at an LSN, and compares them.
+///
+/// # Errors
+/// They are wrong.
+pub(super) async fn compare_page(
     timeline: &Timeline<SimIo>,
     outside: &Outside,
     io: &SimIo,
-) -> Result<(), String> {
+) -> Result<Compared, String> {
     let last = timeline.lsns().last_record;
     let (rel, block, lsn, expected) = {
         let primary = outside.primary.borrow();
@@ -266,7 +314,7 @@ pub(super) async fn check_page(
         let ends = primary.record_ends();
         let readable = ends.partition_point(|end| *end <= last);
         if readable == 0 || forks.is_empty() {
-            return Ok(());
+            return Ok(Compared::Nothing);
         }
         let rel = forks[io.random_u64() as usize % forks.len()];
         let block = (io.random_u64() % 28) as u32;
@@ -274,20 +322,48 @@ pub(super) async fn check_page(
         (rel, block, lsn, primary.page_at(rel, block, lsn))
     };
     let request = RequestLsn { request: lsn, not_modified_since: lsn };
-    let page = match timeline.get_page(rel, block, request).await {
-        Err(ReadError::GarbageCollected { .. }) if lsn < timeline.gc_cutoff() => return Ok(()),
-        page => page.map_err(|error| error.to_string())?,
-    };
-    if page != expected {
+    let page = timeline.get_page(rel, block, request).await;
+    if page.as_ref().is_ok_and(|page| *page != expected) {
         return Err(format!("{rel} block {block} at {lsn} is wrong"));
     }
-    let blocks = match timeline.rel_size(rel, request).await {
-        Err(ReadError::GarbageCollected { .. }) if lsn < timeline.gc_cutoff() => return Ok(()),
-        blocks => blocks.map_err(|error| error.to_string())?,
+    let blocks = match page {
+        Ok(_) => timeline.rel_size(rel, request).await,
+        Err(error) => Err(error),
     };
     let expected = outside.primary.borrow().size_at(rel, lsn);
-    if blocks != expected {
-        return Err(format!("{rel} at {lsn} has {blocks} blocks instead of {expected}"));
+    match blocks {
+        Ok(blocks) if blocks == expected => Ok(Compared::Right),
+        Ok(blocks) => Err(format!("{rel} at {lsn} has {blocks} blocks instead of {expected}")),
+        Err(ReadError::GarbageCollected { .. }) if lsn < timeline.gc_cutoff() => {
+            Ok(Compared::Nothing)
+        }
+        Err(error) => Ok(Compared::Refused(error)),
+    }
+}
+
+/// The same where no read may fail.
+pub(super) async fn check_page(
+    timeline: &Timeline<SimIo>,
+    outside: &Outside,
+    io: &SimIo,
+) -> Result<(), String> {
+    match compare_page(timeline, outside, io).await? {
+        Compared::Nothing | Compared::Right => Ok(()),
+        Compared::Refused(error) => Err(error.to_string()),
+    }
+}
+
+/// A collection, now and then.
+pub(super) async fn collect_sometimes(
+    timeline: &Timeline<SimIo>,
+    outside: &Outside,
+    io: &SimIo,
+) -> Result<(), String> {
+    if outside.collects.get() && io.random_u64().is_multiple_of(16) {
+        let horizon = Some(io.random_u64() % (1 << 20));
+        let request = GcRequest { gc_horizon_bytes: horizon, pitr_interval_s: Some(0) };
+        let collected = timeline.collect_garbage(request, || Ok(Vec::new())).await;
+        collected.map_err(|error| error.to_string())?;
     }
     Ok(())
 }
@@ -297,12 +373,7 @@ async fn live(io: SimIo, outside: Rc<Outside>) -> Result<(), String> {
     loop {
         io.sleep(Duration::from_micros(io.random_u64() % 3000)).await;
         check_page(&timeline, &outside, &io).await?;
-        if outside.collects.get() && io.random_u64().is_multiple_of(16) {
-            let horizon = Some(io.random_u64() % (1 << 20));
-            let request = GcRequest { gc_horizon_bytes: horizon, pitr_interval_s: Some(0) };
-            let collected = timeline.collect_garbage(request, || Ok(Vec::new())).await;
-            collected.map_err(|error| error.to_string())?;
-        }
+        collect_sometimes(&timeline, &outside, &io).await?;
         if let Some(reason) = timeline.broken() {
             return Err(format!("ingest stopped: {reason}"));
         }
@@ -341,11 +412,22 @@ pub(super) fn live_and_die<F: Future<Output = Result<(), String>> + 'static>(
 }
 
 /// One run: a few lives of the node, each ended by a kill or a power loss, then the checks of a
-/// quiet end. Returns the hash of the run.
+/// quiet end; in a part of the seeds on a disk with faults. Returns the hash of the run.
 ///
 /// # Errors
 /// What went wrong.
-pub fn scenario(seed: u64, plant: Plant) -> Result<u64, String> {
+pub fn scenario(seed: u64) -> Result<u64, String> {
+    match FaultClass::of(seed) {
+        None => calm(seed, Plant::Nothing),
+        Some(class) => faults::scenario(seed, class),
+    }
+}
+
+/// A run on a disk that fails only by losing its power.
+///
+/// # Errors
+/// What went wrong.
+pub fn calm(seed: u64, plant: Plant) -> Result<u64, String> {
     let options = SimOptions {
         ignore_file_sync: plant == Plant::FileSync,
         ignore_dir_sync: plant == Plant::DirSync,
@@ -366,176 +448,4 @@ pub fn scenario(seed: u64, plant: Plant) -> Result<u64, String> {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::base::Key;
-    use crate::shard::compact::{PLANTED, Planted, WRITTEN};
-    use crate::shard::get_page::CANARY_WRONG_END;
-    use crate::sim::check_seeds;
-
-    /// A planted bug must be found within this many seeds.
-    const CANARY_SEEDS: u64 = 50;
-
-    /// Seeds of which each is run twice, to see that a seed decides everything.
-    const TWICE: u64 = 50;
-
-    #[test]
-    fn seeds_are_deterministic() {
-        check_seeds("seeds_are_deterministic", 0..TWICE, |seed| scenario(seed, Plant::Nothing))
-            .unwrap();
-    }
-
-    fn all_pass(seeds: std::ops::Range<u64>) {
-        for seed in seeds {
-            if let Err(problem) = scenario(seed, Plant::Nothing) {
-                panic!("seed {seed}: {problem}\nreplay: pgstrata simulate --seed {seed}");
-            }
-        }
-    }
-
-    // A thousand seeds, in two parts for two cores.
-
-    #[test]
-    fn the_first_500_seeds_pass() {
-        all_pass(0..500);
-    }
-
-    #[test]
-    fn the_next_500_seeds_pass() {
-        all_pass(500..1000);
-    }
-
-    fn found(plant: Plant) -> Option<(u64, String)> {
-        (0..CANARY_SEEDS).find_map(|seed| Some((seed, scenario(seed, plant).err()?)))
-    }
-
-    #[test]
-    fn a_skipped_file_sync_is_found() {
-        let (seed, problem) = found(Plant::FileSync).expect("the planted bug was not found");
-        println!("found at seed {seed}: {problem}");
-    }
-
-    #[test]
-    fn a_skipped_directory_sync_is_found() {
-        let (seed, problem) = found(Plant::DirSync).expect("the planted bug was not found");
-        println!("found at seed {seed}: {problem}");
-    }
-
-    fn planted_is_found(bug: Planted) {
-        planted_is_found_within(CANARY_SEEDS, bug);
-    }
-
-    fn planted_is_found_within(seeds: u64, bug: Planted) {
-        PLANTED.set(Some(bug));
-        let result =
-            (0..seeds).find_map(|seed| Some((seed, scenario(seed, Plant::Nothing).err()?)));
-        PLANTED.set(None);
-        let (seed, problem) = result.unwrap_or_else(|| panic!("{bug:?} was not found"));
-        println!("{bug:?} found at seed {seed}: {problem}");
-    }
-
-    #[test]
-    fn inputs_removed_before_the_index_are_found() {
-        planted_is_found(Planted::RemoveBeforeIndex);
-    }
-
-    #[test]
-    fn inputs_kept_beside_their_merge_are_found() {
-        planted_is_found(Planted::KeepInputs);
-    }
-
-    #[test]
-    fn values_lost_in_a_merge_are_found() {
-        planted_is_found(Planted::DropValues);
-    }
-
-    #[test]
-    fn an_image_with_a_wrong_lsn_is_found() {
-        planted_is_found(Planted::ImageLsn);
-    }
-
-    #[test]
-    fn an_image_without_the_newest_delta_is_found() {
-        planted_is_found(Planted::StaleImages);
-    }
-
-    /// Every page as of some records after `lsn`.
-    async fn check_after(
-        timeline: &Timeline<SimIo>,
-        outside: &Outside,
-        lsn: Lsn,
-    ) -> Result<(), String> {
-        let (at, forks) = {
-            let primary = outside.primary.borrow();
-            let ends = primary.record_ends();
-            let after = ends.partition_point(|end| *end <= lsn) + 20;
-            let at = ends.get(after).copied().unwrap_or(lsn);
-            (at.min(timeline.lsns().last_record), primary.forks())
-        };
-        let request = RequestLsn { request: at, not_modified_since: at };
-        for (rel, block) in forks.iter().flat_map(|rel| (0..28).map(move |block| (*rel, block))) {
-            let page = timeline.get_page(rel, block, request).await.map_err(|e| e.to_string())?;
-            if page != outside.primary.borrow().page_at(rel, block, at) {
-                return Err(format!("{rel} block {block} at {at} is wrong"));
-            }
-        }
-        Ok(())
-    }
-
-    /// Images between layers that are merged later: the merged layer reaches below an image.
-    async fn images_between(io: SimIo, outside: Rc<Outside>) -> Result<(), String> {
-        let (shard, timeline) = start(&io, &outside).await?;
-        let mut images = Vec::new();
-        for _ in 0..6 {
-            io.sleep(Duration::from_millis(10)).await;
-            let written = shard.checkpoint(TENANT, TIMELINE).await;
-            written.map_err(|error| error.to_string())?;
-            images.extend(timeline.make_image_layer(Key::MIN..Key::MAX).await?);
-        }
-        for image in images {
-            check_after(&timeline, &outside, image).await?;
-        }
-        shard.shutdown().await;
-        Ok(())
-    }
-
-    fn merge_across_images(seed: u64) -> Result<(), String> {
-        let mut world = SimWorld::new(seed, SimOptions::varied(seed));
-        let outside = Outside::new(seed);
-        outside.large_layers.set(true);
-        outside.compaction.set(Some((2, 1_000_000)));
-        world.run(import).map_err(|error| error.to_string())??;
-        world.run(move |io| images_between(io, outside)).map_err(|error| error.to_string())?
-    }
-
-    #[test]
-    fn merges_across_images_are_read_right() {
-        for seed in 0..3 {
-            merge_across_images(seed).unwrap_or_else(|problem| panic!("seed {seed}: {problem}"));
-        }
-        PLANTED.set(Some(Planted::ReadBelowImage));
-        let found = (0..3).find_map(|seed| merge_across_images(seed).err());
-        PLANTED.set(None);
-        println!("found: {}", found.expect("the planted bug was not found"));
-    }
-
-    #[test]
-    fn every_kind_of_compaction_happens() {
-        WRITTEN.set([0; 4]);
-        for seed in 0..20 {
-            scenario(seed, Plant::Nothing).unwrap();
-        }
-        let [l0, l1, images, pages] = WRITTEN.get();
-        println!("{l0} merges of L0, {l1} of L1, {images} of images, {pages} pages");
-        assert!(l0 > 50 && l1 > 5 && images > 50 && pages > 100);
-    }
-
-    #[test]
-    fn a_range_closed_at_the_wrong_end_is_found() {
-        CANARY_WRONG_END.set(true);
-        let result = found(Plant::Nothing);
-        CANARY_WRONG_END.set(false);
-        let (seed, problem) = result.expect("the planted bug was not found");
-        println!("found at seed {seed}: {problem}");
-    }
-}
+mod tests;

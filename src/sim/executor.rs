@@ -64,6 +64,40 @@ pub(super) struct State {
     pub stopping: bool,
     pub timers: BTreeMap<(Duration, u64), Waker>,
     pub next_timer: u64,
+    /// Changes of the disk so far: parts of writes, syncs, and changes of names.
+    pub changes: u64,
+    /// Is told of each change before it takes place.
+    pub watch: Option<Watch>,
+    /// Files of which the last read was wrong: the next one is not.
+    pub misread: std::collections::BTreeSet<super::disk::Inode>,
+}
+
+/// A change of the disk that is about to take place.
+pub struct Seen<'a> {
+    /// Its number; the first is 1.
+    pub number: u64,
+    /// `write`, `sync`, `rename`, ….
+    pub operation: &'static str,
+    /// The file or directory.
+    pub path: &'a std::path::Path,
+    /// The disk before it.
+    pub disk: &'a Disk,
+    /// Simulated time.
+    pub now: Duration,
+}
+
+/// Looks at changes of the disk. It must not touch the simulated machine.
+pub type Watch = Rc<dyn Fn(&Seen<'_>)>;
+
+impl State {
+    /// To be called right before each change of the disk.
+    pub fn note_change(&mut self, operation: &'static str, path: &std::path::Path) {
+        self.changes += 1;
+        if let Some(watch) = &self.watch {
+            let (number, disk, now) = (self.changes, &self.disk, self.now);
+            watch(&Seen { number, operation, path, disk, now });
+        }
+    }
 }
 
 /// A machine, shared by the world and all of its [`super::SimIo`] handles.

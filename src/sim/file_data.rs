@@ -74,8 +74,19 @@ impl Content {
     }
 }
 
+/// What a power loss leaves of content that is not synced.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Keep {
+    /// Each sector and each growth by itself, with this chance per million.
+    Sectors(u32),
+    /// A run of sectors from either end of each write; each growth or not.
+    Runs,
+    /// Each write and each growth whole or not at all.
+    Writes,
+}
+
 /// One file.
-#[derive(Default)]
+#[derive(Clone, Default)]
 pub struct FileData {
     live: Content,
     durable: Content,
@@ -181,17 +192,25 @@ impl FileData {
         }
     }
 
-    /// Power loss. `keep_per_million` is the chance of each unsynced sector and each unsynced
-    /// change of length to have reached the medium.
-    pub fn crash(&mut self, stream: &mut Stream, keep_per_million: u32) {
+    /// Power loss: of what is not synced stays what `keep` says.
+    pub fn crash(&mut self, stream: &mut Stream, keep: Keep) {
         for change in std::mem::take(&mut self.unsynced) {
             if let Some(len) = change.grown_to
-                && stream.chance(keep_per_million)
+                && match keep {
+                    Keep::Sectors(chance) => stream.chance(chance),
+                    Keep::Runs | Keep::Writes => stream.coin(),
+                }
             {
                 self.durable.len = self.durable.len.max(len);
             }
+            let sectors = change.data.len().div_ceil(SECTOR_BYTES);
+            let run = kept_run(sectors, keep, stream);
             for (index, sector) in change.data.chunks(SECTOR_BYTES).enumerate() {
-                if stream.chance(keep_per_million) {
+                let kept = match keep {
+                    Keep::Sectors(chance) => stream.chance(chance),
+                    Keep::Runs | Keep::Writes => run.contains(&index),
+                };
+                if kept {
                     self.durable.write(change.offset + (index * SECTOR_BYTES) as u64, sector);
                 }
             }
@@ -205,5 +224,18 @@ impl FileData {
     /// The process has died: what was under way is over.
     pub fn kill(&mut self) {
         self.writing.clear();
+    }
+}
+
+/// The sectors of one write that stay, where they stay as a run.
+fn kept_run(sectors: usize, keep: Keep, stream: &mut Stream) -> std::ops::Range<usize> {
+    match keep {
+        Keep::Sectors(_) => 0..0,
+        Keep::Writes if stream.coin() => 0..sectors,
+        Keep::Writes => 0..0,
+        Keep::Runs => {
+            let cut = stream.below(sectors as u64 + 1) as usize;
+            if stream.coin() { 0..cut } else { cut..sectors }
+        }
     }
 }

@@ -9,7 +9,9 @@ use super::engine::{
 use super::{SimOptions, SimWorld};
 use crate::base::{Kind, TimelineId};
 use crate::io::Io;
-use crate::shard::control::{CoreControl, CreateTimeline, TimelineSource, TimelineState};
+use crate::shard::control::{
+    Change, CoreControl, CreateBranch, CreateTimeline, TimelineSource, TimelineState,
+};
 use crate::shard::index::INDEX_FILE;
 
 #[test]
@@ -133,4 +135,45 @@ fn data_that_cannot_be_opened_is_not_overwritten() {
         shard.shutdown().await;
     };
     world.run(story).unwrap();
+}
+
+/// The name is changed by the first attempt, and its sync fails: a second attempt finds nothing to
+/// change, and must not take that for durable.
+#[test]
+fn a_deletion_is_acknowledged_only_when_it_is_durable() {
+    for seed in 0..10 {
+        let options = SimOptions { sync_error_per_million: 1_000_000, ..SimOptions::varied(seed) };
+        let mut world = SimWorld::new(seed, options);
+        let outside = Outside::new(seed);
+        outside.quiet.set(true);
+        let branch = TimelineId([9; 16]);
+        let shared = outside.clone();
+        let story = move |io: crate::sim::SimIo| async move {
+            io.set_faults(false);
+            import(io.clone()).await.unwrap();
+            let (shard, _) = start(&io, &shared).await.unwrap();
+            let (tenant, timeline, ancestor) = (TENANT, branch, TIMELINE);
+            let request = CreateBranch { tenant, timeline, ancestor, lsn: None, source: None };
+            shard.change(Change::Branch(request)).await.unwrap();
+            io.set_faults(true);
+            let mut acknowledged = false;
+            for _ in 0..2 {
+                acknowledged |= shard.change(Change::DeleteTimeline(TENANT, branch)).await.is_ok();
+            }
+            acknowledged
+        };
+        let acknowledged = world.run(story).unwrap();
+        world.crash();
+        let story = move |io: crate::sim::SimIo| async move {
+            io.set_faults(false);
+            let (shard, _) = start(&io, &outside).await.unwrap();
+            let there = shard.timelines().iter().any(|info| info.timeline == branch);
+            assert!(!there || !acknowledged, "seed {seed}: a deleted timeline is there again");
+            if there {
+                shard.change(Change::DeleteTimeline(TENANT, branch)).await.unwrap();
+            }
+            shard.shutdown().await;
+        };
+        world.run(story).unwrap();
+    }
 }

@@ -23,6 +23,8 @@ const UNIX_TIME_US_START: i64 = 1_767_225_600_000_000;
 #[derive(Clone)]
 pub struct SimIo {
     pub(super) shared: Rc<Shared>,
+    /// Operations take so many times as long.
+    pub(super) slowness: u32,
 }
 
 fn injected(what: &str) -> IoCause {
@@ -40,9 +42,20 @@ impl SimIo {
         self.shared.state.borrow_mut().disk.set_capacity(capacity_bytes);
     }
 
+    /// True if the disk has a size.
+    pub fn is_small(&self) -> bool {
+        self.shared.state.borrow().options.capacity_bytes.is_some()
+    }
+
     /// Bytes that the files take.
     pub fn used_bytes(&self) -> u64 {
         self.shared.state.borrow_mut().disk.used_bytes()
+    }
+
+    /// The same machine through a slower device: files that are opened by this take `factor`
+    /// times as long for everything.
+    pub fn slowed(&self, factor: u32) -> SimIo {
+        SimIo { slowness: factor, ..self.clone() }
     }
 
     fn sleep_until(&self, until: Duration) -> Sleep {
@@ -62,7 +75,7 @@ impl SimIo {
             }
             state.trace.fold_bytes(operation.as_bytes());
             state.trace.fold_bytes(path.as_os_str().as_encoded_bytes());
-            state.now + Duration::from_micros(latency_us)
+            state.now + Duration::from_micros(latency_us) * self.slowness
         };
         self.sleep_until(until).await;
     }
@@ -87,16 +100,22 @@ impl SimIo {
         path: &Path,
         effect: impl FnOnce(&mut Disk) -> Result<T, IoCause>,
     ) -> Result<T, IoError> {
+        let effect = |state: &mut State| {
+            if state.disk.would_change(operation, path) {
+                state.note_change(operation, path);
+            }
+            effect(&mut state.disk)
+        };
         let result = if self.fault(|state| state.options.metadata_error_per_million) {
             self.delay(operation, path).await;
             Err(injected("metadata"))
         } else if self.state(|state| state.streams.faults.coin()) {
-            let result = self.state(|state| effect(&mut state.disk));
+            let result = self.state(effect);
             self.delay(operation, path).await;
             result
         } else {
             self.delay(operation, path).await;
-            self.state(|state| effect(&mut state.disk))
+            self.state(effect)
         };
         self.state(|state| state.trace.fold(u64::from(result.is_ok())));
         result.map_err(|cause| IoError { operation, path: path.to_owned(), cause })
@@ -162,7 +181,8 @@ impl Io for SimIo {
             return Err(error(injected("sync")));
         }
         self.state(|state| {
-            if !state.options.ignore_dir_sync {
+            state.note_change(operation, dir);
+            if !state.options.ignore_dir_sync && !state.options.ignores_sync_of(dir) {
                 state.disk.sync_dir(inode, seq);
             }
         });
@@ -258,23 +278,39 @@ impl SimFile {
         })
     }
 
-    /// Writes to a wrong place of this or another file, within its length.
+    /// A wrong place of this or another file, and the bytes from there to the file's end.
+    fn wrong_place(&self, state: &mut State) -> Option<(Inode, u64, usize)> {
+        let files = state.disk.files();
+        let other = files.get(state.streams.faults.below(files.len() as u64) as usize);
+        let inode = match other {
+            Some(other) if state.streams.faults.coin() => *other,
+            _ => self.inode,
+        };
+        let blocks = state.disk.file(inode).len() / ALIGNMENT as u64;
+        if blocks == 0 {
+            return None;
+        }
+        let offset = state.streams.faults.below(blocks) * ALIGNMENT as u64;
+        Some((inode, offset, (blocks * ALIGNMENT as u64 - offset) as usize))
+    }
+
+    /// Writes to a wrong place, within the length of the file there.
     fn misdirect(&self, data: &[u8]) {
         self.io.state(|state| {
-            let files = state.disk.files();
-            let other = files.get(state.streams.faults.below(files.len() as u64) as usize);
-            let inode = match other {
-                Some(other) if state.streams.faults.coin() => *other,
-                _ => self.inode,
-            };
-            let blocks = state.disk.file(inode).len() / ALIGNMENT as u64;
-            if blocks > 0 {
-                let offset = state.streams.faults.below(blocks) * ALIGNMENT as u64;
-                let room = (blocks * ALIGNMENT as u64 - offset) as usize;
+            if let Some((inode, offset, room)) = self.wrong_place(state) {
                 let data = data.get(..room).unwrap_or(data);
                 state.disk.file(inode).write(offset, data);
             }
         });
+    }
+
+    /// What stands in a wrong place, as if it had been read from the right one.
+    fn read_elsewhere(&self, state: &mut State, bytes: &mut [u8]) {
+        if let Some((inode, offset, _)) = self.wrong_place(state) {
+            let found = state.disk.file(inode).read(offset, bytes.len());
+            bytes.fill(0);
+            bytes.iter_mut().zip(found.iter()).for_each(|(to, from)| *to = *from);
+        }
     }
 }
 
@@ -289,6 +325,13 @@ impl File for SimFile {
     type ReadBuf = Box<[u8]>;
     type WriteBuf = Box<[u8]>;
 
+    fn alloc_to_fill(&self, len: usize) -> Box<[u8]> {
+        // Whoever counts on zeros is found out.
+        let mut buf = self.alloc(len);
+        buf.fill(0xA5);
+        buf
+    }
+
     fn alloc(&self, len: usize) -> Box<[u8]> {
         assert_aligned("alloc", 0, len);
         assert!(len > 0, "a buffer of no bytes");
@@ -302,15 +345,23 @@ impl File for SimFile {
             return Err(self.fail("read", injected("read")));
         }
         let flip = self.io.fault(|state| state.options.bit_flip_per_million);
+        let elsewhere = self.io.fault(|state| state.options.misdirected_read_per_million);
         Ok(self.io.state(|state| {
             let mut bytes = state.disk.file(self.inode).read(offset, len);
-            if flip && !bytes.is_empty() {
+            let was_wrong = state.misread.remove(&self.inode);
+            if flip && !bytes.is_empty() && (state.options.bit_flips_stay || !was_wrong) {
                 let byte = state.streams.faults.below(bytes.len() as u64);
                 let bit = state.streams.faults.below(8) as u32;
                 bytes[byte as usize] ^= 1 << bit;
-                if state.streams.faults.coin() {
+                if !state.options.bit_flips_stay {
+                    state.misread.insert(self.inode);
+                } else if state.streams.faults.coin() {
                     state.disk.file(self.inode).flip_bit(offset + byte, bit);
                 }
+            }
+            if elsewhere && !was_wrong {
+                state.misread.insert(self.inode);
+                self.read_elsewhere(state, &mut bytes);
             }
             state.trace.fold(offset);
             state.trace.fold_bytes(&bytes);
@@ -342,7 +393,11 @@ impl File for SimFile {
         }
         let (start, end) = self.early_part(buf.len());
         let write_part = |from: usize, to: usize| {
+            if from == to {
+                return;
+            }
             self.io.state(|state| {
+                state.note_change("write", &self.path);
                 state.disk.file(self.inode).write(offset + from as u64, &buf[from..to]);
             });
         };
@@ -364,7 +419,10 @@ impl File for SimFile {
         });
         self.io.delay("allocate", &self.path).await;
         space.map_err(|cause| self.fail("allocate", cause))?;
-        self.io.state(|state| state.disk.file(self.inode).allocate(len));
+        self.io.state(|state| {
+            state.note_change("allocate", &self.path);
+            state.disk.file(self.inode).allocate(len);
+        });
         Ok(())
     }
 
@@ -381,7 +439,8 @@ impl File for SimFile {
             return Err(self.fail("sync", injected("sync")));
         }
         self.io.state(|state| {
-            if !state.options.ignore_file_sync {
+            state.note_change("sync", &self.path);
+            if !state.options.ignore_file_sync && !state.options.ignores_sync_of(&self.path) {
                 state.disk.sync_file(self.inode, seq);
             }
         });

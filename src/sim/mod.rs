@@ -35,9 +35,11 @@ use std::time::Duration;
 mod branch_tests;
 #[cfg(test)]
 mod check_tests;
+pub mod crash_points;
 pub mod disk;
 pub mod engine;
 mod executor;
+pub mod faults;
 pub mod file_data;
 #[cfg(test)]
 mod gc_tests;
@@ -47,6 +49,8 @@ mod io;
 #[cfg(test)]
 mod lifecycle_tests;
 mod options;
+#[cfg(test)]
+mod pressure_tests;
 pub mod primary;
 pub mod random;
 pub mod redo;
@@ -59,6 +63,7 @@ pub use options::SimOptions;
 
 use crate::io::TaskClass;
 use disk::Disk;
+pub use executor::{Seen, Watch};
 use executor::{Shared, State, Step, Streams};
 use random::{Stream, Trace};
 
@@ -140,6 +145,9 @@ impl SimWorld {
             stopping: false,
             timers: BTreeMap::new(),
             next_timer: 0,
+            changes: 0,
+            watch: None,
+            misread: std::collections::BTreeSet::new(),
         };
         let shared = Shared {
             state: RefCell::new(state),
@@ -147,6 +155,37 @@ impl SimWorld {
             current: RefCell::default(),
         };
         SimWorld { seed, shared: Rc::new(shared), draws: BTreeMap::new() }
+    }
+
+    /// A machine with this disk, at this time: as after a power loss.
+    pub fn with_disk(seed: u64, options: SimOptions, disk: Disk, now: Duration) -> SimWorld {
+        let world = SimWorld::new(seed, options);
+        {
+            let mut state = world.shared.state.borrow_mut();
+            state.disk = disk;
+            state.now = now;
+        }
+        world
+    }
+
+    /// Has `watch` told of each change of the disk, right before it takes place.
+    pub fn watch(&mut self, watch: Watch) {
+        self.shared.state.borrow_mut().watch = Some(watch);
+    }
+
+    /// Changes of the disk so far.
+    pub fn disk_changes(&self) -> u64 {
+        self.shared.state.borrow().changes
+    }
+
+    /// The disk as it is.
+    pub fn disk(&self) -> Disk {
+        self.shared.state.borrow().disk.clone()
+    }
+
+    /// The simulated time.
+    pub fn now(&self) -> Duration {
+        self.shared.state.borrow().now
     }
 
     /// Runs until the main task ends.
@@ -175,7 +214,7 @@ impl SimWorld {
     ) -> Result<Outcome<T>, SimError> {
         let result = Rc::new(RefCell::new(None));
         let slot = Rc::clone(&result);
-        let main = main(SimIo { shared: Rc::clone(&self.shared) });
+        let main = main(SimIo { shared: Rc::clone(&self.shared), slowness: 1 });
         self.shared.add_task(TaskClass::Serve, Location::caller(), async move {
             let value = main.await;
             *slot.borrow_mut() = Some(value);

@@ -4,6 +4,9 @@ use std::fmt;
 
 use super::random::Stream;
 
+/// Highest chance of a fault that passes: one in ten, as TigerBeetle's simulator has it.
+const FAULTS_PER_MILLION_MAX: u64 = 100_000;
+
 /// Chances are per million operations of the kind named.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct SimOptions {
@@ -23,8 +26,13 @@ pub struct SimOptions {
     pub sync_error_per_million: u32,
     /// Chance that a create, open, rename, remove or list fails.
     pub metadata_error_per_million: u32,
-    /// Chance that a read comes back with one bit turned; half of these stay on the medium.
+    /// Chance that a read comes back with one bit turned.
     pub bit_flip_per_million: u32,
+    /// Half of the turned bits stay on the medium; otherwise the next read of the file is right.
+    pub bit_flips_stay: bool,
+    /// Chance that a read comes back with what stands in a wrong place of this or another file.
+    /// The next read of the file is right.
+    pub misdirected_read_per_million: u32,
     /// Chance that a write lands at a wrong place of this or another file and reports success.
     pub misdirected_write_per_million: u32,
     /// Size of the disk; writes and creations fail when it is full.
@@ -33,6 +41,9 @@ pub struct SimOptions {
     pub ignore_file_sync: bool,
     /// Plants a bug: directory syncs report success and do nothing.
     pub ignore_dir_sync: bool,
+    /// Plants a bug: syncs of files and directories whose path ends in this report success and do
+    /// nothing.
+    pub ignore_syncs_of: Option<&'static str>,
     /// A run that takes more steps than this has lost its way.
     pub steps_max: u64,
 }
@@ -50,16 +61,25 @@ impl Default for SimOptions {
             sync_error_per_million: 0,
             metadata_error_per_million: 0,
             bit_flip_per_million: 0,
+            bit_flips_stay: true,
+            misdirected_read_per_million: 0,
             misdirected_write_per_million: 0,
             capacity_bytes: None,
             ignore_file_sync: false,
             ignore_dir_sync: false,
+            ignore_syncs_of: None,
             steps_max: 10_000_000,
         }
     }
 }
 
 impl SimOptions {
+    /// True if syncs of this file or directory are to do nothing.
+    pub(super) fn ignores_sync_of(&self, path: &std::path::Path) -> bool {
+        let text = path.to_string_lossy();
+        self.ignore_syncs_of.is_some_and(|end| text.ends_with(end))
+    }
+
     /// A disk without faults whose latencies and yields are drawn from the seed: from lock-step
     /// to wild reordering.
     pub fn varied(seed: u64) -> SimOptions {
@@ -72,6 +92,42 @@ impl SimOptions {
             slow_per_million: [0, 1_000, 50_000][stream.below(3) as usize],
             yield_per_million: [0, 100_000, 500_000, 1_000_000][stream.below(4) as usize],
             ..SimOptions::default()
+        }
+    }
+
+    /// [`SimOptions::varied`] plus faults that pass: what is on the medium stays as it was written.
+    /// Each kind is off in half of the seeds and strikes up to one in ten operations in the others;
+    /// a fourth of the disks are small.
+    pub fn passing_faults(seed: u64) -> SimOptions {
+        let mut stream = Stream::new(seed, "options.passing");
+        let mut rate = || {
+            let on = stream.coin();
+            let rate = stream.between(100, FAULTS_PER_MILLION_MAX) as u32;
+            if on { rate } else { 0 }
+        };
+        SimOptions {
+            read_error_per_million: rate(),
+            write_error_per_million: rate(),
+            sync_error_per_million: rate(),
+            metadata_error_per_million: rate(),
+            bit_flip_per_million: rate(),
+            bit_flips_stay: false,
+            misdirected_read_per_million: rate(),
+            capacity_bytes: stream.chance(250_000).then(|| stream.between(17 << 20, 40 << 20)),
+            ..SimOptions::varied(seed)
+        }
+    }
+
+    /// [`SimOptions::varied`] plus faults that change what is on the medium: bits that turn for
+    /// good, and writes that land in a wrong place. Rarely, or nothing would be left to look at.
+    pub fn damaging_faults(seed: u64) -> SimOptions {
+        let mut stream = Stream::new(seed, "options.damaging");
+        let (flips, writes) = (stream.below(10_000) as u32, stream.below(10_000) as u32);
+        let both = stream.below(3);
+        SimOptions {
+            bit_flip_per_million: if both == 1 { 0 } else { flips },
+            misdirected_write_per_million: if both == 2 { 0 } else { writes },
+            ..SimOptions::varied(seed)
         }
     }
 
@@ -108,6 +164,7 @@ impl fmt::Display for SimOptions {
             ("sync error", self.sync_error_per_million),
             ("metadata error", self.metadata_error_per_million),
             ("bit flip", self.bit_flip_per_million),
+            ("misdirected read", self.misdirected_read_per_million),
             ("misdirected write", self.misdirected_write_per_million),
         ];
         for (name, rate) in rates.into_iter().filter(|(_, rate)| *rate > 0) {
@@ -121,6 +178,9 @@ impl fmt::Display for SimOptions {
         }
         if self.ignore_dir_sync {
             write!(f, ", PLANTED: directory syncs ignored")?;
+        }
+        if let Some(end) = self.ignore_syncs_of {
+            write!(f, ", PLANTED: syncs of {end} ignored")?;
         }
         Ok(())
     }

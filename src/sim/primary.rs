@@ -24,6 +24,7 @@ const SMGR_TRUNCATE: u8 = 0x20;
 const HEAP_INSERT: u8 = 0x00;
 const HEAP_UPDATE: u8 = 0x20;
 const HEAP_INIT_PAGE: u8 = 0x80;
+/// Relations and blocks of each, unless a test wants fewer.
 const RELATIONS: u64 = 4;
 const BLOCKS: u64 = 24;
 
@@ -56,6 +57,8 @@ pub struct Primary {
     /// Commits by ascending LSN.
     commits: Vec<(Lsn, Timestamp)>,
     rng: fastrand::Rng,
+    relations: u64,
+    blocks: u64,
 }
 
 impl Primary {
@@ -67,7 +70,14 @@ impl Primary {
             ends: Vec::new(),
             commits: Vec::new(),
             rng: fastrand::Rng::with_seed(seed),
+            relations: RELATIONS,
+            blocks: BLOCKS,
         }
+    }
+
+    /// From now on, only so many relations change, and they grow to about so many blocks each.
+    pub fn narrow(&mut self, relations: u64, blocks: u64) {
+        (self.relations, self.blocks) = (relations, blocks);
     }
 
     /// End of the WAL.
@@ -126,7 +136,7 @@ impl Primary {
 
     /// Adds one record of a random kind.
     pub fn step(&mut self) {
-        let rel = RelNode { spc: 1663, db: 5, rel: 16384 + self.rng.u64(..RELATIONS) as u32 };
+        let rel = RelNode { spc: 1663, db: 5, rel: 16384 + self.rng.u64(..self.relations) as u32 };
         let rel = rel.fork(0);
         let size = self.size_at(rel, Lsn::MAX);
         let xid = 1000 + self.ends.len() as u32 / 5;
@@ -141,8 +151,8 @@ impl Primary {
     fn pick_block(&mut self, size: u32) -> u32 {
         // Mostly blocks that exist, often the next one, sometimes a gap.
         match self.rng.u8(..10) {
-            0 if u64::from(size) < BLOCKS => size + self.rng.u32(..3),
-            1..4 if u64::from(size) < BLOCKS => size,
+            0 if u64::from(size) < self.blocks => size + self.rng.u32(..3),
+            1..4 if u64::from(size) < self.blocks => size,
             _ if size > 0 => self.rng.u32(..size),
             _ => 0,
         }

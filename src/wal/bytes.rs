@@ -1,16 +1,14 @@
 //! Takes little-endian numbers and slices off the front of a byte string that came from outside.
 
-use bytes::Bytes;
-
 /// A reader over a part of a WAL record. Every method gives `None` where the bytes run out.
 #[derive(Clone, Debug)]
-pub(crate) struct Reader {
-    bytes: Bytes,
+pub(crate) struct Reader<'a> {
+    bytes: &'a [u8],
 }
 
-impl Reader {
+impl<'a> Reader<'a> {
     /// Reads from the start of `bytes`.
-    pub(crate) fn new(bytes: Bytes) -> Self {
+    pub(crate) fn new(bytes: &'a [u8]) -> Self {
         Reader { bytes }
     }
 
@@ -25,8 +23,10 @@ impl Reader {
     }
 
     /// The next `len` bytes, without a copy.
-    pub(crate) fn take(&mut self, len: usize) -> Option<Bytes> {
-        (len <= self.bytes.len()).then(|| self.bytes.split_to(len))
+    pub(crate) fn take(&mut self, len: usize) -> Option<&'a [u8]> {
+        let (taken, rest) = self.bytes.split_at_checked(len)?;
+        self.bytes = rest;
+        Some(taken)
     }
 
     /// Passes over `len` bytes.
@@ -35,9 +35,9 @@ impl Reader {
     }
 
     fn array<const N: usize>(&mut self) -> Option<[u8; N]> {
-        let array = *self.bytes.first_chunk::<N>()?;
-        bytes::Buf::advance(&mut self.bytes, N);
-        Some(array)
+        let (array, rest) = self.bytes.split_first_chunk::<N>()?;
+        self.bytes = rest;
+        Some(*array)
     }
 
     /// The next byte.
@@ -72,7 +72,7 @@ impl Reader {
 
     /// An array of `count` entries of `entry_len` bytes each, as one reader; a negative count is
     /// refused.
-    pub(crate) fn entries(&mut self, count: i32, entry_len: usize) -> Option<Reader> {
+    pub(crate) fn entries(&mut self, count: i32, entry_len: usize) -> Option<Reader<'a>> {
         let len = usize::try_from(count).ok()?.checked_mul(entry_len)?;
         self.take(len).map(Reader::new)
     }

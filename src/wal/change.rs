@@ -136,11 +136,23 @@ pub struct BlockChange {
     /// The block.
     pub block: BlockNumber,
     /// A page image, or the record.
-    pub value: Value,
+    pub value: BlockValue,
     /// Redo creates the block where the fork is shorter (the record initialises it, carries an
     /// image that is applied, or reads it with `RBM_ZERO_ON_ERROR`). Otherwise PostgreSQL skips
     /// the change of a block that does not exist, and so do we.
     pub extends: bool,
+}
+
+/// What is kept of a block after a record.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub enum BlockValue {
+    /// The record itself, as [`Value::WalRecord`].
+    Record {
+        /// The record does not need the older content.
+        will_init: bool,
+    },
+    /// A page image.
+    Page(Bytes),
 }
 
 /// The settings that `pg_control` records (`xl_parameter_change`).

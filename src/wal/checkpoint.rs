@@ -69,7 +69,7 @@ pub struct Checkpoint {
 impl Checkpoint {
     /// Reads the struct from the first 88 bytes; `None` if there are fewer.
     pub fn parse(bytes: &[u8]) -> Option<Checkpoint> {
-        let mut body = Reader::new(Bytes::copy_from_slice(bytes.get(..CHECKPOINT_BYTES)?));
+        let mut body = Reader::new(bytes.get(..CHECKPOINT_BYTES)?);
         let redo = Lsn(body.u64()?);
         let (timeline, previous_timeline) = (body.u32()?, body.u32()?);
         let full_page_writes = body.u8()? != 0;
@@ -124,9 +124,15 @@ impl Checkpoint {
 
     /// Takes news in; true if anything changed, so that a new value must be written.
     pub fn apply(&mut self, change: &CheckpointChange) -> bool {
+        if let CheckpointChange::Xid(xid) = change {
+            // Nearly every record brings one; few of them are news.
+            let before = self.next_xid;
+            self.advance_xid(*xid);
+            return self.next_xid != before;
+        }
         let before = *self;
         match change {
-            CheckpointChange::Xid(xid) => self.advance_xid(*xid),
+            CheckpointChange::Xid(_) => {}
             CheckpointChange::NextOid(oid) => self.next_oid = *oid,
             CheckpointChange::MultiXact { next_multi, next_offset } => {
                 self.advance_multi(*next_multi, *next_offset);

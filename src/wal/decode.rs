@@ -10,13 +10,13 @@
 
 use bytes::Bytes;
 
-use super::change::{BlockChange, Change, CheckpointChange};
+use super::change::{BlockChange, BlockValue, Change, CheckpointChange};
 use super::image::ImageError;
 use super::record::{BlockRef, Record, RecordError, rmgr_id};
 use super::rmgr;
 use crate::base::page::{page_is_new, set_page_lsn};
 use crate::base::xid::FIRST_NORMAL_XID;
-use crate::base::{BlockNumber, Kind, Lsn, RelTag, Value};
+use crate::base::{BlockNumber, Kind, Lsn, RelTag};
 
 /// Why a record cannot be decoded.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -77,17 +77,17 @@ impl DecodeError {
 }
 
 /// A record that is being decoded: where it stands, and where its changes go.
-pub(crate) struct Decoding<'a> {
+pub(crate) struct Decoding<'r, 'b> {
     /// Start of the record.
     pub(crate) start: Lsn,
     /// LSN of its changes.
     pub(crate) end: Lsn,
     /// The record.
-    pub(crate) record: &'a Record,
-    changes: &'a mut Vec<Change>,
+    pub(crate) record: &'r Record<'b>,
+    changes: &'r mut Vec<Change>,
 }
 
-impl Decoding<'_> {
+impl Decoding<'_, '_> {
     /// Adds a change.
     pub(crate) fn push(&mut self, change: Change) {
         self.changes.push(change);
@@ -117,33 +117,32 @@ impl Decoding<'_> {
     pub(crate) fn blocks(&mut self, extends: impl Fn(u8) -> bool) {
         for block in &self.record.blocks {
             let will_init = block.replaces_page();
-            let value = Value::WalRecord { will_init, record: self.record.bytes.clone() };
+            let value = BlockValue::Record { will_init };
             self.push_block(block, value, will_init || extends(block.id));
         }
     }
 
     /// A change of a block that is the image in the record, with the LSN of the record as redo
     /// sets it.
-    pub(crate) fn image_block(&mut self, block: &BlockRef) -> Result<(), DecodeError> {
+    pub(crate) fn image_block(&mut self, block: &BlockRef<'_>) -> Result<(), DecodeError> {
         let Some(image) = block.applied_image() else {
             return Err(self.malformed("a block of a full-page image record has no image"));
         };
-        let mut page = image.restore().map_err(|error| DecodeError::Image {
+        let mut page = image.restore_bytes().map_err(|error| DecodeError::Image {
             lsn: self.start,
             rel: block.rel,
             block: block.block,
             error,
         })?;
         // A new page has no header yet; an LSN in it would make it look like a damaged one.
-        if !page_is_new(&page[..]) {
-            set_page_lsn(&mut page[..], self.end);
+        if !page_is_new(&page) {
+            set_page_lsn(&mut page, self.end);
         }
-        let page: Box<[u8]> = page;
-        self.push_block(block, Value::Image(Bytes::from(page)), true);
+        self.push_block(block, BlockValue::Page(Bytes::from(page)), true);
         Ok(())
     }
 
-    fn push_block(&mut self, block: &BlockRef, value: Value, extends: bool) {
+    fn push_block(&mut self, block: &BlockRef<'_>, value: BlockValue, extends: bool) {
         let (rel, block) = (block.rel, block.block);
         self.push(Change::Block(BlockChange { rel, block, value, extends }));
     }
@@ -154,7 +153,7 @@ impl Decoding<'_> {
 ///
 /// The checksum is not looked at again. After an error `changes` holds a part of the changes.
 pub fn decode_into(
-    bytes: &Bytes,
+    bytes: &[u8],
     start: Lsn,
     end: Lsn,
     changes: &mut Vec<Change>,

@@ -3,8 +3,6 @@
 //! A page is stored without the run of zeros in its middle (the hole), and perhaps compressed
 //! after that (`wal_compression`: pglz, lz4 or zstd).
 
-use bytes::Bytes;
-
 use super::pglz;
 use crate::base::Kind;
 use crate::base::page::{PAGE_SIZE, Page};
@@ -62,10 +60,10 @@ impl ImageHeader {
 }
 
 /// A full-page image.
-#[derive(Clone, PartialEq, Eq, Debug)]
-pub struct BlockImage {
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct BlockImage<'a> {
     header: ImageHeader,
-    bytes: Bytes,
+    bytes: &'a [u8],
 }
 
 /// Why an image cannot be restored.
@@ -87,14 +85,14 @@ impl ImageError {
     }
 }
 
-impl BlockImage {
+impl<'a> BlockImage<'a> {
     /// An image whose bytes come later.
     pub(crate) fn new(header: ImageHeader) -> Self {
-        BlockImage { header, bytes: Bytes::new() }
+        BlockImage { header, bytes: &[] }
     }
 
     /// The bytes that the header described.
-    pub(crate) fn set_bytes(&mut self, bytes: Bytes) {
+    pub(crate) fn set_bytes(&mut self, bytes: &'a [u8]) {
         self.bytes = bytes;
     }
 
@@ -110,13 +108,33 @@ impl BlockImage {
         Ok(page)
     }
 
+    /// As [`BlockImage::restore`], in memory of its own that is written once.
+    pub(crate) fn restore_bytes(&self) -> Result<Vec<u8>, ImageError> {
+        if self.header.compressed() {
+            return Ok(self.restore()?.to_vec());
+        }
+        let hole_offset = usize::from(self.header.hole_offset);
+        let hole_end = hole_offset + usize::from(self.header.hole_len);
+        let mut page = Vec::with_capacity(PAGE_SIZE);
+        if let Some((head, tail)) = self.bytes.split_at_checked(hole_offset) {
+            page.extend_from_slice(head);
+            page.resize(hole_end, 0);
+            page.extend_from_slice(tail);
+        }
+        if page.len() != PAGE_SIZE {
+            let (len, expected) = (self.bytes.len(), PAGE_SIZE.saturating_sub(hole_end));
+            return Err(ImageError { method: "nothing", len, expected });
+        }
+        Ok(page)
+    }
+
     /// As [`BlockImage::restore`], over a page that is there. After an error the page is of no
     /// use.
     pub fn restore_into(&self, page: &mut Page) -> Result<(), ImageError> {
         let full = PAGE_SIZE.saturating_sub(usize::from(self.header.hole_len));
         let fail = |method| ImageError { method, len: self.bytes.len(), expected: full };
         if !self.header.compressed() {
-            return self.spread(&self.bytes, page).ok_or_else(|| fail("nothing"));
+            return self.spread(self.bytes, page).ok_or_else(|| fail("nothing"));
         }
         let mut buffer = [0u8; PAGE_SIZE];
         let packed = buffer.get_mut(..full).ok_or_else(|| fail("nothing"))?;
@@ -141,11 +159,11 @@ impl BlockImage {
     /// Decompresses into `target`; gives the method and how many bytes came out.
     fn decompress(&self, target: &mut [u8]) -> (&'static str, Option<usize>) {
         if self.header.info & PGLZ != 0 {
-            ("pglz", pglz::decompress(&self.bytes, target).ok().map(|()| target.len()))
+            ("pglz", pglz::decompress(self.bytes, target).ok().map(|()| target.len()))
         } else if self.header.info & LZ4 != 0 {
-            ("lz4", lz4_flex::block::decompress_into(&self.bytes, target).ok())
+            ("lz4", lz4_flex::block::decompress_into(self.bytes, target).ok())
         } else {
-            ("zstd", zstd::bulk::decompress_to_buffer(&self.bytes[..], target).ok())
+            ("zstd", zstd::bulk::decompress_to_buffer(self.bytes, target).ok())
         }
     }
 }

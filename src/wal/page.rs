@@ -15,14 +15,12 @@
 //! The first page of a segment has the long header, all others the short one.
 
 use crate::base::lsn::WAL_PAGE_SIZE;
+use crate::base::raw_wal::page_header_len;
+pub use crate::base::raw_wal::{LONG_HEADER, SHORT_HEADER};
 use crate::base::{Kind, Lsn};
 
 /// `XLOG_PAGE_MAGIC` of PostgreSQL 15.
 pub const MAGIC: u16 = 0xD110;
-/// Length of a short header in bytes.
-pub const SHORT_HEADER: usize = 24;
-/// Length of a long header in bytes.
-pub const LONG_HEADER: usize = 40;
 
 /// The page starts with the rest of a record (`XLP_FIRST_IS_CONTRECORD`).
 pub const FIRST_IS_CONTRECORD: u16 = 0x0001;
@@ -46,7 +44,7 @@ pub struct WalLayout {
 impl WalLayout {
     /// Length of the header of the page at `page`, in bytes.
     pub fn header_len(&self, page: Lsn) -> usize {
-        if page.0.is_multiple_of(self.segment_bytes) { LONG_HEADER } else { SHORT_HEADER }
+        page_header_len(page, self.segment_bytes)
     }
 
     /// The LSN, or where the first record can stand if the LSN is at the start of a page.

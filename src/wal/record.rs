@@ -22,9 +22,9 @@
 //! | 255 | u8 length of the main data; the last header |
 //!
 //! [`Record::parse`] checks what PostgreSQL's reader checks (`DecodeXLogRecord`); data stays where
-//! it is, the record keeps slices of it.
+//! it is, the record keeps slices of it, and nothing is allocated for a record of few blocks.
 
-use bytes::Bytes;
+use std::ops::{Deref, DerefMut};
 
 use super::bytes::Reader;
 use super::image::{BlockImage, ImageError, ImageHeader};
@@ -200,8 +200,8 @@ pub fn checksum(record: &[u8]) -> u32 {
 }
 
 /// A reference to a block.
-#[derive(Clone, PartialEq, Eq, Debug)]
-pub struct BlockRef {
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct BlockRef<'a> {
     /// Number of the reference; numbers rise, with gaps.
     pub id: u8,
     /// The relation fork.
@@ -211,15 +211,15 @@ pub struct BlockRef {
     /// Redo initialises the page without a look at its old content (`BKPBLOCK_WILL_INIT`).
     pub will_init: bool,
     /// Full-page image.
-    pub image: Option<BlockImage>,
+    pub image: Option<BlockImage<'a>>,
     /// Data for the resource manager.
-    pub data: Bytes,
+    pub data: &'a [u8],
 }
 
-impl BlockRef {
+impl<'a> BlockRef<'a> {
     /// The record carries an image that redo restores (`BKPIMAGE_APPLY`). Images without that
     /// flag only serve comparison.
-    pub fn applied_image(&self) -> Option<&BlockImage> {
+    pub fn applied_image(&self) -> Option<&BlockImage<'a>> {
         self.image.as_ref().filter(|image| image.apply())
     }
 
@@ -229,48 +229,99 @@ impl BlockRef {
     }
 }
 
+/// Block references that a record has without memory of its own for them.
+const BLOCKS_INLINE: usize = 4;
+
+/// The block references of a record: a slice, see [`Deref`].
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct Blocks<'a> {
+    first: [BlockRef<'a>; BLOCKS_INLINE],
+    count: usize,
+    /// All of them, where they are more than `first` has room for.
+    many: Vec<BlockRef<'a>>,
+}
+
+impl<'a> Blocks<'a> {
+    fn new() -> Self {
+        const NODE: RelNode = RelNode { spc: 0, db: 0, rel: 0 };
+        let rel = RelTag { node: NODE, fork: 0 };
+        let none = BlockRef { id: 0, rel, block: 0, will_init: false, image: None, data: &[] };
+        Blocks { first: [none; BLOCKS_INLINE], count: 0, many: Vec::new() }
+    }
+
+    fn push(&mut self, block: BlockRef<'a>) {
+        match self.first.get_mut(self.count) {
+            Some(place) => *place = block,
+            None => {
+                if self.many.is_empty() {
+                    self.many.extend_from_slice(&self.first);
+                }
+                self.many.push(block);
+            }
+        }
+        self.count += 1;
+    }
+}
+
+impl<'a> Deref for Blocks<'a> {
+    type Target = [BlockRef<'a>];
+
+    fn deref(&self) -> &[BlockRef<'a>] {
+        let all = if self.many.is_empty() { &self.first[..] } else { &self.many };
+        all.get(..self.count).unwrap_or_default()
+    }
+}
+
+impl DerefMut for Blocks<'_> {
+    fn deref_mut(&mut self) -> &mut Self::Target {
+        let all = if self.many.is_empty() { &mut self.first[..] } else { &mut self.many };
+        all.get_mut(..self.count).unwrap_or_default()
+    }
+}
+
+impl<'r, 'a> IntoIterator for &'r Blocks<'a> {
+    type Item = &'r BlockRef<'a>;
+    type IntoIter = std::slice::Iter<'r, BlockRef<'a>>;
+
+    fn into_iter(self) -> Self::IntoIter {
+        self.iter()
+    }
+}
+
 /// A record taken apart.
 #[derive(Clone, PartialEq, Eq, Debug)]
-pub struct Record {
+pub struct Record<'a> {
     /// The header.
     pub header: RecordHeader,
     /// The block references, by rising number.
-    pub blocks: Vec<BlockRef>,
+    pub blocks: Blocks<'a>,
     /// Data for the resource manager.
-    pub main_data: Bytes,
+    pub main_data: &'a [u8],
     /// Replication origin; 0 if none.
     pub origin: u16,
     /// Top-level transaction, where the record is the first of a subtransaction; 0 if none.
     pub toplevel_xid: u32,
-    /// The whole record.
-    pub bytes: Bytes,
 }
 
-/// Lengths of what stands behind the headers.
+/// Lengths of what stands behind the headers, for one block.
+#[derive(Clone, Copy, Default)]
 struct Lengths {
-    block_id: u8,
-    image: usize,
-    data: usize,
+    image: u16,
+    data: u16,
 }
 
-impl Record {
+impl<'a> Record<'a> {
     /// Takes a record apart. The checksum is not looked at: [`check_crc`] does that, once, when
     /// the record comes in.
-    pub fn parse(bytes: &Bytes) -> Result<Record, RecordError> {
+    pub fn parse(bytes: &'a [u8]) -> Result<Record<'a>, RecordError> {
         let header = RecordHeader::parse(bytes)?;
         if header.tot_len as usize != bytes.len() {
             return Err(RecordError::Cut { found: bytes.len(), expected: header.tot_len });
         }
-        let mut record = Record {
-            header,
-            blocks: Vec::new(),
-            main_data: Bytes::new(),
-            origin: 0,
-            toplevel_xid: 0,
-            bytes: bytes.clone(),
-        };
-        let mut rest = Reader::new(bytes.slice(HEADER..));
-        let mut lengths = Vec::new();
+        let mut record =
+            Record { header, blocks: Blocks::new(), main_data: &[], origin: 0, toplevel_xid: 0 };
+        let mut rest = Reader::new(bytes.get(HEADER..).unwrap_or_default());
+        let mut lengths = [Lengths::default(); BLOCK_ID_MAX as usize + 1];
         let main_len = record.parse_headers(&mut rest, &mut lengths)?;
         record.take_data(rest, &lengths, main_len)?;
         Ok(record)
@@ -279,8 +330,8 @@ impl Record {
     /// Reads all headers; gives the length of the main data.
     fn parse_headers(
         &mut self,
-        rest: &mut Reader,
-        lengths: &mut Vec<Lengths>,
+        rest: &mut Reader<'a>,
+        lengths: &mut [Lengths; BLOCK_ID_MAX as usize + 1],
     ) -> Result<usize, RecordError> {
         let cut = || malformed("a header inside is cut", None);
         let mut total: usize = 0;
@@ -296,9 +347,11 @@ impl Record {
                     }
                     let previous = self.blocks.last().map(|block| block.rel.node);
                     let (block, len) = parse_block(id, previous, rest)?;
-                    total = total.saturating_add(len.image).saturating_add(len.data);
+                    total += usize::from(len.image) + usize::from(len.data);
                     self.blocks.push(block);
-                    lengths.push(len);
+                    if let Some(place) = lengths.get_mut(usize::from(id)) {
+                        *place = len;
+                    }
                 }
                 id => return Err(malformed("there is no such kind of header", Some(id))),
             }
@@ -309,17 +362,18 @@ impl Record {
     /// Hands the bytes behind the headers out.
     fn take_data(
         &mut self,
-        mut rest: Reader,
-        lengths: &[Lengths],
+        mut rest: Reader<'a>,
+        lengths: &[Lengths; BLOCK_ID_MAX as usize + 1],
         main_len: usize,
     ) -> Result<(), RecordError> {
         let cut = |id| malformed("the lengths inside exceed the record", id);
-        for (block, len) in self.blocks.iter_mut().zip(lengths) {
-            let id = Some(len.block_id);
+        for block in self.blocks.iter_mut() {
+            let id = Some(block.id);
+            let len = lengths.get(usize::from(block.id)).copied().unwrap_or_default();
             if let Some(image) = &mut block.image {
-                image.set_bytes(rest.take(len.image).ok_or_else(|| cut(id))?);
+                image.set_bytes(rest.take(usize::from(len.image)).ok_or_else(|| cut(id))?);
             }
-            block.data = rest.take(len.data).ok_or_else(|| cut(id))?;
+            block.data = rest.take(usize::from(len.data)).ok_or_else(|| cut(id))?;
         }
         self.main_data = rest.take(main_len).ok_or_else(|| cut(None))?;
         match rest.is_empty() {
@@ -329,7 +383,7 @@ impl Record {
     }
 
     /// The block reference with this number.
-    pub fn block(&self, id: u8) -> Option<&BlockRef> {
+    pub fn block(&self, id: u8) -> Option<&BlockRef<'a>> {
         self.blocks.iter().find(|block| block.id == id)
     }
 
@@ -347,11 +401,11 @@ impl Record {
 }
 
 /// Reads the header of one block reference.
-fn parse_block(
+fn parse_block<'a>(
     id: u8,
     previous: Option<RelNode>,
-    rest: &mut Reader,
-) -> Result<(BlockRef, Lengths), RecordError> {
+    rest: &mut Reader<'_>,
+) -> Result<(BlockRef<'a>, Lengths), RecordError> {
     let cut = || malformed("the header of a block reference is cut", Some(id));
     let flags = rest.u8().ok_or_else(cut)?;
     let data_len = rest.u16().ok_or_else(cut)?;
@@ -367,7 +421,7 @@ fn parse_block(
     } else {
         let header = parse_image(rest).ok_or_else(cut)?;
         header.check().map_err(|what| malformed(what, Some(id)))?;
-        (Some(BlockImage::new(header)), usize::from(header.len))
+        (Some(BlockImage::new(header)), header.len)
     };
     let node = if flags & SAME_REL == 0 {
         let (spc, db, rel) = (rest.u32(), rest.u32(), rest.u32());
@@ -381,14 +435,13 @@ fn parse_block(
         block: rest.u32().ok_or_else(cut)?,
         will_init: flags & WILL_INIT != 0,
         image,
-        data: Bytes::new(),
+        data: &[],
     };
-    let lengths = Lengths { block_id: id, image: image_len, data: usize::from(data_len) };
-    Ok((block, lengths))
+    Ok((block, Lengths { image: image_len, data: data_len }))
 }
 
 /// Reads the fixed part of an image header.
-fn parse_image(rest: &mut Reader) -> Option<ImageHeader> {
+fn parse_image(rest: &mut Reader<'_>) -> Option<ImageHeader> {
     let mut header =
         ImageHeader { len: rest.u16()?, hole_offset: rest.u16()?, info: rest.u8()?, hole_len: 0 };
     header.hole_len = match (header.compressed(), header.has_hole()) {

@@ -18,7 +18,7 @@
 //! zeros (a segment file that is not full) gives [`Event::EndOfWal`]; anything else that does not
 //! fit is an error, after which the stream gives only that error.
 
-use bytes::{Buf, Bytes};
+use bytes::{Buf, Bytes, BytesMut};
 
 use super::page::{LONG_HEADER, PageError, PageHeader, WalLayout};
 use super::record::{self, RecordError, RecordHeader, rmgr_id};
@@ -194,8 +194,9 @@ pub struct WalStream {
     page_header: Vec<u8>,
     /// Start of the record that is being collected.
     start: Lsn,
-    /// Bytes of the record that is being collected, without padding.
-    record: Vec<u8>,
+    /// Bytes of the record that is being collected, without padding. Its memory is used again
+    /// where the record was let go of.
+    record: BytesMut,
     /// Length of the record with padding, once it is known, else 0.
     target: u64,
     /// Bytes taken of `target`.
@@ -228,7 +229,7 @@ impl WalStream {
             timeline: 0,
             page_header: Vec::with_capacity(LONG_HEADER),
             start,
-            record: Vec::new(),
+            record: BytesMut::new(),
             target: 0,
             taken: 0,
             overwritten: None,
@@ -325,7 +326,7 @@ impl WalStream {
     }
 
     fn reset_record(&mut self) {
-        self.record = Vec::new();
+        self.record.clear();
         self.target = 0;
         self.taken = 0;
     }
@@ -429,14 +430,19 @@ impl WalStream {
             let data_left = record_len(&record) as usize - record.len();
             record.extend_from_slice(bytes.get(..data_left).unwrap_or(bytes));
         });
-        if !had_header && record.len() >= record::HEADER {
-            self.check_header(&record)?;
+        self.record = record;
+        if !had_header && self.record.len() >= record::HEADER {
+            self.check_header(&self.record)?;
         }
         if self.taken < self.target {
-            self.record = record;
             return Ok(None);
         }
-        self.finish_record(Bytes::from(record))
+        let record = match self.record.len() <= WAL_RECORD_RESERVE_BYTES {
+            true => self.record.split(),
+            // The memory of a large one is not kept.
+            false => std::mem::take(&mut self.record),
+        };
+        self.finish_record(record.freeze())
     }
 
     /// The record that begins here, if it lies on this page and in the input with its padding, and
@@ -464,10 +470,8 @@ impl WalStream {
         }
         record::check_len(len).map_err(|error| StreamError::Record { lsn: self.start, error })?;
         self.target = Lsn(u64::from(len)).align().0;
-        // Most records fit, and then keep exactly the memory that they need.
-        let mut record = Vec::with_capacity((len as usize).min(WAL_RECORD_RESERVE_BYTES));
-        record.extend_from_slice(&len.to_le_bytes());
-        self.record = record;
+        // Most records fit. The memory is that of the one before, unless somebody kept it.
+        self.record.reserve(WAL_RECORD_RESERVE_BYTES);
         Ok(None)
     }
 

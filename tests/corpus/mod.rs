@@ -69,7 +69,9 @@ pub fn record(layers: &[PathBuf], journal: &[PathBuf]) {
         corpus.add("wal_record", record.to_vec());
     }
     messages(&mut corpus);
-    for payload in [vec![7; 8192], b"walredo 1 postgres 150000 hint-bits on".to_vec()] {
+    for payload in
+        [vec![7; 8192], b"walredo 2 postgres 150000 sandbox seccomp hint-bits on".to_vec()]
+    {
         let mut reply = (payload.len() as u32).to_be_bytes().to_vec();
         reply.push(if payload.len() == 8192 { 0 } else { 2 });
         reply.extend_from_slice(&payload);

@@ -1,12 +1,15 @@
 //! Against a real PostgreSQL: the library is built, records are made by hand.
 
 use std::path::Path;
+use std::process::Command;
 use std::rc::Rc;
 use std::sync::OnceLock;
+use std::time::Instant;
 
 use futures_lite::future::block_on;
 use futures_util::future::join_all;
 use futures_util::poll;
+use nix::unistd::Pid;
 
 use super::*;
 use crate::base::page::{PAGE_SIZE, page_lsn};
@@ -16,7 +19,7 @@ use crate::redo::record::tests::record;
 const REL: RelNode = RelNode { spc: 1663, db: 5, rel: 16384 };
 
 /// Builds `neon_walredo.so` once, with its objects outside the source tree.
-fn library() -> &'static Path {
+pub(in crate::redo) fn library() -> &'static Path {
     static LIBRARY: OnceLock<PathBuf> = OnceLock::new();
     LIBRARY.get_or_init(|| {
         let root = Path::new(env!("CARGO_MANIFEST_DIR"));
@@ -34,7 +37,7 @@ fn library() -> &'static Path {
     })
 }
 
-fn settings(hint_bits_logged: bool) -> ChildSettings {
+pub(in crate::redo) fn settings(hint_bits_logged: bool) -> ChildSettings {
     let output = Command::new("pg_config").arg("--bindir").output().unwrap();
     let bin = String::from_utf8(output.stdout).unwrap();
     ChildSettings {
@@ -67,7 +70,7 @@ fn full_page(block: u32, image: &[u8]) -> Bytes {
 }
 
 /// A heap insert of a tuple with `value`; as line pointer 1 it initialises the page.
-fn insert(block: u32, line: u16, init: bool, value: u32) -> Bytes {
+pub(in crate::redo) fn insert(block: u32, line: u16, init: bool, value: u32) -> Bytes {
     let mut data = vec![1, 0, 0, 8, 24, 0];
     data.extend(value.to_le_bytes());
     let flags = if init { 0x60 } else { 0x20 };
@@ -87,31 +90,42 @@ fn visible(block: u32) -> Bytes {
     record(9, 0x40, &body).into()
 }
 
-fn ask(fork: u8, block: u32, base: Option<Bytes>, records: Vec<(u64, Bytes)>) -> RedoRequest {
+pub(in crate::redo) fn ask(
+    fork: u8,
+    block: u32,
+    base: Option<Bytes>,
+    records: Vec<(u64, Bytes)>,
+) -> RedoRequest {
     let records = records.into_iter().map(|(lsn, record)| (Lsn(lsn), record)).collect();
     RedoRequest { rel: REL.fork(fork), block, base, records }
 }
 
-fn inserts(block: u32, count: u16) -> Vec<(u64, Bytes)> {
+pub(in crate::redo) fn inserts(block: u32, count: u16) -> Vec<(u64, Bytes)> {
     (1..=count)
         .map(|n| (0x1000 + 8 * u64::from(n), insert(block, n, n == 1, 0xABCD_0000 | u32::from(n))))
         .collect()
 }
 
 /// Line pointers and the value of the last tuple.
-fn heap_page(page: &[u8]) -> (usize, u32) {
+pub(in crate::redo) fn heap_page(page: &[u8]) -> (usize, u32) {
     let lower = u16::from_le_bytes([page[12], page[13]]) as usize;
     let upper = u16::from_le_bytes([page[14], page[15]]) as usize;
     let value = page[upper + 24..upper + 28].try_into().unwrap();
     ((lower - 24) / 4, u32::from_le_bytes(value))
 }
 
-fn process_alive(pid: u32) -> bool {
+pub(in crate::redo) fn process_alive(pid: u32) -> bool {
     Path::new(&format!("/proc/{pid}")).exists()
 }
 
-/// The only process of ours whose command line asks for redo with this parent.
-fn children() -> Vec<u32> {
+/// Held by tests that count the processes of the whole program.
+pub(in crate::redo) fn lock() -> std::sync::MutexGuard<'static, ()> {
+    static LOCK: std::sync::Mutex<()> = std::sync::Mutex::new(());
+    LOCK.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
+}
+
+/// The processes of ours whose command line asks for redo with this parent.
+pub(in crate::redo) fn children() -> Vec<u32> {
     let mut found = Vec::new();
     for entry in std::fs::read_dir("/proc").unwrap().flatten() {
         let Ok(pid) = entry.file_name().to_string_lossy().parse::<u32>() else { continue };
@@ -128,6 +142,7 @@ fn children() -> Vec<u32> {
 /// One test, because it counts the processes of the whole program.
 #[test]
 fn redo_in_postgres() {
+    let _lock = lock();
     let redo = ChildRedo::new(settings(false));
     block_on(async {
         pages(&redo).await;
@@ -138,8 +153,8 @@ fn redo_in_postgres() {
         hint_bits(&redo).await;
         let pids = children();
         assert_eq!(pids.len(), 1);
-        redo.shutdown().await;
-        redo.shutdown().await;
+        assert!(redo.shutdown().await);
+        assert!(!redo.shutdown().await);
         assert!(!process_alive(pids[0]));
         let after = redo.redo(ask(0, 7, None, inserts(7, 1))).await;
         assert_eq!(after, Err(RedoError::Shutdown));

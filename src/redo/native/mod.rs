@@ -80,8 +80,8 @@ pub enum NotNative {
 /// The page must be thrown away then: it may hold half of the change.
 pub fn apply(
     page: &mut Page,
-    record: &Record,
-    block: &BlockRef,
+    record: &Record<'_>,
+    block: &BlockRef<'_>,
     lsn: Lsn,
     settings: &RedoSettings,
 ) -> Result<Applied, NotNative> {
@@ -109,7 +109,7 @@ pub fn apply_bytes(
         Found::Other => {}
     }
     let record = Record::parse(bytes).map_err(|_| NotNative::Misfit("the record is malformed"))?;
-    let is_target = |found: &&BlockRef| found.block == target.1 && found.rel == target.0;
+    let is_target = |found: &&BlockRef<'_>| found.block == target.1 && found.rel == target.0;
     let mut named = record.blocks.iter().filter(is_target);
     match (named.next(), named.next()) {
         (None, _) => Ok(Applied::Skipped),

@@ -13,6 +13,7 @@
 //!   the child compares, masked as PostgreSQL masks.
 
 use std::cell::Cell;
+use std::time::Instant;
 
 use bytes::Bytes;
 use futures_lite::future::yield_now;
@@ -23,25 +24,48 @@ use super::{NotNative, apply_bytes, is_foreign};
 use crate::base::page::{PAGE_SIZE, Page};
 use crate::base::{BlockNumber, Lsn, RelTag};
 use crate::limits::REDO_NATIVE_SLICE_RECORDS;
+use crate::redo::histogram::Histogram;
 use crate::redo::{Redo, RedoError, RedoRequest, RedoSettings, record as check};
 use crate::wal::record::rmgr_id;
 
-/// Resource managers that have counters of their own: the built-in ones.
-pub const MANAGERS: usize = rmgr_id::BUILTIN_MAX as usize + 1;
+/// Record types that have counters of their own: 16 of each built-in resource manager.
+pub const TYPES: usize = 16 * (rmgr_id::BUILTIN_MAX as usize + 1);
 
 /// What happened so far.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub struct NativeCounters {
-    /// Records applied natively, by resource manager. A record counts once for each page.
-    pub native: [Cell<u64>; MANAGERS],
-    /// Records left to the other service, by resource manager.
-    pub child: [Cell<u64>; MANAGERS],
+    /// Records applied natively, by type (see [`NativeCounters::types`]). A record counts once
+    /// for each page.
+    pub native: [Cell<u64>; TYPES],
+    /// Records left to the other service, by type.
+    pub child: [Cell<u64>; TYPES],
     /// Of these, records that are of a kind that is applied natively, but did not fit their page.
     pub misfits: Cell<u64>,
     /// Pages rebuilt without the other service.
     pub pages_native: Cell<u64>,
     /// Pages for which the other service was needed.
     pub pages_child: Cell<u64>,
+    /// Time to rebuild a page, in nanoseconds.
+    pub time_ns: Histogram,
+    /// Records of one request.
+    pub records: Histogram,
+    /// Bytes of those.
+    pub bytes: Histogram,
+}
+
+impl Default for NativeCounters {
+    fn default() -> Self {
+        NativeCounters {
+            native: [const { Cell::new(0) }; TYPES],
+            child: [const { Cell::new(0) }; TYPES],
+            misfits: Cell::new(0),
+            pages_native: Cell::new(0),
+            pages_child: Cell::new(0),
+            time_ns: Histogram::default(),
+            records: Histogram::default(),
+            bytes: Histogram::default(),
+        }
+    }
 }
 
 fn add(counter: Option<&Cell<u64>>) {
@@ -51,12 +75,23 @@ fn add(counter: Option<&Cell<u64>>) {
 }
 
 impl NativeCounters {
-    /// Sum over all resource managers.
+    /// Every record type that was seen: `xl_rmid` and the resource manager's part of `xl_info`;
+    /// how many were applied natively, and how many were not.
+    pub fn types(&self) -> impl Iterator<Item = ((u8, u8), u64, u64)> + '_ {
+        let types = self.native.iter().zip(&self.child).zip(0u16..);
+        types.filter(|((native, child), _)| native.get() + child.get() > 0).map(
+            |((native, child), at)| {
+                (((at / 16) as u8, (at % 16 * 16) as u8), native.get(), child.get())
+            },
+        )
+    }
+
+    /// Sum over all record types.
     pub fn native_records(&self) -> u64 {
         self.native.iter().map(Cell::get).sum()
     }
 
-    /// Sum over all resource managers.
+    /// Sum over all record types.
     pub fn child_records(&self) -> u64 {
         self.child.iter().map(Cell::get).sum()
     }
@@ -90,9 +125,10 @@ impl Target {
     }
 }
 
-/// The counter of a record's resource manager (`xl_rmid`).
+/// The counter of a record's type: `xl_info` is byte 16 of a record, `xl_rmid` byte 17.
 fn counter<'a>(counters: &'a [Cell<u64>], record: &[u8]) -> Option<&'a Cell<u64>> {
-    record.get(17).and_then(|rmgr| counters.get(usize::from(*rmgr)))
+    let (info, rmgr) = (record.get(16)?, record.get(17)?);
+    counters.get(16 * usize::from(*rmgr) + usize::from(info >> 4))
 }
 
 impl<R: Redo> NativeRedo<R> {
@@ -206,8 +242,22 @@ impl<R: Redo> NativeRedo<R> {
 }
 
 impl<R: Redo> Redo for NativeRedo<R> {
+    #[allow(clippy::disallowed_methods, reason = "it measures; nothing depends on the time")]
     fn redo(&self, request: RedoRequest) -> LocalBoxFuture<'_, Result<Bytes, RedoError>> {
-        self.rebuild(request).boxed_local()
+        async move {
+            let begin = Instant::now();
+            self.counters.records.count(request.records.len() as u64);
+            let bytes: usize = request.records.iter().map(|(_, record)| record.len()).sum();
+            self.counters.bytes.count(bytes as u64);
+            let page = self.rebuild(request).await;
+            self.counters.time_ns.count(begin.elapsed().as_nanos() as u64);
+            page
+        }
+        .boxed_local()
+    }
+
+    fn stop(&self) -> LocalBoxFuture<'_, ()> {
+        self.inner.stop()
     }
 }
 

@@ -39,7 +39,7 @@ pub(super) struct View<'a> {
     /// The page is to be made anew.
     pub(super) will_init: bool,
     /// The block's image.
-    pub(super) image: Option<&'a BlockImage>,
+    pub(super) image: Option<&'a BlockImage<'a>>,
     /// The block's data.
     pub(super) data: &'a [u8],
     /// The main data.
@@ -49,7 +49,7 @@ pub(super) struct View<'a> {
 
 impl<'a> View<'a> {
     /// A record that was taken apart.
-    pub(super) fn of(record: &'a Record, block: &'a BlockRef) -> View<'a> {
+    pub(super) fn of(record: &'a Record<'a>, block: &'a BlockRef<'a>) -> View<'a> {
         let mut blocks = [None; BLOCKS];
         for other in &record.blocks {
             if let Some(place) = blocks.get_mut(usize::from(other.id)) {
@@ -64,8 +64,8 @@ impl<'a> View<'a> {
             number: block.block,
             will_init: block.will_init,
             image: block.image.as_ref(),
-            data: &block.data,
-            main: &record.main_data,
+            data: block.data,
+            main: record.main_data,
             blocks,
         }
     }
@@ -76,7 +76,7 @@ impl<'a> View<'a> {
     }
 
     /// The image, if redo is to restore it.
-    pub(super) fn applied_image(&self) -> Option<&'a BlockImage> {
+    pub(super) fn applied_image(&self) -> Option<&'a BlockImage<'a>> {
         self.image.filter(|image| image.apply())
     }
 

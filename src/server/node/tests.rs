@@ -9,12 +9,13 @@ use postgres_protocol::message::frontend;
 
 use super::*;
 use crate::base::{BlockNumber, Lsn, RelNode, RelTag, SlruKind, TenantId};
-use crate::base::{TenantShardId, TimelineId};
+use crate::base::{TenantShardId, TimelineId, Timestamp};
 use crate::server::page_protocol::*;
 use crate::server::page_service::{Session, serve};
 use crate::server::router;
 use crate::shard::control::{Change, ControlError, CreateTimeline, TenantInfo, TimelineInfo};
 use crate::shard::history::{HistoryReply, HistoryRequest};
+use crate::shard::leases::LeaseError;
 use crate::shard::reader::{ReadError, RequestLsn, TimelineReader};
 
 /// Every tenant whose first byte is not 0xff exists; a page's bytes name the core and the block.
@@ -45,6 +46,13 @@ impl TimelineReader for Fake {
     }
     async fn slru_segment(&self, _: SlruKind, _: u32, _: RequestLsn) -> Result<Bytes, ReadError> {
         Ok(vec![3; PAGE_BYTES].into())
+    }
+    async fn lease_lsn(&self, lsn: Lsn) -> Result<Timestamp, LeaseError> {
+        match lsn {
+            Lsn(1) => Err(LeaseError::BelowStart { lsn, start: Lsn(2) }),
+            Lsn(2) => Err(LeaseError::NotThereYet { lsn, last_record_lsn: Lsn(1) }),
+            _ => Ok(Timestamp(1_234_567_899)),
+        }
     }
 }
 
@@ -191,10 +199,67 @@ fn talk(address: SocketAddr) {
         let replies = lost.until(b'Z');
         assert!(String::from_utf8_lossy(&replies[0].1).contains("is not on this node"));
     }
+    leases(address);
     hostile(address);
     let mut client = Client::connect(address);
     client.open(3, tenant_of(0));
     pipeline(&mut client, Version::V3, 0);
+}
+
+/// Leases are given on either core, by simple and extended query, and page streams opened after.
+fn leases(address: SocketAddr) {
+    let text = |body: &[u8]| String::from_utf8_lossy(body).into_owned();
+    let tags =
+        |all: &[(u8, Vec<u8>)]| all.iter().map(|(tag, _)| char::from(*tag)).collect::<String>();
+    for core in [0, 1] {
+        let mut client = Client::connect(address);
+        let lease = |lsn: &str| format!("lease lsn {} {} {lsn}", tenant_of(core), "ab".repeat(16));
+        client.send(|out| frontend::query(&lease("0/3"), out).unwrap());
+        let all = client.until(b'Z');
+        assert_eq!(tags(&all), "TDCZ");
+        assert!(text(&all[0].1).contains("valid_until"));
+        assert_eq!(&all[1].1, b"\0\x01\0\0\0\x071234567");
+        // Refused for good, and for now.
+        client.send(|out| frontend::query(&lease("0/1"), out).unwrap());
+        let all = client.until(b'Z');
+        assert_eq!(tags(&all), "NTDCZ");
+        assert!(text(&all[0].1).contains("history of this timeline begins at"));
+        assert_eq!(&all[2].1, b"\0\x01\xff\xff\xff\xff");
+        client.send(|out| frontend::query(&lease("0/2"), out).unwrap());
+        let all = client.until(b'Z');
+        assert_eq!(tags(&all), "EZ");
+        assert!(text(&all[0].1).contains("57P03"), "{}", text(&all[0].1));
+        client.send(|out| {
+            frontend::parse("s", &lease("0/3"), [], out).unwrap();
+            frontend::describe(b'S', "s", out).unwrap();
+            let none = || std::iter::empty::<i16>();
+            let put = |(), _: &mut BytesMut| unreachable!();
+            frontend::bind("p", "s", none(), std::iter::empty::<()>(), put, none(), out)
+                .unwrap_or_else(|_| panic!("bind"));
+            frontend::describe(b'P', "p", out).unwrap();
+            frontend::execute("p", 0, out).unwrap();
+            frontend::sync(out);
+        });
+        assert_eq!(tags(&client.until(b'Z')), "1tT2TDCZ");
+        // After an error, everything up to the sync is passed over.
+        client.send(|out| {
+            frontend::parse("", &lease("0/2"), [], out).unwrap();
+            let none = || std::iter::empty::<i16>();
+            let put = |(), _: &mut BytesMut| unreachable!();
+            frontend::bind("", "", none(), std::iter::empty::<()>(), put, none(), out)
+                .unwrap_or_else(|_| panic!("bind"));
+            frontend::execute("", 0, out).unwrap();
+            frontend::execute("", 0, out).unwrap();
+            frontend::sync(out);
+        });
+        assert_eq!(tags(&client.until(b'Z')), "12EZ");
+        let lost = format!("lease lsn {} {} 0/3", "ff".repeat(16), "ab".repeat(16));
+        client.send(|out| frontend::query(&lost, out).unwrap());
+        let all = client.until(b'Z');
+        assert!(tags(&all) == "EZ" && text(&all[0].1).contains("is not on this node"));
+        client.open(3, tenant_of(core));
+        pipeline(&mut client, Version::V3, core);
+    }
 }
 
 /// 2,000 connections that send garbage at each stage, or half a message, and go away.

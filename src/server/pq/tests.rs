@@ -7,6 +7,7 @@ use postgres_protocol::message::{backend, frontend};
 use proptest::prelude::*;
 
 use super::*;
+use crate::server::page_protocol::Version;
 
 const TENANT: &str = "11223344556677881122334455667788";
 const TIMELINE: &str = "aabbccddeeff00112233445566778899";
@@ -247,6 +248,21 @@ fn the_servers_messages_are_understood_by_clients() {
 }
 
 #[test]
+fn rows_and_warnings_have_the_bytes_of_the_protocol() {
+    let mut out = BytesMut::new();
+    put_row_description(&mut out, "c");
+    let column = b"T\0\0\0\x1a\0\x01c\0\0\0\0\0\0\0\0\0\0\x19\xff\xff\xff\xff\xff\xff\0\0";
+    assert_eq!(&out[..], column);
+    out.clear();
+    put_data_row(&mut out, Some("17"));
+    put_data_row(&mut out, None);
+    assert_eq!(&out[..], b"D\0\0\0\x0c\0\x01\0\0\0\x0217D\0\0\0\x0a\0\x01\xff\xff\xff\xff");
+    out.clear();
+    put_warning(&mut out, "ware");
+    assert_eq!(&out[..], b"N\0\0\0\x24SWARNING\0VWARNING\0C01000\0Mware\0\0");
+}
+
+#[test]
 fn commands_are_understood() {
     let parse = |text: &str| parse_command(text);
     let expected = |version| Command::PageStream {
@@ -257,15 +273,22 @@ fn commands_are_understood() {
     let v3 = format!("  PageStream_V3  {TENANT}\t{TIMELINE} ;");
     assert_eq!(parse(&v3), Ok(expected(Version::V3)));
     assert_eq!(parse(&format!("pagestream_v2 {TENANT} {TIMELINE}")), Ok(expected(Version::V2)));
+    let (tenant, timeline) = (TENANT.parse().unwrap(), TIMELINE.parse().unwrap());
+    let lease = Command::Lease { tenant, timeline, lsn: crate::base::Lsn(0x1_0000_00a8) };
+    assert_eq!(parse(&format!("LEASE Lsn {TENANT} {TIMELINE} 1/A8;")), Ok(lease));
     assert_eq!(parse("SET client_encoding TO 'UTF8'"), Ok(Command::Set));
     assert_eq!(parse(" ; "), Ok(Command::Empty));
     for (text, message) in [
         ("select 1", "unknown command 'select'"),
         ("basebackup x y", "basebackup is not supported yet"),
         ("fullbackup", "fullbackup is not supported yet"),
-        ("lease lsn a b c", "lease lsn is not supported yet"),
+        ("lease", "only an LSN can be leased; write: lease lsn TENANT TIMELINE LSN"),
+        ("lease lsn a b c", "'a' is no tenant shard id"),
+        (&format!("lease lsn {TENANT} {TIMELINE}"), "the LSN is missing"),
+        (&format!("lease lsn {TENANT} {TIMELINE} 17"), "17"),
+        (&format!("lease lsn {TENANT} {TIMELINE} 0/17 x"), "too many arguments"),
         ("pagestream_v2", "the tenant is missing"),
-        ("pagestream_v2 x", "the timeline is missing"),
+        (&format!("pagestream_v2 {TENANT}"), "the timeline is missing"),
         ("pagestream_v2 x y", "'x' is no tenant shard id"),
         (&format!("pagestream_v3 {TENANT} y"), "'y' is no timeline id"),
         (&format!("pagestream_v3 {TENANT} {TIMELINE} z"), "too many arguments"),

@@ -188,7 +188,12 @@ impl<I: Io> Check<'_, I> {
             IndexState::Bad(text) => {
                 let bytes =
                     self.list(dir).await.iter().find(|e| e.name == INDEX_FILE).map_or(0, |e| e.len);
-                let text = format!("{text}; without it the timeline cannot be opened");
+                let text = format!(
+                    "{text}; without it the timeline cannot be opened. Its layers and journal stay \
+                     as they are: stop the node and put an index back that belongs to them, or \
+                     delete the timeline and import it again. Until then no other timeline of the \
+                     tenant is deleted or collected, because it may be an ancestor of this one"
+                );
                 self.add(FileReport::new(path, FileKind::Index, bytes).damage(text));
                 self.layers_without_index(owner, dir).await;
             }

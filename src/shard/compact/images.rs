@@ -88,7 +88,7 @@ impl<I: Io> Output<I> {
                 #[cfg(not(test))]
                 let late = 0;
                 let lsn = Lsn(self.lsn.0 + late);
-                ImageWriter::create(&self.io, &self.dir, self.owner, lsn).await?
+                ImageWriter::create(&self.io, &self.dir, self.owner, lsn).await?.pack_tightly()
             }
         };
         Ok(self.writer.insert(writer))

@@ -100,7 +100,7 @@ impl<I: Io> Output<I> {
         if self.writer.is_none() {
             let OutputJob { dir, owner, lsns, .. } = &self.job;
             let writer = DeltaWriter::create(&self.io, dir, *owner, lsns.clone()).await?;
-            self.writer = Some(writer);
+            self.writer = Some(writer.pack_tightly());
             (self.first, self.keys) = (group.key, 0);
         }
         self.keys += u64::from(self.keys == 0 || group.key != self.last);

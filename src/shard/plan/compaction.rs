@@ -11,13 +11,18 @@
 //! A **column** is a key range whose newest image layer is the same everywhere in it; L1 layers
 //! above that image are stacked on the column. The rules, in order:
 //!
-//! 1. [`Action::MergeL0`]: enough L0 layers become L1 layers.
+//! 1. [`Action::MergeL0`]: enough L0 layers become L1 layers: so many of them, or as many as most
+//!    pages have records in. The newest rows of L1 layers are taken along where they are small
+//!    beside what is merged, or where otherwise there would be too many rows, but not if images
+//!    are due anyway or have made most of a row unnecessary. So what comes in is cut by keys and
+//!    levelled in one go.
 //! 2. [`Action::MakeImages`]: the layers stacked on a column have grown to a given part of the
 //!    column's image, so a new image costs at most the inverse of that part for each byte that
-//!    was merged. Half of it is enough where rule 3 would apply but finds nothing.
+//!    was merged. Half of it is enough where rule 3 would apply but finds nothing. Before rule 1,
+//!    where it is overdue and there are few L0 layers.
 //! 3. [`Action::MergeL1`]: a read has to descend too far, but images would cost too much: stacked
-//!    layers become fewer. Layers of similar size are merged, so that a byte is written again as
-//!    often as the logarithm of the number of layers says.
+//!    layers become fewer. Layers of similar size are merged. This is for loads that leave the
+//!    rows in pieces, and for rows too large for rule 1.
 //!
 //! How far a read descends is counted by the share of pages that a layer has records of: a
 //! hundred layers with one page in a hundred each count as one. So neither the number of images
@@ -32,8 +37,9 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use crate::base::{Key, KeyRange, Lsn, LsnRange};
 use crate::limits::{
-    COMPACT_DEPTH_MAX, COMPACT_L0_INPUT_BYTES_MAX, COMPACT_L1_INPUT_BYTES_MAX, COMPACT_LEVELS_MAX,
-    COMPACT_SPARSE_FACTOR,
+    COMPACT_DEPTH_MAX, COMPACT_IMAGE_OVERDUE_PERCENT, COMPACT_L0_DEPTH_MILLI,
+    COMPACT_L1_INPUT_BYTES_MAX, COMPACT_LEVELS_MAX, COMPACT_ROW_FACTOR, COMPACT_ROWS_MAX,
+    COMPACT_SPARSE_FACTOR, L0_LAYERS_URGENT,
 };
 use crate::shard::layer_map::LayerSpan;
 
@@ -60,13 +66,16 @@ impl PlanLayer {
 /// What the plan goes by.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct PlanConfig {
-    /// L0 layers are merged when there are so many.
+    /// L0 layers are merged when there are so many, or fewer that reads go deep into; with
+    /// `usize::MAX` never.
     pub l0_threshold: usize,
     /// Layers are cut at this size, in bytes.
     pub target_bytes: u64,
     /// A column gets a new image when the layers stacked on it have this part of the bytes of its
     /// image, in percent.
     pub image_percent: u64,
+    /// A merge of L0 layers takes at most so many bytes, unless it is of a single larger layer.
+    pub merge_bytes_max: u64,
     /// First LSN at which pages can be rebuilt.
     pub start_lsn: Lsn,
 }
@@ -119,11 +128,19 @@ fn overlap(a: &KeyRange, b: &KeyRange) -> bool {
 /// planned for the layers as they are now. Ends by itself: without new layers, carrying out one
 /// action after the other leads to an empty plan.
 pub fn plan(layers: &[PlanLayer], config: &PlanConfig) -> Vec<Action> {
-    let mut actions: Vec<Action> = merge_l0(layers, config).into_iter().collect();
     let columns = columns(layers, config);
     let percent = config.image_percent;
     let images = columns.iter().filter_map(|column| make_images(layers, column, config, percent));
-    actions.extend(most_urgent(images));
+    let images: Vec<(u64, Action)> = images.collect();
+    let overdue = percent.saturating_mul(COMPACT_IMAGE_OVERDUE_PERCENT) / 100;
+    let is_overdue = images.iter().any(|(percent, _)| *percent >= overdue);
+    let l0_count = layers.iter().filter(|layer| layer.is_l0()).count();
+    let mut actions: Vec<Action> = most_urgent(images.into_iter()).collect();
+    if let Some(merge) = merge_l0(layers, &columns, config) {
+        // A source that is faster than compaction keeps rule 1 busy for ever.
+        let images_first = is_overdue && l0_count < L0_LAYERS_URGENT;
+        actions.insert(if images_first { actions.len() } else { 0 }, merge);
+    }
     if !actions.is_empty() {
         return actions;
     }
@@ -150,10 +167,14 @@ fn hull(layers: &[PlanLayer], chosen: &[usize]) -> Option<LsnRange> {
     Some(lsns().map(|range| range.start).min()?..lsns().map(|range| range.end).max()?)
 }
 
-fn merge_l0(layers: &[PlanLayer], config: &PlanConfig) -> Option<Action> {
+fn merge_l0(layers: &[PlanLayer], columns: &[Column], config: &PlanConfig) -> Option<Action> {
     let l0 = |(at, layer): (usize, &PlanLayer)| layer.is_l0().then_some((at, layer.bytes));
     let mut found: Vec<(usize, u64)> = layers.iter().enumerate().filter_map(l0).collect();
-    if found.len() < config.l0_threshold.max(1) {
+    let image_bytes = image_bytes(columns);
+    let depth: u64 = found.iter().map(|(_, bytes)| weight_milli(*bytes, image_bytes)).sum();
+    let is_full = image_bytes > 0 && depth >= COMPACT_L0_DEPTH_MILLI;
+    let is_off = config.l0_threshold == usize::MAX;
+    if is_off || found.len() < config.l0_threshold.max(1) && !is_full {
         return None;
     }
     found.sort_by_key(|(at, _)| layers.get(*at).map(|layer| layer.span.lsns.start));
@@ -161,7 +182,7 @@ fn merge_l0(layers: &[PlanLayer], config: &PlanConfig) -> Option<Action> {
     let mut total = 0u64;
     for (at, bytes) in found {
         total = total.saturating_add(bytes);
-        let full = total > COMPACT_L0_INPUT_BYTES_MAX || inputs.len() == COMPACT_LEVELS_MAX;
+        let full = total > config.merge_bytes_max || inputs.len() == COMPACT_LEVELS_MAX;
         if full && !inputs.is_empty() {
             break;
         }
@@ -170,8 +191,98 @@ fn merge_l0(layers: &[PlanLayer], config: &PlanConfig) -> Option<Action> {
     while !is_mergeable(layers, &inputs) {
         inputs.pop();
     }
+    let mut whole = inputs.clone();
+    take_rows(layers, columns, config, &mut whole);
+    if whole.len() > inputs.len() && is_mergeable(layers, &whole) {
+        inputs = whole;
+    }
     let lsns = hull(layers, &inputs)?;
     Some(Action::MergeL0 { inputs, lsns })
+}
+
+fn image_bytes(columns: &[Column]) -> u64 {
+    columns.iter().map(|column| column.image_bytes).fold(0, u64::saturating_add)
+}
+
+/// L1 layers that share LSNs, whatever their keys: mostly those that one merge has made.
+#[derive(Default)]
+struct Row {
+    members: Vec<usize>,
+    bytes: u64,
+    /// Of that, what no image has made unnecessary.
+    live_bytes: u64,
+    start: Lsn,
+}
+
+/// All L1 layers in rows, newest first.
+fn rows(layers: &[PlanLayer], columns: &[Column]) -> Vec<Row> {
+    let mut live: BTreeMap<usize, u64> = BTreeMap::new();
+    for (at, bytes) in columns.iter().flat_map(|column| &column.stack) {
+        let total = live.entry(*at).or_default();
+        *total = total.saturating_add(*bytes);
+    }
+    let mut l1: Vec<(usize, &PlanLayer)> =
+        layers.iter().enumerate().filter(|(_, layer)| layer.is_l1()).collect();
+    l1.sort_by_key(|(_, layer)| std::cmp::Reverse(layer.span.lsns.end));
+    let mut rows: Vec<Row> = Vec::new();
+    for (at, layer) in l1 {
+        let lsns = &layer.span.lsns;
+        if rows.last().is_none_or(|row| lsns.end <= row.start) {
+            rows.push(Row { start: lsns.start, ..Row::default() });
+        }
+        let Some(row) = rows.last_mut() else { continue };
+        row.members.push(at);
+        row.bytes = row.bytes.saturating_add(layer.bytes);
+        // A branch may have no images of its own: its ancestor has them.
+        let unless_imaged = if columns.is_empty() { layer.bytes } else { 0 };
+        let live_bytes = live.get(&at).copied().unwrap_or(unless_imaged);
+        row.live_bytes = row.live_bytes.saturating_add(live_bytes);
+        row.start = row.start.min(lsns.start);
+    }
+    rows
+}
+
+/// Adds the rows to `inputs`, which are L0 layers, that shall be merged with them.
+fn take_rows(
+    layers: &[PlanLayer],
+    columns: &[Column],
+    config: &PlanConfig,
+    inputs: &mut Vec<usize>,
+) {
+    let image_bytes = image_bytes(columns);
+    let rows = rows(layers, columns);
+    let mut total: u64 =
+        inputs.iter().filter_map(|at| layers.get(*at)).map(|layer| layer.bytes).sum();
+    let live = rows.iter().map(|row| row.live_bytes).fold(total, u64::saturating_add);
+    let percent = live.saturating_mul(100).checked_div(image_bytes);
+    if percent.is_some_and(|percent| percent >= config.image_percent) {
+        return;
+    }
+    let weight = |row: &Row| weight_milli(row.live_bytes, image_bytes);
+    let mut left: u64 = rows.iter().map(weight).sum();
+    for row in rows {
+        let is_live = row.live_bytes.saturating_mul(2) >= row.bytes;
+        let too_many = left.saturating_add(1000) > COMPACT_ROWS_MAX * 1000;
+        let is_small = row.bytes <= total.saturating_mul(COMPACT_ROW_FACTOR);
+        total = total.saturating_add(row.bytes);
+        if !is_live || !(too_many || is_small) || total > config.merge_bytes_max {
+            return;
+        }
+        let before = inputs.len();
+        left = left.saturating_sub(weight(&row));
+        inputs.extend(row.members);
+        if levels(layers, inputs) > COMPACT_LEVELS_MAX {
+            inputs.truncate(before);
+            return;
+        }
+    }
+}
+
+/// The share of pages of which a delta layer has records, in thousandths, from its bytes and
+/// those of all the pages' images.
+fn weight_milli(bytes: u64, image_bytes: u64) -> u64 {
+    let full = u128::from(image_bytes / COMPACT_SPARSE_FACTOR).max(1);
+    u64::try_from((u128::from(bytes) * 1000 / full).min(1000)).unwrap_or(1000)
 }
 
 /// The keys of some layers as disjoint ranges, in order.
@@ -286,11 +397,7 @@ impl Column {
     /// Layers that a read has to look into, in thousandths: a layer counts by the share of the
     /// column's pages that it has records of.
     fn depth_milli(&self) -> u64 {
-        let weight = |bytes: u64| {
-            let full = u128::from(self.image_bytes / COMPACT_SPARSE_FACTOR).max(1);
-            u64::try_from((u128::from(bytes) * 1000 / full).min(1000)).unwrap_or(1000)
-        };
-        self.stack.iter().map(|(_, bytes)| weight(*bytes)).sum()
+        self.stack.iter().map(|(_, bytes)| weight_milli(*bytes, self.image_bytes)).sum()
     }
 
     fn is_deep(&self) -> bool {
@@ -305,13 +412,7 @@ fn make_images(
     percent_min: u64,
 ) -> Option<(u64, Action)> {
     let percent = column.stacked_bytes().saturating_mul(100) / column.image_bytes;
-    // One layer alone is no burden for reads, but its column must not go without images for ever.
-    let enough = match column.stack.len() {
-        0 => false,
-        1 => percent >= percent_min.saturating_mul(4),
-        _ => percent >= percent_min,
-    };
-    if !enough {
+    if column.stack.is_empty() || percent < percent_min {
         return None;
     }
     let deltas: Vec<usize> = column.stack.iter().map(|(at, _)| *at).collect();

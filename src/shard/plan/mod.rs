@@ -2,8 +2,10 @@
 //!
 //! - [`compaction`]: which layers become which others.
 //! - [`gc`]: how far history goes, and which layers nobody can need.
+//! - [`pressure`]: how fast WAL may come in.
 //!
-//! Carrying a plan out is the work of `shard::compact` and `shard::gc`.
+//! Carrying a plan out is the work of `shard::compact`, `shard::gc` and `shard::pressure`.
 
 pub mod compaction;
 pub mod gc;
+pub mod pressure;

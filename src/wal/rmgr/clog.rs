@@ -10,9 +10,9 @@ pub const CLOG_ZEROPAGE: u8 = 0x00;
 /// `CLOG_TRUNCATE`: i32 page, u32 oldest transaction, u32 its database.
 pub const CLOG_TRUNCATE: u8 = 0x10;
 
-pub(crate) fn decode(at: &mut Decoding<'_>) -> Result<(), DecodeError> {
+pub(crate) fn decode(at: &mut Decoding<'_, '_>) -> Result<(), DecodeError> {
     let kind = SlruKind::Clog;
-    let mut body = Reader::new(at.record.main_data.clone());
+    let mut body = Reader::new(at.record.main_data);
     match at.record.header.operation() {
         CLOG_ZEROPAGE => {
             let page = body.u32().ok_or_else(|| at.malformed("it is cut"))?;

@@ -12,8 +12,8 @@ pub const XLOG_DBASE_CREATE_WAL_LOG: u8 = 0x10;
 /// `XLOG_DBASE_DROP`: u32 database, i32 count, u32 tablespaces.
 pub const XLOG_DBASE_DROP: u8 = 0x20;
 
-pub(crate) fn decode(at: &mut Decoding<'_>) -> Result<(), DecodeError> {
-    let mut body = Reader::new(at.record.main_data.clone());
+pub(crate) fn decode(at: &mut Decoding<'_, '_>) -> Result<(), DecodeError> {
+    let mut body = Reader::new(at.record.main_data);
     let change = match at.record.header.operation() {
         XLOG_DBASE_CREATE_FILE_COPY => file_copy(&mut body),
         XLOG_DBASE_CREATE_WAL_LOG => wal_log(&mut body),
@@ -25,18 +25,18 @@ pub(crate) fn decode(at: &mut Decoding<'_>) -> Result<(), DecodeError> {
     Ok(())
 }
 
-fn file_copy(body: &mut Reader) -> Option<Change> {
+fn file_copy(body: &mut Reader<'_>) -> Option<Change> {
     let (db, spc) = (body.u32()?, body.u32()?);
     let (source_db, source_spc) = (body.u32()?, body.u32()?);
     Some(Change::DatabaseCopy { source: (source_spc, source_db), target: (spc, db) })
 }
 
-fn wal_log(body: &mut Reader) -> Option<Change> {
+fn wal_log(body: &mut Reader<'_>) -> Option<Change> {
     let (db, spc) = (body.u32()?, body.u32()?);
     Some(Change::DatabaseCreate { spc, db })
 }
 
-fn drop_database(body: &mut Reader) -> Option<Change> {
+fn drop_database(body: &mut Reader<'_>) -> Option<Change> {
     let (db, count) = (body.u32()?, body.i32()?);
     let mut entries = body.entries(count, 4)?;
     let mut spcs = Vec::with_capacity(entries.len() / 4);

@@ -32,7 +32,7 @@ const CLEARED: u8 = 0x01;
 /// `XLH_UPDATE_NEW_ALL_VISIBLE_CLEARED`.
 const NEW_CLEARED: u8 = 0x02;
 
-pub(crate) fn decode_heap(at: &mut Decoding<'_>) -> Result<(), DecodeError> {
+pub(crate) fn decode_heap(at: &mut Decoding<'_, '_>) -> Result<(), DecodeError> {
     match at.record.header.info & OPERATION_MASK {
         // xl_heap_insert: u16 offset, u8 flags
         HEAP_INSERT => clear(at, 2, VALID_BITS)?,
@@ -48,7 +48,7 @@ pub(crate) fn decode_heap(at: &mut Decoding<'_>) -> Result<(), DecodeError> {
     Ok(())
 }
 
-pub(crate) fn decode_heap2(at: &mut Decoding<'_>) -> Result<(), DecodeError> {
+pub(crate) fn decode_heap2(at: &mut Decoding<'_, '_>) -> Result<(), DecodeError> {
     let operation = at.record.header.info & OPERATION_MASK;
     match operation {
         // xl_heap_multi_insert: u8 flags, u16 count, …
@@ -64,17 +64,17 @@ pub(crate) fn decode_heap2(at: &mut Decoding<'_>) -> Result<(), DecodeError> {
     Ok(())
 }
 
-fn flags_at(at: &Decoding<'_>, offset: usize) -> Result<u8, DecodeError> {
+fn flags_at(at: &Decoding<'_, '_>, offset: usize) -> Result<u8, DecodeError> {
     at.record.main_data.get(offset).copied().ok_or_else(|| at.malformed("it is cut"))
 }
 
 /// Relation and number of the block with this reference number.
-fn heap_block(at: &Decoding<'_>, id: u8) -> Option<(RelNode, BlockNumber)> {
+fn heap_block(at: &Decoding<'_, '_>, id: u8) -> Option<(RelNode, BlockNumber)> {
     at.record.block(id).map(|block| (block.rel.node, block.block))
 }
 
 /// A record whose only heap block is the first reference, with its flags at `offset`.
-fn clear(at: &mut Decoding<'_>, offset: usize, bits: u8) -> Result<(), DecodeError> {
+fn clear(at: &mut Decoding<'_, '_>, offset: usize, bits: u8) -> Result<(), DecodeError> {
     if flags_at(at, offset)? & CLEARED == 0 {
         return Ok(());
     }
@@ -84,7 +84,7 @@ fn clear(at: &mut Decoding<'_>, offset: usize, bits: u8) -> Result<(), DecodeErr
 }
 
 /// An update: the new page is reference 0, the old one reference 1 or the same page.
-fn clear_update(at: &mut Decoding<'_>) -> Result<(), DecodeError> {
+fn clear_update(at: &mut Decoding<'_, '_>) -> Result<(), DecodeError> {
     let flags = flags_at(at, 7)?;
     let (node, new) = heap_block(at, 0).ok_or_else(|| at.malformed("it names no block"))?;
     let old = heap_block(at, 1).map_or(new, |(_, old)| old);

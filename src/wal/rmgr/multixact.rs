@@ -18,8 +18,8 @@ pub const XLOG_MULTIXACT_CREATE_ID: u8 = 0x20;
 /// end member.
 pub const XLOG_MULTIXACT_TRUNCATE_ID: u8 = 0x30;
 
-pub(crate) fn decode(at: &mut Decoding<'_>) -> Result<(), DecodeError> {
-    let mut body = Reader::new(at.record.main_data.clone());
+pub(crate) fn decode(at: &mut Decoding<'_, '_>) -> Result<(), DecodeError> {
+    let mut body = Reader::new(at.record.main_data);
     let done = match at.record.header.operation() {
         XLOG_MULTIXACT_ZERO_OFF_PAGE => zero(at, SlruKind::MultiXactOffsets, &mut body),
         XLOG_MULTIXACT_ZERO_MEM_PAGE => zero(at, SlruKind::MultiXactMembers, &mut body),
@@ -32,7 +32,7 @@ pub(crate) fn decode(at: &mut Decoding<'_>) -> Result<(), DecodeError> {
     Ok(())
 }
 
-fn zero(at: &mut Decoding<'_>, kind: SlruKind, body: &mut Reader) -> Option<()> {
+fn zero(at: &mut Decoding<'_, '_>, kind: SlruKind, body: &mut Reader<'_>) -> Option<()> {
     let page = body.u32()?;
     at.push(Change::Slru { kind, page, value: Value::ZeroPage });
     Some(())
@@ -40,7 +40,7 @@ fn zero(at: &mut Decoding<'_>, kind: SlruKind, body: &mut Reader) -> Option<()> 
 
 /// A new multixact: its offset, the offset after its members (where the next multixact starts),
 /// and its members.
-fn create(at: &mut Decoding<'_>, body: &mut Reader) -> Option<()> {
+fn create(at: &mut Decoding<'_, '_>, body: &mut Reader<'_>) -> Option<()> {
     let (multi, first, count) = (body.u32()?, body.u32()?, body.i32()?);
     let mut members = body.entries(count, 8)?;
     let end = first.wrapping_add(u32::try_from(count).ok()?);
@@ -67,7 +67,7 @@ fn create(at: &mut Decoding<'_>, body: &mut Reader) -> Option<()> {
     Some(())
 }
 
-fn push_offsets(at: &mut Decoding<'_>, multi: u32, offset: u32, end: u32) {
+fn push_offsets(at: &mut Decoding<'_, '_>, multi: u32, offset: u32, end: u32) {
     let next = multi_after(multi);
     // Offset 0 means "not set", so no multixact starts there.
     let end = end.max(1);
@@ -83,7 +83,7 @@ fn push_offsets(at: &mut Decoding<'_>, multi: u32, offset: u32, end: u32) {
     }
 }
 
-fn push_members(at: &mut Decoding<'_>, first_offset: u32, members: Vec<(u32, u32)>) {
+fn push_members(at: &mut Decoding<'_, '_>, first_offset: u32, members: Vec<(u32, u32)>) {
     if members.is_empty() {
         return;
     }
@@ -92,7 +92,7 @@ fn push_members(at: &mut Decoding<'_>, first_offset: u32, members: Vec<(u32, u32
     at.push(Change::Slru { kind, page, value });
 }
 
-fn truncate(at: &mut Decoding<'_>, body: &mut Reader) -> Option<()> {
+fn truncate(at: &mut Decoding<'_, '_>, body: &mut Reader<'_>) -> Option<()> {
     let db = body.u32()?;
     let (_first_multi, end_multi) = (body.u32()?, body.u32()?);
     let (first_member, end_member) = (body.u32()?, body.u32()?);

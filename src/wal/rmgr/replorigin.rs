@@ -15,8 +15,8 @@ const NONE: u16 = 0;
 /// "Do not replicate" (`DoNotReplicateId`); it has no progress either.
 const DO_NOT_REPLICATE: u16 = u16::MAX;
 
-pub(crate) fn decode(at: &mut Decoding<'_>) -> Result<(), DecodeError> {
-    let mut body = Reader::new(at.record.main_data.clone());
+pub(crate) fn decode(at: &mut Decoding<'_, '_>) -> Result<(), DecodeError> {
+    let mut body = Reader::new(at.record.main_data);
     let cut = at.malformed("it is cut");
     match at.record.header.operation() {
         XLOG_REPLORIGIN_SET => {
@@ -35,7 +35,7 @@ pub(crate) fn decode(at: &mut Decoding<'_>) -> Result<(), DecodeError> {
 }
 
 /// Progress of an origin (`replorigin_advance`).
-pub(crate) fn advance(at: &mut Decoding<'_>, id: u16, remote_lsn: Lsn, backward: bool) {
+pub(crate) fn advance(at: &mut Decoding<'_, '_>, id: u16, remote_lsn: Lsn, backward: bool) {
     if id != NONE && id != DO_NOT_REPLICATE {
         at.push(Change::ReplicationOrigin { id, remote_lsn: Some(remote_lsn), backward });
     }

@@ -18,8 +18,8 @@ pub const SMGR_TRUNCATE_VM: u32 = 0x0002;
 /// `SMGR_TRUNCATE_FSM`: the free space map is cut.
 pub const SMGR_TRUNCATE_FSM: u32 = 0x0004;
 
-pub(crate) fn decode(at: &mut Decoding<'_>) -> Result<(), DecodeError> {
-    let mut body = Reader::new(at.record.main_data.clone());
+pub(crate) fn decode(at: &mut Decoding<'_, '_>) -> Result<(), DecodeError> {
+    let mut body = Reader::new(at.record.main_data);
     let cut = at.malformed("it is cut");
     match at.record.header.operation() {
         XLOG_SMGR_CREATE => {
@@ -50,6 +50,6 @@ pub(crate) fn decode(at: &mut Decoding<'_>) -> Result<(), DecodeError> {
 }
 
 /// Reads a `RelFileNode`.
-pub(crate) fn rel_node(body: &mut Reader) -> Option<RelNode> {
+pub(crate) fn rel_node(body: &mut Reader<'_>) -> Option<RelNode> {
     Some(RelNode { spc: body.u32()?, db: body.u32()?, rel: body.u32()? })
 }

@@ -13,10 +13,10 @@ pub const XLOG_RUNNING_XACTS: u8 = 0x10;
 /// `XLOG_INVALIDATIONS`: nothing of it is stored.
 pub const XLOG_INVALIDATIONS: u8 = 0x20;
 
-pub(crate) fn decode(at: &mut Decoding<'_>) -> Result<(), DecodeError> {
+pub(crate) fn decode(at: &mut Decoding<'_, '_>) -> Result<(), DecodeError> {
     match at.record.header.operation() {
         XLOG_RUNNING_XACTS => {
-            let mut body = Reader::new(at.record.main_data.clone());
+            let mut body = Reader::new(at.record.main_data);
             let fields = (|| {
                 body.skip(12)?;
                 Some((body.u32()?, body.u32()?))

@@ -13,6 +13,8 @@
 //! | 7 | its name, ended by a zero byte (only with flag 4) |
 //! | 5 | u64 LSN and i64 time at the replication origin |
 
+use bytes::Bytes;
+
 use crate::base::slru::clog_page;
 use crate::base::xid::later_xid;
 use crate::base::{Lsn, RelNode, SlruKind, SmallRecord, Value};
@@ -56,8 +58,8 @@ const STATUS_ABORTED: u8 = 2;
 /// Longest name of a prepared transaction with its zero byte (`GIDSIZE`).
 const GID_BYTES_MAX: usize = 200;
 
-pub(crate) fn decode(at: &mut Decoding<'_>) -> Result<(), DecodeError> {
-    let mut body = Reader::new(at.record.main_data.clone());
+pub(crate) fn decode(at: &mut Decoding<'_, '_>) -> Result<(), DecodeError> {
+    let mut body = Reader::new(at.record.main_data);
     let cut = at.malformed("it is cut");
     match at.record.header.info & OPERATION_MASK {
         COMMIT | ABORT | COMMIT_PREPARED | ABORT_PREPARED => finish(at, &mut body)?,
@@ -71,15 +73,15 @@ pub(crate) fn decode(at: &mut Decoding<'_>) -> Result<(), DecodeError> {
 }
 
 /// A commit or abort record taken apart, as far as it matters here.
-struct Finish {
+struct Finish<'a> {
     time: i64,
-    subxacts: Reader,
-    relations: Reader,
+    subxacts: Reader<'a>,
+    relations: Reader<'a>,
     twophase_xid: Option<u32>,
     origin_lsn: Option<Lsn>,
 }
 
-fn parse_finish(body: &mut Reader, has_info: bool, commit: bool) -> Option<Finish> {
+fn parse_finish<'a>(body: &mut Reader<'a>, has_info: bool, commit: bool) -> Option<Finish<'a>> {
     let time = body.i64()?;
     let flags = if has_info { body.u32()? } else { 0 };
     let has = |flag| flags & flag != 0;
@@ -91,7 +93,7 @@ fn parse_finish(body: &mut Reader, has_info: bool, commit: bool) -> Option<Finis
             let count = body.i32()?;
             body.entries(count, entry_len)
         }
-        false => Some(Reader::new(bytes::Bytes::new())),
+        false => Some(Reader::new(&[])),
     };
     let subxacts = array(HAS_SUBXACTS, 4)?;
     let relations = array(HAS_RELFILENODES, REL_NODE_BYTES)?;
@@ -110,7 +112,7 @@ fn parse_finish(body: &mut Reader, has_info: bool, commit: bool) -> Option<Finis
     Some(Finish { time, subxacts, relations, twophase_xid, origin_lsn })
 }
 
-fn skip_name(body: &mut Reader) -> Option<()> {
+fn skip_name(body: &mut Reader<'_>) -> Option<()> {
     for _ in 0..GID_BYTES_MAX {
         if body.u8()? == 0 {
             return Some(());
@@ -119,7 +121,7 @@ fn skip_name(body: &mut Reader) -> Option<()> {
     None
 }
 
-fn finish(at: &mut Decoding<'_>, body: &mut Reader) -> Result<(), DecodeError> {
+fn finish(at: &mut Decoding<'_, '_>, body: &mut Reader<'_>) -> Result<(), DecodeError> {
     let info = at.record.header.info;
     let operation = info & OPERATION_MASK;
     let commit = matches!(operation, COMMIT | COMMIT_PREPARED);
@@ -152,7 +154,7 @@ fn finish(at: &mut Decoding<'_>, body: &mut Reader) -> Result<(), DecodeError> {
 }
 
 /// The status of transactions, one change for each page of `pg_xact`.
-fn set_status(at: &mut Decoding<'_>, status: u8, timestamp: i64, mut xids: Vec<u32>) {
+fn set_status(at: &mut Decoding<'_, '_>, status: u8, timestamp: i64, mut xids: Vec<u32>) {
     // Subtransactions come sorted as numbers wrap; sorted plainly, each page is one run.
     xids.sort_unstable_by_key(|xid| clog_page(*xid));
     for page in xids.chunk_by(|a, b| clog_page(*a) == clog_page(*b)) {
@@ -163,11 +165,11 @@ fn set_status(at: &mut Decoding<'_>, status: u8, timestamp: i64, mut xids: Vec<u
     }
 }
 
-fn u32s(mut entries: Reader) -> impl Iterator<Item = u32> {
+fn u32s(mut entries: Reader<'_>) -> impl Iterator<Item = u32> {
     std::iter::from_fn(move || entries.u32())
 }
 
-fn rel_nodes(mut entries: Reader) -> Vec<RelNode> {
+fn rel_nodes(mut entries: Reader<'_>) -> Vec<RelNode> {
     std::iter::from_fn(move || smgr::rel_node(&mut entries)).collect()
 }
 
@@ -175,7 +177,7 @@ fn rel_nodes(mut entries: Reader) -> Vec<RelNode> {
 /// transaction, u32 database, i64 time, u32 owner, i32 subtransactions, 20 bytes of other counts,
 /// bool, padding, u16 length of the name, u64 LSN and i64 time at the origin; then the name and
 /// the subtransactions, each aligned to 8 bytes.
-fn prepare(at: &mut Decoding<'_>, body: &mut Reader) -> Option<()> {
+fn prepare(at: &mut Decoding<'_, '_>, body: &mut Reader<'_>) -> Option<()> {
     body.skip(8)?;
     let xid = body.u32()?;
     body.skip(16)?;
@@ -188,14 +190,14 @@ fn prepare(at: &mut Decoding<'_>, body: &mut Reader) -> Option<()> {
     let subxacts = body.entries(subxact_count, 4)?;
     let last_xid = u32s(subxacts).fold(xid, later_xid);
     at.xid_seen(last_xid);
-    let state = at.record.main_data.clone();
+    let state = Bytes::copy_from_slice(at.record.main_data);
     at.push(Change::TwoPhasePrepare { xid, state });
     replorigin::advance(at, at.record.origin, origin_lsn, false);
     Some(())
 }
 
 /// `xl_xact_assignment`: u32 top-level transaction, i32 count, u32 subtransactions.
-fn assignment(at: &mut Decoding<'_>, body: &mut Reader) -> Option<()> {
+fn assignment(at: &mut Decoding<'_, '_>, body: &mut Reader<'_>) -> Option<()> {
     let (top, count) = (body.u32()?, body.i32()?);
     let subxacts = body.entries(count, 4)?;
     let last_xid = u32s(subxacts).fold(top, later_xid);

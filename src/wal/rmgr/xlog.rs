@@ -1,5 +1,7 @@
 //! The log itself (`src/include/catalog/pg_control.h`, `xlog_internal.h`; redo: `xlog_redo`).
 
+use bytes::Bytes;
+
 use crate::wal::bytes::Reader;
 use crate::wal::change::{Change, CheckpointChange, Parameters};
 use crate::wal::checkpoint::CHECKPOINT_BYTES;
@@ -34,13 +36,14 @@ pub const XLOG_FPI: u8 = 0xB0;
 /// `XLOG_OVERWRITE_CONTRECORD`: u64 start of the record given up, i64 time.
 pub const XLOG_OVERWRITE_CONTRECORD: u8 = 0xD0;
 
-pub(crate) fn decode(at: &mut Decoding<'_>) -> Result<(), DecodeError> {
+pub(crate) fn decode(at: &mut Decoding<'_, '_>) -> Result<(), DecodeError> {
     let operation = at.record.header.operation();
-    let mut body = Reader::new(at.record.main_data.clone());
+    let mut body = Reader::new(at.record.main_data);
     match operation {
         XLOG_FPI | XLOG_FPI_FOR_HINT => return images(at, operation),
         XLOG_CHECKPOINT_SHUTDOWN | XLOG_CHECKPOINT_ONLINE => {
             let body = body.take(CHECKPOINT_BYTES).ok_or_else(|| at.malformed("it is cut"))?;
+            let body = Bytes::copy_from_slice(body);
             let shutdown = operation == XLOG_CHECKPOINT_SHUTDOWN;
             at.push(Change::Checkpoint(CheckpointChange::Record { body, shutdown }));
         }
@@ -71,7 +74,7 @@ pub(crate) fn decode(at: &mut Decoding<'_>) -> Result<(), DecodeError> {
 
 /// Page images: the value is the page itself. A hint-bit record without an image (written while
 /// `full_page_writes` is off) changes nothing.
-fn images(at: &mut Decoding<'_>, operation: u8) -> Result<(), DecodeError> {
+fn images(at: &mut Decoding<'_, '_>, operation: u8) -> Result<(), DecodeError> {
     let record = at.record;
     for block in &record.blocks {
         if block.image.is_some() || operation == XLOG_FPI {
@@ -81,7 +84,7 @@ fn images(at: &mut Decoding<'_>, operation: u8) -> Result<(), DecodeError> {
     Ok(())
 }
 
-fn parameters(body: &mut Reader) -> Option<Parameters> {
+fn parameters(body: &mut Reader<'_>) -> Option<Parameters> {
     Some(Parameters {
         max_connections: body.i32()?,
         max_worker_processes: body.i32()?,

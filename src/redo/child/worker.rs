@@ -1,0 +1,282 @@
+//! A worker at a seat: takes the requests of one tenant, has its process answer them.
+
+use std::collections::VecDeque;
+use std::future::Future;
+use std::pin::pin;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::task::{Context, Poll, Wake, Waker};
+use std::thread::Thread;
+use std::time::Instant;
+
+use nix::sched::{CpuSet, sched_setaffinity};
+use nix::unistd::Pid;
+
+use super::process::{Process, Trouble};
+use super::{Answer, Job, add};
+use crate::limits::{REDO_BATCH_BYTES, REDO_BATCH_REQUESTS, REDO_PROCESS_BUSY_MAX};
+use crate::redo::RedoError;
+use crate::redo::failed::{self, Failed};
+use crate::redo::pool::{Seat, Shared};
+use crate::redo::protocol::Reply;
+
+/// Keeps the thread, and the processes that it starts, on a CPU.
+pub(in crate::redo) fn pin(cpu: Option<usize>) {
+    let Some(cpu) = cpu else { return };
+    let mut set = CpuSet::new();
+    let pinned = set.set(cpu).and_then(|()| sched_setaffinity(Pid::from_raw(0), &set));
+    if let Err(error) = pinned {
+        tracing::warn!(cpu, %error, "a thread of wal-redo is not pinned");
+    }
+}
+
+pub(in crate::redo) struct Worker<'a> {
+    shared: &'a Arc<Shared>,
+    seat: &'a Arc<Seat>,
+    waiting: VecDeque<Job>,
+    process: Option<Process>,
+    begin: Instant,
+}
+
+/// Wakes the thread from `park`.
+struct Unpark(Thread);
+
+impl Wake for Unpark {
+    fn wake(self: Arc<Self>) {
+        self.0.unpark();
+    }
+}
+
+impl<'a> Worker<'a> {
+    pub(in crate::redo) fn new(shared: &'a Arc<Shared>, seat: &'a Arc<Seat>) -> Self {
+        let (waiting, process, begin) = (VecDeque::new(), None, Instant::now());
+        Worker { shared, seat, waiting, process, begin }
+    }
+
+    fn is_stopped(&self) -> bool {
+        self.seat.is_stopped() || self.shared.is_stopped()
+    }
+
+    /// Serves until the seat is to be given up; the process is gone then. No request that was
+    /// taken is left unanswered.
+    pub(in crate::redo) fn serve(mut self) {
+        while !self.is_stopped() {
+            let gives_up =
+                self.shared.others_wait() && self.begin.elapsed() >= self.shared.settings.slice;
+            if !gives_up {
+                self.take_waiting();
+            }
+            self.waiting.retain(|job| !job.answer.is_canceled());
+            if self.waiting.is_empty() {
+                if gives_up || self.process.is_none() || !self.wait() {
+                    break;
+                }
+                continue;
+            }
+            let start = Instant::now();
+            let result = self.exchange();
+            let took = start.elapsed();
+            add(&self.shared.counters.busy_micros, took.as_micros() as u64);
+            match (result, &mut self.process) {
+                (Err(trouble), _) => self.recover(trouble),
+                (Ok(()), Some(process)) => {
+                    process.busy += took;
+                    if process.busy > REDO_PROCESS_BUSY_MAX {
+                        self.end_process();
+                    }
+                }
+                (Ok(()), None) => {}
+            }
+        }
+        self.end_process();
+        while !self.waiting.is_empty() {
+            self.answer(Err(RedoError::Shutdown));
+        }
+    }
+
+    fn take_waiting(&mut self) {
+        while self.waiting.len() < REDO_BATCH_REQUESTS {
+            let Ok(job) = self.seat.jobs().try_recv() else { break };
+            self.waiting.push_back(job);
+        }
+    }
+
+    /// Waits for a request. False if the process is to be given up: it was idle for too long, or
+    /// others need one, or this is the end.
+    fn wait(&mut self) -> bool {
+        let waker = Waker::from(Arc::new(Unpark(std::thread::current())));
+        let mut context = Context::from_waker(&waker);
+        let deadline = Instant::now() + self.shared.settings.idle;
+        let jobs = self.seat.jobs().clone();
+        let mut job = pin!(jobs.recv());
+        let mut asked = pin!(self.shared.asked_to_give_up());
+        loop {
+            match job.as_mut().poll(&mut context) {
+                Poll::Ready(Ok(job)) => {
+                    self.waiting.push_back(job);
+                    return true;
+                }
+                Poll::Ready(Err(_)) => return false,
+                Poll::Pending => {}
+            }
+            if self.shared.others_wait() {
+                return false;
+            }
+            match asked.as_mut().poll(&mut context) {
+                // It may be an old one: others may have been served meanwhile.
+                Poll::Ready(Ok(())) => {
+                    asked.set(self.shared.asked_to_give_up());
+                    continue;
+                }
+                Poll::Ready(Err(_)) => return false,
+                Poll::Pending => {}
+            }
+            let left = deadline.saturating_duration_since(Instant::now());
+            if left.is_zero() {
+                return false;
+            }
+            std::thread::park_timeout(left);
+        }
+    }
+
+    /// Answers the request whose turn it is.
+    fn answer(&mut self, answer: Answer) {
+        let Some(job) = self.waiting.pop_front() else { return };
+        let counters = &self.shared.counters;
+        add(&counters.requests, 1);
+        add(&counters.records, job.records);
+        add(&counters.errors, u64::from(answer.is_err()));
+        add(&self.seat.requests, 1);
+        self.seat.last_us.store(self.shared.now_us().max(1), Ordering::Relaxed);
+        // The caller may be gone; that is its right.
+        let _ = job.answer.send(answer);
+    }
+
+    /// A process that is bound to the tenant.
+    fn start_process(&mut self) -> Result<(), Trouble> {
+        if self.process.is_some() {
+            return Ok(());
+        }
+        let (shared, seat) = (self.shared, self.seat);
+        let stop = || seat.is_stopped() || shared.is_stopped();
+        if stop() {
+            return Err(Trouble::Stop);
+        }
+        let page = self.waiting.front().map(|job| (job.rel, job.block));
+        let (settings, counters) = (&shared.settings, &shared.counters);
+        let mut process = match shared.take_spare() {
+            Some(spare) => spare,
+            None => Process::launch(settings, counters, &seat.tenant, page, &stop)?,
+        };
+        process.page = page;
+        process.bind(&shared.settings, &seat.tenant, seat.redo, &stop)?;
+        seat.requests.store(0, Ordering::Relaxed);
+        seat.last_us.store(0, Ordering::Relaxed);
+        seat.since_us.store(shared.now_us(), Ordering::Relaxed);
+        seat.pid.store(process.id(), Ordering::Relaxed);
+        self.process = Some(process);
+        Ok(())
+    }
+
+    /// Sends a batch and takes in its replies.
+    fn exchange(&mut self) -> Result<(), Trouble> {
+        self.start_process()?;
+        if self.process.as_ref().is_some_and(Process::has_input) {
+            return Err(Trouble::Process("it answered more than it was asked".into()));
+        }
+        let alone = self.waiting.front().is_some_and(|job| job.failures > 0);
+        let mut frames = Vec::new();
+        let mut left = 0;
+        for job in self.waiting.iter().take(if alone { 1 } else { REDO_BATCH_REQUESTS }) {
+            if left > 0 && frames.len() + job.frames.len() > REDO_BATCH_BYTES {
+                break;
+            }
+            frames.extend_from_slice(&job.frames);
+            left += 1;
+        }
+        let mut written = 0;
+        while left > 0 {
+            match self.next_reply(&frames, &mut written)? {
+                Reply::Page(page) => self.answer(Ok(page)),
+                Reply::Error(message) => return Err(Trouble::Refused(message)),
+                Reply::Pong(_) => return Err(Trouble::Process("it answered out of turn".into())),
+            }
+            left -= 1;
+        }
+        Ok(())
+    }
+
+    fn next_reply(&mut self, frames: &[u8], written: &mut usize) -> Result<Reply, Trouble> {
+        let (shared, seat) = (self.shared, self.seat);
+        let stop = || seat.is_stopped() || shared.is_stopped();
+        let process = self.process.as_mut().ok_or(Trouble::Process("it is gone".into()))?;
+        process.page = self.waiting.front().map(|job| (job.rel, job.block));
+        process.reply(frames, written, shared.settings.timeout, &stop)
+    }
+
+    fn recover(&mut self, trouble: Trouble) {
+        let (problem, for_all) = match trouble {
+            Trouble::Process(problem) => (problem, false),
+            Trouble::Start(problem) => (problem, true),
+            Trouble::Refused(message) => {
+                self.end_process();
+                self.keep_input(&message);
+                if let Some(Job { rel, block, .. }) = self.waiting.front() {
+                    let (rel, block) = (*rel, *block);
+                    self.answer(Err(RedoError::Refused { rel, block, message }));
+                }
+                return;
+            }
+            Trouble::Stop => return self.end_process(),
+        };
+        add(&self.shared.counters.failures, 1);
+        let status = match &mut self.process {
+            Some(process) => process.end(),
+            None => "it was not running".into(),
+        };
+        self.end_process();
+        let problem = format!("{problem}; {status}");
+        let page = self.waiting.front().map(|job| format!("{} block {}", job.rel, job.block));
+        let (tenant, page) = (&self.seat.tenant, page.unwrap_or_default());
+        tracing::warn!(%tenant, %page, %problem, "the wal-redo process failed");
+        if !for_all {
+            self.keep_input(&problem);
+        }
+        let concerned = if for_all { self.waiting.len() } else { 1 };
+        for job in self.waiting.iter_mut().take(concerned) {
+            job.failures += 1;
+        }
+        for _ in 0..concerned {
+            if self.waiting.front().is_some_and(|job| job.failures > 1) {
+                self.answer(Err(RedoError::Child { problem: problem.clone() }));
+            }
+        }
+    }
+
+    /// Keeps the request whose turn it is, for `pgstrata redo replay`.
+    fn keep_input(&self, problem: &str) {
+        let (Some(dir), Some(job)) = (&self.shared.settings.failed_dir, self.waiting.front())
+        else {
+            return;
+        };
+        let input = Failed {
+            tenant: self.seat.tenant.clone(),
+            redo: self.seat.redo,
+            problem: problem.to_owned(),
+            frames: job.frames.clone().into(),
+        };
+        match failed::keep(dir, &input) {
+            Ok(Some(path)) => tracing::warn!(tenant = %self.seat.tenant, rel = %job.rel,
+                block = job.block, path = %path.display(), "kept the input of a failed redo"),
+            Ok(None) => {}
+            Err(error) => tracing::warn!(%error, "the input of a failed redo is not kept"),
+        }
+    }
+
+    fn end_process(&mut self) {
+        self.seat.pid.store(0, Ordering::Relaxed);
+        if let Some(mut process) = self.process.take() {
+            process.end();
+        }
+    }
+}

@@ -1,0 +1,465 @@
+//! The wal-redo processes of one core: at most so many, whatever the number of tenants.
+//!
+//! A tenant has a seat: a queue of its requests ([`Seat`]). A seat with requests goes, once, into
+//! the queue of ready seats. Worker threads take seats from there in order; each has at most one
+//! process, bound to the tenant whose seat it serves, and ended when the worker turns to another.
+//!
+//! - Threads, and their processes, are started by need, one for each seat that finds no free
+//!   worker, up to the bound; so requests that come together share one start. Nothing of that
+//!   happens on the caller's executor but the start of a thread.
+//! - A worker keeps its seat while requests come in, and for [`PoolSettings::idle`] after. It
+//!   gives it up when other seats are ready and no worker is free: at once if it has nothing to
+//!   do, else after [`PoolSettings::slice`]. The seat then queues up again, behind the others.
+//!   So every seat has its turn, and no request is lost.
+//! - A free worker starts a spare if there is none: a process that is bound to nobody yet. Whoever
+//!   needs a process takes it.
+//! - At shutdown every process is ended and reaped, and none can start afterwards.
+//!
+//! Bound: a process is a spare or its worker serves a seat; spares are started by free workers
+//! only, and taken before anything is started. So there are never more processes than workers,
+//! and one worker cannot have two.
+
+#![allow(
+    clippy::disallowed_methods,
+    reason = "threads that drive processes are started here; they look at the clock"
+)]
+
+use std::convert::Infallible;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, AtomicUsize, Ordering};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+use async_channel::{Receiver, Sender};
+
+use super::child::process::Process;
+use super::child::worker::Worker;
+use super::child::{ChildStatus, Counters, Job};
+use super::{RedoError, RedoSettings};
+use crate::limits::{REDO_QUEUE_REQUESTS, REDO_SEATS_MAX};
+
+#[cfg(test)]
+mod tests;
+
+/// How processes are run, and how many.
+#[derive(Clone, Debug)]
+pub struct PoolSettings {
+    /// PostgreSQL's server binary, an absolute path.
+    pub postgres_bin: PathBuf,
+    /// `neon_walredo.so`, an absolute path.
+    pub walredo_so: PathBuf,
+    /// An existing directory. A process has a subdirectory of it until it is up.
+    pub scratch_dir: PathBuf,
+    /// CPU for threads and processes; `None` leaves them where the caller runs.
+    pub cpu: Option<usize>,
+    /// Time for one request, from the reply before it.
+    pub timeout: Duration,
+    /// Processes at the same time.
+    pub processes_max: usize,
+    /// Of these, spares: fewer than `processes_max`.
+    pub spares: usize,
+    /// A process without a request for so long is ended.
+    pub idle: Duration,
+    /// A process that others wait for is given up after so long.
+    pub slice: Duration,
+    /// Where inputs of failed redo are kept; `None` keeps none.
+    pub failed_dir: Option<PathBuf>,
+    /// Processes may run where the kernel has no filter for system calls. For developers' machines.
+    pub sandbox_optional: bool,
+}
+
+/// Set in [`Shared::workers`] when no worker may start any more.
+const STOPPED: usize = 1 << (usize::BITS - 1);
+
+struct Queue<T> {
+    put: Sender<T>,
+    take: Receiver<T>,
+}
+
+impl<T> Queue<T> {
+    fn bounded(len: usize) -> Self {
+        let (put, take) = async_channel::bounded(len.max(1));
+        Queue { put, take }
+    }
+}
+
+/// What the threads of a pool share.
+pub(in crate::redo) struct Shared {
+    pub(in crate::redo) settings: PoolSettings,
+    pub(in crate::redo) counters: Arc<Counters>,
+    begin: Instant,
+    /// Each seat is in it at most once.
+    ready: Queue<Arc<Seat>>,
+    /// Asks a worker that has nothing to do to give up its seat.
+    give_up: Queue<()>,
+    spares: Queue<Process>,
+    filling: AtomicBool,
+    /// Workers that wait for a seat.
+    free: AtomicUsize,
+    /// Workers ever started, and [`STOPPED`].
+    workers: AtomicUsize,
+    /// One for each of `workers`; `None` if the thread did not start.
+    threads: Queue<Option<JoinHandle<()>>>,
+    /// One for each worker that has ended.
+    exits: Queue<()>,
+    /// Closed when nothing is left.
+    ended: Queue<Infallible>,
+    seats: Arc<AtomicUsize>,
+}
+
+/// The processes of one core. Clones are the same pool, and may go to other threads.
+#[derive(Clone)]
+pub struct Pool {
+    pub(in crate::redo) shared: Arc<Shared>,
+}
+
+impl Pool {
+    /// Starts nothing yet.
+    pub fn new(mut settings: PoolSettings) -> Self {
+        settings.processes_max = settings.processes_max.max(1);
+        settings.spares = settings.spares.min(settings.processes_max - 1);
+        let workers = settings.processes_max;
+        let shared = Arc::new(Shared {
+            counters: Arc::default(),
+            begin: Instant::now(),
+            ready: Queue::bounded(REDO_SEATS_MAX),
+            give_up: Queue::bounded(workers),
+            spares: Queue::bounded(settings.spares),
+            filling: AtomicBool::new(false),
+            free: AtomicUsize::new(0),
+            workers: AtomicUsize::new(0),
+            threads: Queue::bounded(workers),
+            exits: Queue::bounded(workers),
+            ended: Queue::bounded(1),
+            seats: Arc::default(),
+            settings,
+        });
+        Pool { shared }
+    }
+
+    /// What happened so far.
+    pub fn counters(&self) -> &Counters {
+        &self.shared.counters
+    }
+
+    /// Ends all threads and processes; requests that wait, and later ones, get
+    /// [`RedoError::Shutdown`]. When this returns, no process is left, and none can start.
+    /// True if this call did it; a later call waits for it.
+    pub async fn shutdown(&self) -> bool {
+        let shared = &self.shared;
+        let before = shared.workers.fetch_or(STOPPED, Ordering::SeqCst);
+        if before & STOPPED != 0 {
+            // Closed, never sent to.
+            let _ = shared.ended.take.recv().await;
+            return false;
+        }
+        shared.ready.put.close();
+        shared.give_up.put.close();
+        let mut threads = Vec::new();
+        for _ in 0..before {
+            if let Ok(Some(thread)) = shared.threads.take.recv().await {
+                threads.push(thread);
+            }
+        }
+        for _ in 0..threads.len() {
+            let _ = shared.exits.take.recv().await;
+        }
+        for thread in threads {
+            // It has said that it ends; a panic is in the log.
+            let _ = thread.join();
+        }
+        while let Ok(seat) = shared.ready.take.try_recv() {
+            seat.refuse_all();
+        }
+        while let Ok(spare) = shared.spares.take.try_recv() {
+            drop(spare);
+        }
+        shared.ended.put.close();
+        true
+    }
+
+    /// As the start of [`Pool::shutdown`], without waiting.
+    pub(in crate::redo) fn abandon(&self) {
+        self.shared.workers.fetch_or(STOPPED, Ordering::SeqCst);
+        self.shared.ready.put.close();
+        self.shared.give_up.put.close();
+    }
+}
+
+impl Shared {
+    pub(in crate::redo) fn is_stopped(&self) -> bool {
+        self.workers.load(Ordering::SeqCst) & STOPPED != 0
+    }
+
+    /// Time since the pool was made, in microseconds.
+    pub(in crate::redo) fn now_us(&self) -> u64 {
+        self.begin.elapsed().as_micros() as u64
+    }
+
+    /// Sees to it that a seat with requests is served.
+    pub(in crate::redo) fn schedule(self: &Arc<Self>, seat: &Arc<Seat>) {
+        if seat.scheduled.swap(true, Ordering::SeqCst) {
+            return;
+        }
+        match self.ready.put.try_send(seat.clone()) {
+            Ok(()) => self.attend(),
+            // Closed; never full, as there are no more seats than it holds.
+            Err(_) => seat.refuse_all(),
+        }
+    }
+
+    /// Finds somebody for the seats that are ready: a free worker, else a new one, else one that
+    /// has nothing to do.
+    pub(in crate::redo) fn attend(self: &Arc<Self>) {
+        if self.ready.take.len() <= self.free.load(Ordering::SeqCst) {
+            return;
+        }
+        let most = self.settings.processes_max;
+        let one_more = |workers: usize| (workers < most).then_some(workers + 1);
+        if self.workers.fetch_update(Ordering::SeqCst, Ordering::SeqCst, one_more).is_err() {
+            // One that is full asks all of them already.
+            let _ = self.give_up.put.try_send(());
+            return;
+        }
+        let shared = self.clone();
+        let thread =
+            std::thread::Builder::new().name("wal-redo".into()).spawn(move || shared.work());
+        if let Err(error) = &thread {
+            tracing::error!(%error, "a thread for wal-redo could not be started");
+            self.fail_ready(&format!("no thread could be started: {error}"));
+        }
+        let one_less = |workers: usize| (workers & STOPPED == 0).then_some(workers - 1);
+        if thread.is_err()
+            && self.workers.fetch_update(Ordering::SeqCst, Ordering::SeqCst, one_less).is_ok()
+        {
+            return;
+        }
+        // It holds as many as may ever be started.
+        let _ = self.threads.put.try_send(thread.ok());
+    }
+
+    /// Without a single worker nobody would ever answer.
+    fn fail_ready(&self, problem: &str) {
+        while let Ok(seat) = self.ready.take.try_recv() {
+            seat.fail_all(&RedoError::Child { problem: problem.to_owned() });
+            seat.scheduled.store(false, Ordering::SeqCst);
+        }
+    }
+
+    /// Life of a worker.
+    fn work(self: Arc<Self>) {
+        struct Exit(Arc<Shared>);
+        impl Drop for Exit {
+            fn drop(&mut self) {
+                // It holds as many as there are workers.
+                let _ = self.0.exits.put.try_send(());
+            }
+        }
+        let exit = Exit(self);
+        let shared = &exit.0;
+        super::child::worker::pin(shared.settings.cpu);
+        while !shared.is_stopped() {
+            if shared.ready.take.is_empty() {
+                shared.fill_spare();
+            }
+            shared.free.fetch_add(1, Ordering::SeqCst);
+            let seat = shared.ready.take.recv_blocking();
+            shared.free.fetch_sub(1, Ordering::SeqCst);
+            let Ok(seat) = seat else { break };
+            shared.attend();
+            seat.serving.store(true, Ordering::SeqCst);
+            let serving = Serving { shared, seat: &seat };
+            Worker::new(shared, &seat).serve();
+            drop(serving);
+        }
+    }
+
+    /// A worker turns from a seat, without a process.
+    fn leave(self: &Arc<Self>, seat: &Arc<Seat>) {
+        seat.pid.store(0, Ordering::Relaxed);
+        seat.serving.store(false, Ordering::SeqCst);
+        seat.scheduled.swap(false, Ordering::SeqCst);
+        if seat.is_stopped() || self.is_stopped() {
+            seat.refuse_all();
+            seat.done.put.close();
+        } else if !seat.jobs.take.is_empty() {
+            self.schedule(seat);
+        }
+    }
+
+    /// True if seats are ready and nobody is free to serve them.
+    pub(in crate::redo) fn others_wait(&self) -> bool {
+        self.ready.take.len() > self.free.load(Ordering::SeqCst)
+    }
+
+    /// Resolves when a worker that has nothing to do is asked to give up its seat; an error means
+    /// that the pool stops.
+    pub(in crate::redo) fn asked_to_give_up(&self) -> async_channel::Recv<'_, ()> {
+        self.give_up.take.recv()
+    }
+
+    /// The spare, if there is one.
+    pub(in crate::redo) fn take_spare(&self) -> Option<Process> {
+        self.spares.take.try_recv().ok()
+    }
+
+    /// Starts a spare if one is wanted. The first use of the core is over then: nodes that never
+    /// need a process have none.
+    fn fill_spare(&self) {
+        if self.spares.take.len() >= self.settings.spares
+            || self.filling.swap(true, Ordering::SeqCst)
+        {
+            return;
+        }
+        let alive = self.counters.alive.load(Ordering::SeqCst) as usize;
+        // A second worker may have filled it in between.
+        if alive < self.settings.processes_max && self.spares.take.len() < self.settings.spares {
+            let stop = || self.is_stopped();
+            match Process::launch(&self.settings, &self.counters, "none yet", None, &stop) {
+                Ok(process) => {
+                    // If it does not fit, it is dropped, and so ended.
+                    let _ = self.spares.put.try_send(process);
+                }
+                Err(trouble) if !self.is_stopped() => {
+                    tracing::warn!(?trouble, "a spare wal-redo process could not be started");
+                }
+                Err(_) => {}
+            }
+        }
+        self.filling.store(false, Ordering::SeqCst);
+    }
+}
+
+/// A worker is at a seat, until this is dropped.
+struct Serving<'a> {
+    shared: &'a Arc<Shared>,
+    seat: &'a Arc<Seat>,
+}
+
+impl Drop for Serving<'_> {
+    fn drop(&mut self) {
+        self.shared.leave(self.seat);
+    }
+}
+
+/// The place of one tenant in a pool: its requests, and who serves them.
+pub(in crate::redo) struct Seat {
+    pub(in crate::redo) tenant: String,
+    pub(in crate::redo) redo: RedoSettings,
+    jobs: Queue<Job>,
+    /// It is in the queue of ready seats, or served.
+    scheduled: AtomicBool,
+    serving: AtomicBool,
+    stop: AtomicBool,
+    /// Closed when it is stopped and nobody serves it.
+    done: Queue<Infallible>,
+    /// The process that is bound to it; 0: none.
+    pub(in crate::redo) pid: AtomicU32,
+    /// When that was bound.
+    pub(in crate::redo) since_us: AtomicU64,
+    /// Requests that it has answered.
+    pub(in crate::redo) requests: AtomicU64,
+    /// When it answered the last of them; 0: never.
+    pub(in crate::redo) last_us: AtomicU64,
+    seats: Arc<AtomicUsize>,
+    /// There are too many seats for this one.
+    surplus: bool,
+}
+
+impl Seat {
+    /// A seat in `pool`, with nobody to serve it yet.
+    pub(in crate::redo) fn new(pool: &Pool, tenant: String, redo: RedoSettings) -> Arc<Seat> {
+        let seats = pool.shared.seats.clone();
+        let surplus = seats.fetch_add(1, Ordering::SeqCst) >= REDO_SEATS_MAX;
+        Arc::new(Seat {
+            tenant,
+            redo,
+            jobs: Queue::bounded(REDO_QUEUE_REQUESTS),
+            scheduled: AtomicBool::new(false),
+            serving: AtomicBool::new(false),
+            stop: AtomicBool::new(false),
+            done: Queue::bounded(1),
+            pid: AtomicU32::new(0),
+            since_us: AtomicU64::new(0),
+            requests: AtomicU64::new(0),
+            last_us: AtomicU64::new(0),
+            seats,
+            surplus,
+        })
+    }
+
+    /// Queues a request, waiting while the queue is full, and sees to it that it is served.
+    pub(in crate::redo) async fn send(
+        self: &Arc<Self>,
+        shared: &Arc<Shared>,
+        job: Job,
+    ) -> Result<(), RedoError> {
+        if self.surplus {
+            let problem = format!("a core has redo for {REDO_SEATS_MAX} tenants at most");
+            return Err(RedoError::Child { problem });
+        }
+        if self.is_stopped() || shared.is_stopped() {
+            return Err(RedoError::Shutdown);
+        }
+        self.jobs.put.send(job).await.map_err(|_| RedoError::Shutdown)?;
+        shared.schedule(self);
+        Ok(())
+    }
+
+    pub(in crate::redo) fn jobs(&self) -> &Receiver<Job> {
+        &self.jobs.take
+    }
+
+    pub(in crate::redo) fn is_stopped(&self) -> bool {
+        self.stop.load(Ordering::SeqCst)
+    }
+
+    /// Begins the end of it; false if it had begun before.
+    pub(in crate::redo) fn begin_stop(&self) -> bool {
+        let first = !self.stop.swap(true, Ordering::SeqCst);
+        self.jobs.put.close();
+        first
+    }
+
+    /// After [`Seat::begin_stop`]: waits until its process is gone.
+    pub(in crate::redo) async fn stopped(&self) {
+        if self.serving.load(Ordering::SeqCst) {
+            // Closed, never sent to.
+            let _ = self.done.take.recv().await;
+        }
+        self.refuse_all();
+    }
+
+    fn refuse_all(&self) {
+        self.jobs.put.close();
+        self.fail_all(&RedoError::Shutdown);
+    }
+
+    fn fail_all(&self, error: &RedoError) {
+        while let Ok(job) = self.jobs.take.try_recv() {
+            // The caller may be gone; that is its right.
+            let _ = job.answer.send(Err(error.clone()));
+        }
+    }
+
+    /// Of its process, if it has one.
+    pub(in crate::redo) fn status(&self, shared: &Shared) -> Option<ChildStatus> {
+        let pid = self.pid.load(Ordering::Relaxed);
+        let ago = |us: &AtomicU64| shared.now_us().saturating_sub(us.load(Ordering::Relaxed));
+        let answered = self.last_us.load(Ordering::Relaxed) > 0;
+        (pid > 0).then(|| ChildStatus {
+            tenant: self.tenant.clone(),
+            pid,
+            age_ms: ago(&self.since_us) / 1000,
+            requests: self.requests.load(Ordering::Relaxed),
+            last_redo_ms_ago: answered.then(|| ago(&self.last_us) / 1000),
+        })
+    }
+}
+
+impl Drop for Seat {
+    fn drop(&mut self) {
+        self.seats.fetch_sub(1, Ordering::SeqCst);
+    }
+}

@@ -1,0 +1,290 @@
+//! Back-pressure: how fast a timeline may take in WAL. Pure.
+//!
+//! Three things can run behind: the checkpoint (frozen layers wait for it), compaction (L0 layers
+//! wait for it), and both on a core of many timelines (memory). Each has a curve that begins at
+//! "no limit" and falls by halves, the steeper the less room there is; the lowest of the three
+//! holds. So the rate settles where as much is taken in as can be written, whatever the device is
+//! able to do, and nobody has to know that figure.
+//!
+//! All measures are continuous: a layer counts by its fill while it is open, as one when it is
+//! frozen, and still as one when it is an L0 layer. So closing a layer or writing one does not
+//! make the rate jump; only work that is done (a merge, a layer that is on disk) raises it.
+//!
+//! At the end of its curve the rate is one layer in [`INGEST_SLOWEST_LAYER_S`] seconds. What is
+//! bounded for good is bounded apart from this: L0 layers by [`may_add_l0`], memory by
+//! [`must_stop`]; with the rates here neither is felt.
+//!
+//! Where L0 layers cannot be merged (one is damaged, say) waiting for room would last for ever.
+//! WAL is taken in at [`INGEST_STUCK_BYTES_PER_S`] at least then, and the number of L0 layers is
+//! not bounded any more: an operator must look, and is told. Where compaction is switched off,
+//! the number of L0 layers plays no part.
+
+use std::time::Duration;
+
+use crate::io::Instant;
+use crate::limits::{
+    FROZEN_LAYERS_MAX, INGEST_FAST_BYTES_PER_S, INGEST_FROZEN_MILLI_FREE, INGEST_L0_MILLI_FREE,
+    INGEST_MEMORY_PERCENT_FREE, INGEST_PAUSE_MS, INGEST_SLOWEST_LAYER_S, INGEST_STUCK_BYTES_PER_S,
+    L0_LAYERS_MAX, MEMORY_OVERDRAFT_PERCENT,
+};
+
+/// How compaction gets on with L0 layers.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Merging {
+    /// Their number goes down again.
+    Works,
+    /// Merges fail again and again.
+    Fails,
+    /// There is no compaction.
+    Off,
+}
+
+/// What waits to be written or merged.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Load {
+    /// L0 layers.
+    pub l0_count: usize,
+    /// Layers in memory that take no more values and are not in files yet.
+    pub frozen_count: usize,
+    /// The open layer, in thousandths of the size at which it is frozen; 1000 at most.
+    pub open_milli: u64,
+    /// Memory of all open and frozen layers of the core, in percent of its budget.
+    pub memory_percent: u64,
+    /// Size at which a layer is frozen, in bytes.
+    pub layer_bytes: u64,
+    /// How compaction gets on.
+    pub merging: Merging,
+}
+
+impl Load {
+    /// Layers in memory, in thousandths.
+    fn waiting_milli(&self) -> u64 {
+        (self.frozen_count as u64).saturating_mul(1000).saturating_add(self.open_milli.min(1000))
+    }
+}
+
+/// A curve from `free` (and below: no limit) to `full` (and above: the lowest rate), in whatever
+/// unit `at` has. Piecewise linear between halves.
+fn curve(at: u64, free: u64, full: u64, layer_bytes: u64) -> Option<u64> {
+    let over = at.min(full).checked_sub(free).filter(|over| *over > 0)?;
+    let slowest = (layer_bytes / INGEST_SLOWEST_LAYER_S).clamp(1, INGEST_FAST_BYTES_PER_S);
+    let halves = u64::from(INGEST_FAST_BYTES_PER_S.ilog2() - slowest.ilog2());
+    let milli = over.saturating_mul(halves * 1000) / full.saturating_sub(free).max(1);
+    let upper = INGEST_FAST_BYTES_PER_S >> (milli / 1000);
+    Some((upper - upper / 2 * (milli % 1000) / 1000).max(slowest))
+}
+
+/// Bytes of WAL per second that may be taken in; `None`: as many as come.
+pub fn limit(load: &Load) -> Option<u64> {
+    let waiting = load.waiting_milli();
+    let layers_max = FROZEN_LAYERS_MAX as u64 + 1;
+    let frozen = curve(waiting, INGEST_FROZEN_MILLI_FREE, layers_max * 1000, load.layer_bytes);
+    let memory = curve(
+        load.memory_percent,
+        INGEST_MEMORY_PERCENT_FREE,
+        MEMORY_OVERDRAFT_PERCENT,
+        load.layer_bytes,
+    );
+    let l0_milli = (load.l0_count as u64).saturating_mul(1000).saturating_add(waiting);
+    let l0_full = (L0_LAYERS_MAX as u64 + layers_max) * 1000;
+    let l0 = curve(l0_milli, INGEST_L0_MILLI_FREE, l0_full, load.layer_bytes);
+    let l0 = match load.merging {
+        Merging::Works => l0,
+        Merging::Fails => l0.map(|rate| rate.max(INGEST_STUCK_BYTES_PER_S)),
+        Merging::Off => None,
+    };
+    [frozen, memory, l0].into_iter().flatten().min()
+}
+
+/// True if a frozen layer may become an L0 layer now.
+pub fn may_add_l0(l0_count: usize, merging: Merging) -> bool {
+    l0_count < L0_LAYERS_MAX || merging != Merging::Works
+}
+
+/// True if nothing at all may be taken in: memory would grow without bound.
+pub fn must_stop(load: &Load) -> bool {
+    let no_place = load.frozen_count >= FROZEN_LAYERS_MAX && load.open_milli >= 1000;
+    no_place || load.memory_percent > MEMORY_OVERDRAFT_PERCENT
+}
+
+/// Keeps to a limit: what was taken in is a debt that time pays off. Nothing is saved up.
+#[derive(Clone, Copy, Debug)]
+pub struct Pace {
+    debt_bytes: u64,
+    at: Instant,
+}
+
+impl Pace {
+    /// Begins at `now`, without debt.
+    pub fn new(now: Instant) -> Pace {
+        Pace { debt_bytes: 0, at: now }
+    }
+
+    /// So many bytes were taken in.
+    pub fn took(&mut self, bytes: u64) {
+        self.debt_bytes = self.debt_bytes.saturating_add(bytes);
+    }
+
+    /// How long to wait before asking again, if no more may be taken in yet; a few milliseconds,
+    /// for the limit changes all the time.
+    pub fn pause(&mut self, now: Instant, limit: Option<u64>) -> Option<Duration> {
+        let elapsed = now.saturating_sub(self.at);
+        self.at = now;
+        let Some(rate) = limit else {
+            self.debt_bytes = 0;
+            return None;
+        };
+        let paid = elapsed.as_nanos().saturating_mul(u128::from(rate)) / 1_000_000_000;
+        self.debt_bytes = self.debt_bytes.saturating_sub(u64::try_from(paid).unwrap_or(u64::MAX));
+        if self.debt_bytes == 0 {
+            return None;
+        }
+        let left_us = u128::from(self.debt_bytes) * 1_000_000 / u128::from(rate.max(1));
+        let most_us = u128::from(INGEST_PAUSE_MS) * 1000;
+        // At least a microsecond, so that some of the debt is paid.
+        Some(Duration::from_micros(left_us.clamp(1, most_us) as u64))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+    use crate::limits::L0_LAYERS_URGENT;
+
+    const MIB: u64 = 1 << 20;
+
+    const IDLE: Load = Load {
+        l0_count: 0,
+        frozen_count: 0,
+        open_milli: 0,
+        memory_percent: 0,
+        layer_bytes: 256 * MIB,
+        merging: Merging::Works,
+    };
+
+    fn mib_per_s(load: &Load) -> Option<u64> {
+        limit(load).map(|rate| rate / MIB)
+    }
+
+    #[test]
+    fn the_rate_falls_with_frozen_layers() {
+        let at = |frozen_count, open_milli| Load { frozen_count, open_milli, ..IDLE };
+        assert_eq!(limit(&at(0, 1000)), None);
+        assert_eq!(limit(&at(1, 500)), None);
+        assert_eq!(mib_per_s(&at(1, 750)), Some(512));
+        assert_eq!(mib_per_s(&at(2, 0)), Some(256));
+        assert_eq!(mib_per_s(&at(2, 500)), Some(64));
+        assert_eq!(mib_per_s(&at(3, 0)), Some(16));
+        assert_eq!(mib_per_s(&at(3, 500)), Some(4));
+        assert_eq!(mib_per_s(&at(3, 1000)), Some(1));
+        assert_eq!(mib_per_s(&at(30, 1000)), Some(1));
+    }
+
+    #[test]
+    fn the_rate_falls_with_l0_layers() {
+        let at = |l0_count| Load { l0_count, ..IDLE };
+        assert_eq!(limit(&at(L0_LAYERS_URGENT + 1)), None);
+        assert_eq!(mib_per_s(&at(8)), Some(402));
+        assert_eq!(mib_per_s(&at(9)), Some(146));
+        assert_eq!(mib_per_s(&at(10)), Some(54));
+        let full = Load { frozen_count: FROZEN_LAYERS_MAX, open_milli: 1000, ..at(10) };
+        assert_eq!(mib_per_s(&full), Some(1));
+    }
+
+    #[test]
+    fn where_merges_fail_ingest_goes_on_slowly() {
+        let at = |l0_count, merging| Load { l0_count, merging, ..IDLE };
+        assert_eq!(limit(&at(1000, Merging::Fails)), Some(INGEST_STUCK_BYTES_PER_S));
+        assert_eq!(limit(&at(1000, Merging::Off)), None);
+        assert!(may_add_l0(1000, Merging::Fails) && may_add_l0(1000, Merging::Off));
+        assert!(may_add_l0(9, Merging::Works) && !may_add_l0(10, Merging::Works));
+        // Small layers do not make it slower than that.
+        let small = Load { layer_bytes: 1000, ..at(1000, Merging::Fails) };
+        assert_eq!(limit(&small), Some(INGEST_STUCK_BYTES_PER_S));
+    }
+
+    #[test]
+    fn it_stops_for_memory_alone() {
+        let full = Load { frozen_count: FROZEN_LAYERS_MAX, open_milli: 1000, ..IDLE };
+        assert!(must_stop(&full) && !must_stop(&Load { open_milli: 999, ..full }));
+        assert!(!must_stop(&Load { l0_count: 1000, ..IDLE }));
+        assert!(must_stop(&Load { memory_percent: 201, ..IDLE }));
+        assert_eq!(mib_per_s(&Load { memory_percent: 200, ..IDLE }), Some(1));
+        assert_eq!(limit(&Load { memory_percent: 120, ..IDLE }), None);
+    }
+
+    #[test]
+    fn a_pace_is_kept_and_nothing_is_saved_up() {
+        let mut now = Duration::from_secs(100);
+        let mut pace = Pace::new(now);
+        now += Duration::from_secs(50);
+        let mut taken = 0;
+        let begin = now;
+        while now < begin + Duration::from_secs(10) {
+            match pace.pause(now, Some(MIB)) {
+                Some(pause) => now += pause,
+                None => {
+                    pace.took(100_000);
+                    taken += 100_000;
+                }
+            }
+        }
+        let expected = 10 * MIB;
+        assert!((expected..expected + 100_001).contains(&taken), "{taken}");
+        pace.took(1 << 40);
+        assert!(pace.pause(now, Some(1)).is_some());
+        assert_eq!(pace.pause(now, None), None);
+        assert_eq!(pace.pause(now, Some(1)), None);
+    }
+
+    fn any_load() -> impl Strategy<Value = Load> {
+        let merging = prop::sample::select(vec![Merging::Works, Merging::Fails, Merging::Off]);
+        (0usize..20, 0usize..6, 0u64..=1000, 0u64..260, 0u64..u64::MAX, 0u32..64, merging).prop_map(
+            |(l0_count, frozen_count, open_milli, memory_percent, bytes, shift, merging)| {
+                let layer_bytes = bytes >> shift;
+                Load { l0_count, frozen_count, open_milli, memory_percent, layer_bytes, merging }
+            },
+        )
+    }
+
+    fn rate(load: &Load) -> u64 {
+        limit(load).unwrap_or(u64::MAX)
+    }
+
+    proptest! {
+        #[test]
+        fn more_load_never_means_a_higher_rate(load in any_load()) {
+            let more = [
+                Load { l0_count: load.l0_count + 1, ..load },
+                Load { frozen_count: load.frozen_count + 1, ..load },
+                Load { open_milli: (load.open_milli + 1).min(1000), ..load },
+                Load { memory_percent: load.memory_percent + 1, ..load },
+            ];
+            for more in more {
+                prop_assert!(rate(&more) <= rate(&load), "{more:?}");
+                prop_assert!(rate(&more) > 0);
+                prop_assert!(must_stop(&more) || !must_stop(&load));
+            }
+        }
+
+        #[test]
+        fn the_rate_never_jumps_down(load in any_load(), step in 0u64..1000) {
+            // From one thousandth of a layer to the next by a tenth at most, and closing or
+            // writing a layer does not change it.
+            let before = Load { open_milli: step, ..load };
+            let after = Load { open_milli: step + 1, ..load };
+            let floor = rate(&before).min(INGEST_FAST_BYTES_PER_S) / 10 * 9;
+            prop_assert!(rate(&after) >= floor, "{} {}", rate(&before), rate(&after));
+            let open = Load { open_milli: 1000, ..load };
+            let frozen = Load { open_milli: 0, frozen_count: load.frozen_count + 1, ..load };
+            prop_assert_eq!(rate(&open), rate(&frozen));
+            if load.frozen_count > 0 {
+                let (l0_count, frozen_count) = (load.l0_count + 1, load.frozen_count - 1);
+                let written = Load { l0_count, frozen_count, ..load };
+                prop_assert!(rate(&written) >= rate(&load));
+            }
+        }
+    }
+}

@@ -1,0 +1,215 @@
+//! The engine passes its seeds, and bugs that are planted in it are found.
+
+use super::*;
+use crate::base::Key;
+use crate::limits::COMPACT_L0_INPUT_BYTES_MAX;
+use crate::shard::compact::{MERGE_BYTES_MAX, PLANTED, Planted, WRITTEN};
+use crate::shard::get_page::CANARY_WRONG_END;
+use crate::sim::check_seeds;
+
+/// A planted bug must be found within this many seeds.
+const CANARY_SEEDS: u64 = 50;
+
+/// Seeds of which each is run twice, to see that a seed decides everything.
+const TWICE: u64 = 50;
+
+#[test]
+fn seeds_are_deterministic() {
+    check_seeds("seeds_are_deterministic", 0..TWICE, scenario).unwrap();
+}
+
+fn all_pass(seeds: std::ops::Range<u64>) {
+    for seed in seeds {
+        if let Err(problem) = scenario(seed) {
+            panic!("seed {seed}: {problem}\nreplay: pgstrata simulate --seed {seed}");
+        }
+    }
+}
+
+// A thousand seeds, in two parts for two cores.
+
+#[test]
+fn the_first_500_seeds_pass() {
+    all_pass(0..500);
+}
+
+#[test]
+fn the_next_500_seeds_pass() {
+    all_pass(500..1000);
+}
+
+fn found(plant: Plant) -> Option<(u64, String)> {
+    (0..CANARY_SEEDS).find_map(|seed| Some((seed, calm(seed, plant).err()?)))
+}
+
+#[test]
+fn a_skipped_file_sync_is_found() {
+    let (seed, problem) = found(Plant::FileSync).expect("the planted bug was not found");
+    println!("found at seed {seed}: {problem}");
+}
+
+#[test]
+fn a_skipped_directory_sync_is_found() {
+    let (seed, problem) = found(Plant::DirSync).expect("the planted bug was not found");
+    println!("found at seed {seed}: {problem}");
+}
+
+fn planted_is_found(bug: Planted) {
+    planted_is_found_within(CANARY_SEEDS, bug);
+}
+
+fn planted_is_found_within(seeds: u64, bug: Planted) {
+    PLANTED.set(Some(bug));
+    let result = (0..seeds).find_map(|seed| Some((seed, calm(seed, Plant::Nothing).err()?)));
+    PLANTED.set(None);
+    let (seed, problem) = result.unwrap_or_else(|| panic!("{bug:?} was not found"));
+    println!("{bug:?} found at seed {seed}: {problem}");
+}
+
+#[test]
+fn inputs_removed_before_the_index_are_found() {
+    planted_is_found(Planted::RemoveBeforeIndex);
+}
+
+#[test]
+fn inputs_kept_beside_their_merge_are_found() {
+    planted_is_found(Planted::KeepInputs);
+}
+
+#[test]
+fn values_lost_in_a_merge_are_found() {
+    planted_is_found(Planted::DropValues);
+}
+
+#[test]
+fn an_image_with_a_wrong_lsn_is_found() {
+    planted_is_found(Planted::ImageLsn);
+}
+
+#[test]
+fn an_image_without_the_newest_delta_is_found() {
+    planted_is_found(Planted::StaleImages);
+}
+
+/// Every page as of some records after `lsn`.
+async fn check_after(
+    timeline: &Timeline<SimIo>,
+    outside: &Outside,
+    lsn: Lsn,
+) -> Result<(), String> {
+    let (at, forks) = {
+        let primary = outside.primary.borrow();
+        let ends = primary.record_ends();
+        let after = ends.partition_point(|end| *end <= lsn) + 10;
+        let at = ends.get(after).copied().unwrap_or(lsn);
+        (at.min(timeline.lsns().last_record), primary.forks())
+    };
+    let request = RequestLsn { request: at, not_modified_since: at };
+    for (rel, block) in forks.iter().flat_map(|rel| (0..28).map(move |block| (*rel, block))) {
+        let page = timeline.get_page(rel, block, request).await.map_err(|e| e.to_string())?;
+        if page != outside.primary.borrow().page_at(rel, block, at) {
+            return Err(format!("{rel} block {block} at {at} is wrong"));
+        }
+    }
+    Ok(())
+}
+
+/// So often some records, which go to a layer, and an image of everything behind it. Ends when at
+/// most `l0_max` L0 layers are left.
+async fn layers_and_images(
+    io: SimIo,
+    outside: Rc<Outside>,
+    (rounds, records, l0_max): (usize, usize, usize),
+) -> Result<Vec<Lsn>, String> {
+    let (shard, timeline) = start(&io, &outside).await?;
+    let mut images = Vec::new();
+    for _ in 0..rounds {
+        for _ in 0..records {
+            outside.primary.borrow_mut().step();
+        }
+        let end = outside.primary.borrow().record_ends().last().copied();
+        let came = timeline.wait_for_lsn(end.unwrap_or(Lsn::INVALID)).await;
+        came.map_err(|error| error.to_string())?;
+        let written = shard.checkpoint(TENANT, TIMELINE).await;
+        written.map_err(|error| error.to_string())?;
+        images.extend(timeline.make_image_layer(Key::MIN..Key::MAX).await?);
+    }
+    while timeline.l0_count() > l0_max {
+        io.sleep(Duration::from_millis(1)).await;
+    }
+    shard.shutdown().await;
+    Ok(images)
+}
+
+async fn read_above(io: SimIo, outside: Rc<Outside>, images: Vec<Lsn>) -> Result<(), String> {
+    let (shard, timeline) = start(&io, &outside).await?;
+    for image in images {
+        check_after(&timeline, &outside, image).await?;
+    }
+    shard.shutdown().await;
+    Ok(())
+}
+
+/// Layers between images are merged into some that reach below images.
+fn merge_across_images(seed: u64) -> Result<(), String> {
+    let mut world = SimWorld::new(seed, SimOptions::varied(seed));
+    let outside = Outside::new(seed);
+    outside.large_layers.set(true);
+    outside.quiet.set(true);
+    world.run(import).map_err(|error| error.to_string())??;
+    let mut live = |threshold, what| {
+        outside.compaction.set(Some((threshold, 1_000_000)));
+        let outside = outside.clone();
+        let images = world.run(move |io| layers_and_images(io, outside, what));
+        images.map_err(|error| error.to_string())?
+    };
+    // Most pages get their base in layers of their own. Then few records and no merge; then that.
+    live(1, (1, 500, 0))?;
+    let images = live(usize::MAX, (10, 40, usize::MAX))?;
+    live(2, (0, 0, 1))?;
+    assert!(images.len() == 10, "only {} images", images.len());
+    world.run(move |io| read_above(io, outside, images)).map_err(|error| error.to_string())?
+}
+
+#[test]
+fn merges_across_images_are_read_right() {
+    for seed in 0..3 {
+        merge_across_images(seed).unwrap_or_else(|problem| panic!("seed {seed}: {problem}"));
+    }
+    PLANTED.set(Some(Planted::ReadBelowImage));
+    let found = (0..3).find_map(|seed| merge_across_images(seed).err());
+    PLANTED.set(None);
+    println!("found: {}", found.expect("the planted bug was not found"));
+}
+
+#[test]
+fn every_kind_of_compaction_happens() {
+    let written = |seeds: std::ops::Range<u64>| {
+        WRITTEN.set([0; 5]);
+        for seed in seeds {
+            calm(seed, Plant::Nothing).unwrap();
+        }
+        let [l0, l1, images, pages, rows] = WRITTEN.get();
+        println!(
+            "{l0} merges of L0, {rows} of them with L1, {l1} of L1, {images} of images, {pages} \
+             pages"
+        );
+        WRITTEN.get()
+    };
+    let [l0, _, images, pages, rows] = written(0..20);
+    assert!(l0 > 50 && rows > 5 && images > 50 && pages > 100);
+    // As if all rows were too large.
+    MERGE_BYTES_MAX.set(1);
+    let [_, l1, ..] = written(20..40);
+    MERGE_BYTES_MAX.set(COMPACT_L0_INPUT_BYTES_MAX);
+    assert!(l1 > 5);
+}
+
+#[test]
+fn a_range_closed_at_the_wrong_end_is_found() {
+    CANARY_WRONG_END.set(true);
+    let result = found(Plant::Nothing);
+    CANARY_WRONG_END.set(false);
+    let (seed, problem) = result.expect("the planted bug was not found");
+    println!("found at seed {seed}: {problem}");
+}
