@@ -287,8 +287,11 @@ pub const COMPACT_IMAGE_OVERDUE_PERCENT: u64 = 150;
 /// L1 layers that a key may lie in, counted by the share of their keys that they hold, before
 /// images are made or layers are merged.
 pub const COMPACT_DEPTH_MAX: u64 = 3;
-/// A page with more records than this behind its newest base gets an image when it is merged.
+/// A page with more records than this behind its newest base gets an image when it is merged, and
+/// with fewer where other rows are left below: these are shared by all rows.
 pub const COMPACT_CHAIN_MAX: usize = 24;
+/// A page with no more than this never gets one.
+pub const COMPACT_CHAIN_MIN: usize = 8;
 /// Within a longer row of records of one page, an image follows on so many bytes of records.
 pub const COMPACT_HISTORY_IMAGE_BYTES: usize = 32 * 1024;
 /// Stored bytes of a delta layer that hold one record of every page of a range count as one
@@ -386,6 +389,15 @@ pub const INGEST_FROZEN_MILLI_FREE: u64 = 1500;
 /// Ingest is not slowed for compaction while there are so many thousandths of L0 layers, those
 /// counted that are still in memory.
 pub const INGEST_L0_MILLI_FREE: u64 = L0_LAYERS_URGENT as u64 * 1000 + 1000;
+/// Ingest is not slowed for the depth of reads up to here: thousandths of L0 layers, each counted by
+/// the share of pages that it has records of, and of layers in memory.
+pub const INGEST_DEPTH_MILLI_FREE: u64 = 1200;
+/// Where WAL is taken in as fast as compaction works it off.
+pub const INGEST_DEPTH_MILLI_EVEN: u64 = 2200;
+/// Beyond that the rate falls to the half each time that so much comes to it.
+pub const INGEST_DEPTH_MILLI_HALF: u64 = 400;
+/// Where the rate is lowest as long as it is not known how fast compaction is.
+pub const INGEST_DEPTH_MILLI_FULL: u64 = 6000;
 /// Ingest is not slowed for memory while open and frozen layers take so much of their budget.
 pub const INGEST_MEMORY_PERCENT_FREE: u64 = 120;
 /// The rate at which slowing begins, in bytes per second: more than a core can decode.

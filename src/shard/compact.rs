@@ -41,8 +41,8 @@ use crate::base::{Key, KeyRange, Lsn, LsnRange};
 use crate::io::{Io, durable};
 use crate::layers::{LayerDesc, LayerName, LayerOwner};
 use crate::limits::{
-    COMPACT_L0_INPUT_BYTES_MAX, COMPACT_REMOVE_POLL_MS, COMPACT_RETRY_MS_MAX, COMPACT_RETRY_MS_MIN,
-    L0_LAYERS_MAX, L0_LAYERS_URGENT, L0_MERGE_FAILURES_MAX,
+    COMPACT_CHAIN_MAX, COMPACT_L0_INPUT_BYTES_MAX, COMPACT_REMOVE_POLL_MS, COMPACT_RETRY_MS_MAX,
+    COMPACT_RETRY_MS_MIN, L0_LAYERS_MAX, L0_LAYERS_URGENT, L0_MERGE_FAILURES_MAX,
 };
 
 mod chain;
@@ -121,6 +121,39 @@ pub(super) struct Compaction<I: Io> {
     failures: Cell<u32>,
     /// Merges of L0 layers that failed one after the other.
     pub(super) l0_failures: Cell<u32>,
+    /// What compaction gets done.
+    pub(super) capacity: Capacity,
+}
+
+/// How much WAL compaction works off when it does nothing else but that, from what the last
+/// actions took.
+#[derive(Debug, Default)]
+pub(super) struct Capacity {
+    bytes_per_s: Cell<Option<u64>>,
+    /// Time of the actions since the last merge of L0 layers.
+    busy: Cell<Duration>,
+}
+
+impl Capacity {
+    /// Bytes of WAL per second; `None` before the first merge.
+    pub(super) fn bytes_per_s(&self) -> Option<u64> {
+        self.bytes_per_s.get()
+    }
+
+    /// An action took so long, and merged L0 layers of so many bytes of WAL, if any.
+    fn note(&self, took: Duration, merged_bytes: u64) {
+        let busy = self.busy.get() + took;
+        self.busy.set(busy);
+        if merged_bytes == 0 {
+            return;
+        }
+        self.busy.set(Duration::ZERO);
+        let now = u128::from(merged_bytes) * 1_000_000 / busy.as_micros().max(1);
+        let now = u64::try_from(now).unwrap_or(u64::MAX);
+        // Images are made now and then only.
+        let before = self.bytes_per_s.get().unwrap_or(now);
+        self.bytes_per_s.set(Some((before - before / 8).saturating_add(now / 8).max(1)));
+    }
 }
 
 impl<I: Io> Default for Compaction<I> {
@@ -133,6 +166,7 @@ impl<I: Io> Default for Compaction<I> {
             strays: RefCell::default(),
             failures: Cell::new(0),
             l0_failures: Cell::new(0),
+            capacity: Capacity::default(),
         }
     }
 }
@@ -299,9 +333,11 @@ impl<I: Io> Timeline<I> {
             Action::MergeL1 { .. } => 1,
             Action::MakeImages { .. } => 2,
         };
+        let began = self.context.io.now();
+        let mut merged_bytes = 0;
         match action {
-            Action::MergeL0 { inputs, lsns } => {
-                let merged = self.merge(&snapshot, &inputs, lsns).await;
+            Action::MergeL0 { inputs, lsns, chain_max } => {
+                let merged = self.merge(&snapshot, &inputs, lsns, chain_max).await;
                 match &merged {
                     Ok(()) => self.note_l0_merge(None),
                     Err(CompactError::Cancelled | CompactError::Background(_)) => {}
@@ -309,9 +345,13 @@ impl<I: Io> Timeline<I> {
                 }
                 merged?;
                 self.context.counters.merges_l0.add(1);
+                let chosen = inputs.iter().filter_map(|at| snapshot.plan.get(*at));
+                let wal =
+                    |layer: &PlanLayer| layer.span.lsns.end.bytes_since(layer.span.lsns.start);
+                merged_bytes = chosen.filter(|layer| layer.is_l0()).map(wal).sum();
             }
             Action::MergeL1 { inputs, lsns } => {
-                self.merge(&snapshot, &inputs, lsns).await?;
+                self.merge(&snapshot, &inputs, lsns, COMPACT_CHAIN_MAX).await?;
                 self.context.counters.merges_l1.add(1);
             }
             Action::MakeImages { keys, lsn, base, deltas } => {
@@ -319,6 +359,8 @@ impl<I: Io> Timeline<I> {
                 self.context.counters.image_jobs.add(1);
             }
         }
+        let took = self.context.io.now().saturating_sub(began);
+        self.compaction.capacity.note(took, merged_bytes);
         #[cfg(test)]
         count(kind, 1);
         self.context.counters.compactions.add(1);
@@ -341,6 +383,7 @@ impl<I: Io> Timeline<I> {
         snapshot: &Snapshot<I>,
         inputs: &[usize],
         lsns: LsnRange,
+        chain_max: usize,
     ) -> Result<(), CompactError> {
         let removed = snapshot.layers(inputs);
         let job = MergeJob {
@@ -349,6 +392,7 @@ impl<I: Io> Timeline<I> {
             below: snapshot.older(lsns.start, inputs),
             lsns,
             cuts: snapshot.cuts(),
+            chain_max,
         };
         let made = self.context.background.run(move |io: I| merge::run(io, job)).await??;
         let bytes = made.layers.iter().map(|layer| layer.file_bytes).sum();
@@ -447,6 +491,10 @@ impl<I: Io> Timeline<I> {
         #[cfg(test)]
         let spans = if planted(Planted::KeepInputs) { Vec::new() } else { spans };
         mutable.layers.replace(&spans, layers);
+        drop(mutable);
+        for layer in removed.iter().filter_map(|layer| layer.leave_memory()) {
+            self.drop_elsewhere(layer);
+        }
         self.compaction.retired.borrow_mut().extend(removed.iter().cloned());
         Ok(())
     }

@@ -2,8 +2,11 @@
 //!
 //! Three things can run behind: the checkpoint (frozen layers wait for it), compaction (L0 layers
 //! wait for it), and both on a core of many timelines (memory). Each has a curve that begins at
-//! "no limit" and falls by halves, the steeper the less room there is; the lowest of the three
-//! holds. So the rate settles where as much is taken in as can be written, whatever the device is
+//! "no limit" and falls by halves, the steeper the less room there is; the lowest of them holds.
+//! Compaction has two: one by the number of L0 layers, one by how far they make a read descend.
+//! Ten L0 layers of a large database may have a record of a page in one of them, those of a small
+//! one have records of it in each. What compaction gets done is known for the second, so that
+//! reads find the same depth however fast or slow it is. So the rate settles where as much is taken in as can be written, whatever the device is
 //! able to do, and nobody has to know that figure.
 //!
 //! All measures are continuous: a layer counts by its fill while it is open, as one when it is
@@ -23,9 +26,10 @@ use std::time::Duration;
 
 use crate::io::Instant;
 use crate::limits::{
-    FROZEN_LAYERS_MAX, INGEST_FAST_BYTES_PER_S, INGEST_FROZEN_MILLI_FREE, INGEST_L0_MILLI_FREE,
-    INGEST_MEMORY_PERCENT_FREE, INGEST_PAUSE_MS, INGEST_SLOWEST_LAYER_S, INGEST_STUCK_BYTES_PER_S,
-    L0_LAYERS_MAX, MEMORY_OVERDRAFT_PERCENT,
+    FROZEN_LAYERS_MAX, INGEST_DEPTH_MILLI_EVEN, INGEST_DEPTH_MILLI_FREE, INGEST_DEPTH_MILLI_FULL,
+    INGEST_DEPTH_MILLI_HALF, INGEST_FAST_BYTES_PER_S, INGEST_FROZEN_MILLI_FREE,
+    INGEST_L0_MILLI_FREE, INGEST_MEMORY_PERCENT_FREE, INGEST_PAUSE_MS, INGEST_SLOWEST_LAYER_S,
+    INGEST_STUCK_BYTES_PER_S, L0_LAYERS_MAX, MEMORY_OVERDRAFT_PERCENT,
 };
 
 /// How compaction gets on with L0 layers.
@@ -44,6 +48,8 @@ pub enum Merging {
 pub struct Load {
     /// L0 layers.
     pub l0_count: usize,
+    /// The same, each counted by the share of pages that it has records of, in thousandths.
+    pub l0_depth_milli: u64,
     /// Layers in memory that take no more values and are not in files yet.
     pub frozen_count: usize,
     /// The open layer, in thousandths of the size at which it is frozen; 1000 at most.
@@ -54,6 +60,8 @@ pub struct Load {
     pub layer_bytes: u64,
     /// How compaction gets on.
     pub merging: Merging,
+    /// Bytes of WAL per second that it works off, if known.
+    pub merge_bytes_per_s: Option<u64>,
 }
 
 impl Load {
@@ -70,8 +78,28 @@ fn curve(at: u64, free: u64, full: u64, layer_bytes: u64) -> Option<u64> {
     let slowest = (layer_bytes / INGEST_SLOWEST_LAYER_S).clamp(1, INGEST_FAST_BYTES_PER_S);
     let halves = u64::from(INGEST_FAST_BYTES_PER_S.ilog2() - slowest.ilog2());
     let milli = over.saturating_mul(halves * 1000) / full.saturating_sub(free).max(1);
-    let upper = INGEST_FAST_BYTES_PER_S >> (milli / 1000);
-    Some((upper - upper / 2 * (milli % 1000) / 1000).max(slowest))
+    Some(halved(milli).max(slowest))
+}
+
+/// The fastest rate after so many thousandths of halves.
+fn halved(milli: u64) -> u64 {
+    let upper = INGEST_FAST_BYTES_PER_S >> (milli / 1000).min(63);
+    upper - upper / 2 * (milli % 1000) / 1000
+}
+
+/// The curve of the depth: down to what compaction works off, and from there on by halves.
+fn depth_curve(depth: u64, load: &Load) -> Option<u64> {
+    let (free, even) = (INGEST_DEPTH_MILLI_FREE, INGEST_DEPTH_MILLI_EVEN);
+    let Some(capacity) = load.merge_bytes_per_s else {
+        return curve(depth, free, INGEST_DEPTH_MILLI_FULL, load.layer_bytes);
+    };
+    let over = depth.checked_sub(free).filter(|over| *over > 0)?;
+    let slowest = (load.layer_bytes / INGEST_SLOWEST_LAYER_S).clamp(1, INGEST_FAST_BYTES_PER_S);
+    let capacity = capacity.clamp(1, INGEST_FAST_BYTES_PER_S);
+    let halves = u64::from(INGEST_FAST_BYTES_PER_S.ilog2() - capacity.ilog2());
+    let above = over.min(even - free) * halves * 1000 / (even - free);
+    let below = depth.saturating_sub(even).saturating_mul(1000) / INGEST_DEPTH_MILLI_HALF;
+    Some(halved(above.saturating_add(below)).max(slowest))
 }
 
 /// Bytes of WAL per second that may be taken in; `None`: as many as come.
@@ -88,6 +116,8 @@ pub fn limit(load: &Load) -> Option<u64> {
     let l0_milli = (load.l0_count as u64).saturating_mul(1000).saturating_add(waiting);
     let l0_full = (L0_LAYERS_MAX as u64 + layers_max) * 1000;
     let l0 = curve(l0_milli, INGEST_L0_MILLI_FREE, l0_full, load.layer_bytes);
+    let depth = load.l0_depth_milli.saturating_add(waiting);
+    let l0 = l0.into_iter().chain(depth_curve(depth, load)).min();
     let l0 = match load.merging {
         Merging::Works => l0,
         Merging::Fails => l0.map(|rate| rate.max(INGEST_STUCK_BYTES_PER_S)),
@@ -157,11 +187,13 @@ mod tests {
 
     const IDLE: Load = Load {
         l0_count: 0,
+        l0_depth_milli: 0,
         frozen_count: 0,
         open_milli: 0,
         memory_percent: 0,
         layer_bytes: 256 * MIB,
         merging: Merging::Works,
+        merge_bytes_per_s: None,
     };
 
     fn mib_per_s(load: &Load) -> Option<u64> {
@@ -191,6 +223,32 @@ mod tests {
         assert_eq!(mib_per_s(&at(10)), Some(54));
         let full = Load { frozen_count: FROZEN_LAYERS_MAX, open_milli: 1000, ..at(10) };
         assert_eq!(mib_per_s(&full), Some(1));
+    }
+
+    #[test]
+    fn the_rate_falls_with_the_depth_of_reads() {
+        let at = |l0_depth_milli| Load { l0_count: 4, l0_depth_milli, ..IDLE };
+        assert_eq!(limit(&at(1200)), None);
+        assert_eq!(mib_per_s(&at(2400)), Some(204));
+        assert_eq!(mib_per_s(&at(6000)), Some(1));
+        let off = Load { merging: Merging::Off, ..at(6000) };
+        assert_eq!(limit(&off), None);
+        let waiting = Load { frozen_count: 1, open_milli: 500, ..at(1500) };
+        assert_eq!(limit(&waiting), limit(&at(3000)));
+    }
+
+    #[test]
+    fn where_compaction_is_known_its_rate_is_that_of_a_certain_depth() {
+        for speed in [8 * MIB, 64 * MIB, 512 * MIB] {
+            let at =
+                |l0_depth_milli| Load { l0_depth_milli, merge_bytes_per_s: Some(speed), ..IDLE };
+            assert_eq!(limit(&at(INGEST_DEPTH_MILLI_FREE)), None);
+            assert_eq!(limit(&at(INGEST_DEPTH_MILLI_EVEN)), Some(speed));
+            let half = INGEST_DEPTH_MILLI_EVEN + INGEST_DEPTH_MILLI_HALF;
+            assert_eq!(limit(&at(half)), Some(speed / 2));
+            assert!(limit(&at(INGEST_DEPTH_MILLI_EVEN - 100)) > Some(speed));
+            assert_eq!(limit(&at(1_000_000)), Some(MIB));
+        }
     }
 
     #[test]
@@ -241,10 +299,26 @@ mod tests {
 
     fn any_load() -> impl Strategy<Value = Load> {
         let merging = prop::sample::select(vec![Merging::Works, Merging::Fails, Merging::Off]);
-        (0usize..20, 0usize..6, 0u64..=1000, 0u64..260, 0u64..u64::MAX, 0u32..64, merging).prop_map(
-            |(l0_count, frozen_count, open_milli, memory_percent, bytes, shift, merging)| {
-                let layer_bytes = bytes >> shift;
-                Load { l0_count, frozen_count, open_milli, memory_percent, layer_bytes, merging }
+        let layers = (0usize..20, 0u64..=1000, 0usize..6, 0u64..=1000);
+        let merging = (merging, prop::option::of(any::<u64>()));
+        (layers, 0u64..260, 0u64..u64::MAX, 0u32..64, merging).prop_map(
+            |(
+                (l0_count, weight, frozen_count, open_milli),
+                memory_percent,
+                bytes,
+                shift,
+                (merging, speed),
+            )| {
+                Load {
+                    l0_count,
+                    l0_depth_milli: l0_count as u64 * weight,
+                    frozen_count,
+                    open_milli,
+                    memory_percent,
+                    layer_bytes: bytes >> shift,
+                    merging,
+                    merge_bytes_per_s: speed.map(|speed| speed >> shift),
+                }
             },
         )
     }
@@ -258,6 +332,7 @@ mod tests {
         fn more_load_never_means_a_higher_rate(load in any_load()) {
             let more = [
                 Load { l0_count: load.l0_count + 1, ..load },
+                Load { l0_depth_milli: load.l0_depth_milli + 1, ..load },
                 Load { frozen_count: load.frozen_count + 1, ..load },
                 Load { open_milli: (load.open_milli + 1).min(1000), ..load },
                 Load { memory_percent: load.memory_percent + 1, ..load },
@@ -270,7 +345,11 @@ mod tests {
         }
 
         #[test]
-        fn the_rate_never_jumps_down(load in any_load(), step in 0u64..1000) {
+        fn the_rate_never_jumps_down(
+            load in any_load(),
+            step in 0u64..1000,
+            weight in 0u64..=1000,
+        ) {
             // From one thousandth of a layer to the next by a tenth at most, and closing or
             // writing a layer does not change it.
             let before = Load { open_milli: step, ..load };
@@ -282,7 +361,8 @@ mod tests {
             prop_assert_eq!(rate(&open), rate(&frozen));
             if load.frozen_count > 0 {
                 let (l0_count, frozen_count) = (load.l0_count + 1, load.frozen_count - 1);
-                let written = Load { l0_count, frozen_count, ..load };
+                let l0_depth_milli = load.l0_depth_milli + weight;
+                let written = Load { l0_count, l0_depth_milli, frozen_count, ..load };
                 prop_assert!(rate(&written) >= rate(&load));
             }
         }
