@@ -271,6 +271,8 @@ impl<I: Io> Timeline<I> {
             let (name, bytes) = (desc.name, desc.file_bytes);
             let layer = StoredLayer::with_resident(io, dir, name, bytes, owner, cache, resident);
             mutable.layers.insert(layer.span(), layer);
+            let records = frozen.value_count() * 1000 / frozen.key_count().max(1);
+            self.compaction.layer_records_milli.set(records);
             self.context.counters.l0_layers.note(mutable.layers.l0_count() as u64);
         }
         let first = mutable.frozen.remove(0);

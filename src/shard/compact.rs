@@ -23,9 +23,12 @@
 
 use std::cell::{Cell, RefCell};
 use std::collections::BTreeSet;
+use std::pin::pin;
 use std::rc::Rc;
 use std::sync::Arc;
 use std::time::Duration;
+
+use futures_util::future::select;
 
 use self::images::ImageJob;
 pub use self::job::CompactError;
@@ -123,6 +126,8 @@ pub(super) struct Compaction<I: Io> {
     pub(super) l0_failures: Cell<u32>,
     /// What compaction gets done.
     pub(super) capacity: Capacity,
+    /// Values that the newest L0 layer has of each key that is in it, in thousandths.
+    pub(super) layer_records_milli: Cell<u64>,
 }
 
 /// How much WAL compaction works off when it does nothing else but that, from what the last
@@ -152,7 +157,7 @@ impl Capacity {
         let now = u64::try_from(now).unwrap_or(u64::MAX);
         // Images are made now and then only.
         let before = self.bytes_per_s.get().unwrap_or(now);
-        self.bytes_per_s.set(Some((before - before / 8).saturating_add(now / 8).max(1)));
+        self.bytes_per_s.set(Some((before - before / 4).saturating_add(now / 4).max(1)));
     }
 }
 
@@ -167,6 +172,7 @@ impl<I: Io> Default for Compaction<I> {
             failures: Cell::new(0),
             l0_failures: Cell::new(0),
             capacity: Capacity::default(),
+            layer_records_milli: Cell::new(0),
         }
     }
 }
@@ -243,10 +249,12 @@ impl<I: Io> Timeline<I> {
         let compaction = &self.compaction;
         compaction.signal.set();
         while !self.stopping.get() {
+            let signal = pin!(compaction.signal.wait());
             if compaction.retired.borrow().is_empty() {
-                compaction.signal.wait().await;
+                signal.await;
             } else {
-                self.context.io.sleep(Duration::from_millis(COMPACT_REMOVE_POLL_MS)).await;
+                let pause = Duration::from_millis(COMPACT_REMOVE_POLL_MS);
+                select(signal, pin!(self.context.io.sleep(pause))).await;
             }
             while !self.stopping.get() && !self.compact_and_report().await {}
             self.remove_unused().await;

@@ -11,7 +11,6 @@ use std::cell::Cell;
 use std::time::Duration;
 
 use super::health::Part;
-use super::plan::compaction::weight_milli;
 use super::plan::pressure::{Load, Merging, limit, may_add_l0, must_stop};
 use super::timeline::Timeline;
 use crate::io::Io;
@@ -61,13 +60,9 @@ impl<I: Io> Timeline<I> {
         let wal_bytes = mutable.lsns.last_record.bytes_since(mutable.open.start());
         let by_memory = milli(mutable.open.memory_bytes() as u64, layer_bytes);
         let by_lsn = milli(wal_bytes, layer_bytes.saturating_mul(LSN_DISTANCE_FACTOR));
-        let copy_bytes = mutable.layers.totals().current_bytes();
-        // L0 layers are newer than all others, and few.
-        let l0 = mutable.layers.iter().take_while(|(span, _)| span.is_l0());
-        let l0_depth = l0.map(|(_, layer)| weight_milli(layer.file_bytes(), copy_bytes)).sum();
         Load {
-            l0_depth_milli: l0_depth,
             l0_count: mutable.layers.l0_count(),
+            layer_records_milli: self.compaction.layer_records_milli.get(),
             frozen_count: mutable.frozen.len(),
             open_milli: by_memory.max(by_lsn),
             memory_percent: self.memory.used_percent(),

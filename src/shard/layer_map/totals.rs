@@ -46,11 +46,6 @@ impl Totals {
         self.layer_bytes
     }
 
-    /// Bytes of the current copy.
-    pub fn current_bytes(&self) -> u64 {
-        self.current_bytes
-    }
-
     /// Bytes of all layers but those of the current copy.
     pub fn history_bytes(&self) -> u64 {
         self.layer_bytes.saturating_sub(self.current_bytes)

@@ -38,7 +38,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use crate::base::{Key, KeyRange, Lsn, LsnRange};
 use crate::limits::{
     COMPACT_CHAIN_MAX, COMPACT_CHAIN_MIN, COMPACT_DEPTH_MAX, COMPACT_IMAGE_OVERDUE_PERCENT,
-    COMPACT_L0_DEPTH_MILLI, COMPACT_L1_INPUT_BYTES_MAX, COMPACT_LEVELS_MAX, COMPACT_ROW_FACTOR,
+    COMPACT_L0_RECORDS_MILLI, COMPACT_L1_INPUT_BYTES_MAX, COMPACT_LEVELS_MAX, COMPACT_ROW_FACTOR,
     COMPACT_ROWS_MAX, COMPACT_SPARSE_FACTOR, L0_LAYERS_URGENT,
 };
 use crate::shard::layer_map::LayerSpan;
@@ -174,8 +174,8 @@ fn merge_l0(layers: &[PlanLayer], columns: &[Column], config: &PlanConfig) -> Op
     let l0 = |(at, layer): (usize, &PlanLayer)| layer.is_l0().then_some((at, layer.bytes));
     let mut found: Vec<(usize, u64)> = layers.iter().enumerate().filter_map(l0).collect();
     let image_bytes = image_bytes(columns);
-    let depth: u64 = found.iter().map(|(_, bytes)| weight_milli(*bytes, image_bytes)).sum();
-    let is_full = image_bytes > 0 && depth >= COMPACT_L0_DEPTH_MILLI;
+    let bytes: u64 = found.iter().map(|(_, bytes)| bytes).sum();
+    let is_full = image_bytes > 0 && records_milli(bytes, image_bytes) >= COMPACT_L0_RECORDS_MILLI;
     let is_off = config.l0_threshold == usize::MAX;
     if is_off || found.len() < config.l0_threshold.max(1) && !is_full {
         return None;
@@ -289,9 +289,16 @@ fn take_rows(
 
 /// The share of pages of which a delta layer has records, in thousandths, from its bytes and
 /// those of all the pages' images.
-pub fn weight_milli(bytes: u64, image_bytes: u64) -> u64 {
+fn weight_milli(bytes: u64, image_bytes: u64) -> u64 {
+    // A layer with half a record of each page counts as one.
+    records_milli(bytes, image_bytes).saturating_mul(2).min(1000)
+}
+
+/// Records that a delta layer has of each page on average, in thousandths, estimated from its
+/// bytes and those of all the pages' images.
+fn records_milli(bytes: u64, image_bytes: u64) -> u64 {
     let full = u128::from(image_bytes / COMPACT_SPARSE_FACTOR).max(1);
-    u64::try_from((u128::from(bytes) * 1000 / full).min(1000)).unwrap_or(1000)
+    u64::try_from(u128::from(bytes) * 500 / full).unwrap_or(u64::MAX)
 }
 
 /// The keys of some layers as disjoint ranges, in order.

@@ -26,8 +26,8 @@ use std::time::Duration;
 
 use crate::io::Instant;
 use crate::limits::{
-    FROZEN_LAYERS_MAX, INGEST_DEPTH_MILLI_EVEN, INGEST_DEPTH_MILLI_FREE, INGEST_DEPTH_MILLI_FULL,
-    INGEST_DEPTH_MILLI_HALF, INGEST_FAST_BYTES_PER_S, INGEST_FROZEN_MILLI_FREE,
+    FROZEN_LAYERS_MAX, INGEST_DEPTH_MILLI_FREE, INGEST_DEPTH_MILLI_FULL, INGEST_DEPTH_MILLI_HALF,
+    INGEST_EVEN_LAYERS, INGEST_EVEN_RECORDS, INGEST_FAST_BYTES_PER_S, INGEST_FROZEN_MILLI_FREE,
     INGEST_L0_MILLI_FREE, INGEST_MEMORY_PERCENT_FREE, INGEST_PAUSE_MS, INGEST_SLOWEST_LAYER_S,
     INGEST_STUCK_BYTES_PER_S, L0_LAYERS_MAX, MEMORY_OVERDRAFT_PERCENT,
 };
@@ -48,8 +48,8 @@ pub enum Merging {
 pub struct Load {
     /// L0 layers.
     pub l0_count: usize,
-    /// The same, each counted by the share of pages that it has records of, in thousandths.
-    pub l0_depth_milli: u64,
+    /// Values that one of them has of each key that is in it, in thousandths.
+    pub layer_records_milli: u64,
     /// Layers in memory that take no more values and are not in files yet.
     pub frozen_count: usize,
     /// The open layer, in thousandths of the size at which it is frozen; 1000 at most.
@@ -87,9 +87,19 @@ fn halved(milli: u64) -> u64 {
     upper - upper / 2 * (milli % 1000) / 1000
 }
 
+/// How far reads must descend: 1000 where WAL is to come in as fast as compaction works it off.
+fn depth_milli(load: &Load) -> u64 {
+    let layers = (load.l0_count as u64).saturating_mul(1000).saturating_add(load.waiting_milli());
+    // One layer must be possible beside that which is being filled, whatever they hold.
+    let most = INGEST_EVEN_RECORDS * 1000 * 3 / 5;
+    let records = load.layer_records_milli.min(most);
+    let by_records = layers.saturating_mul(records) / (INGEST_EVEN_RECORDS * 1000);
+    by_records.max(layers / INGEST_EVEN_LAYERS)
+}
+
 /// The curve of the depth: down to what compaction works off, and from there on by halves.
-fn depth_curve(depth: u64, load: &Load) -> Option<u64> {
-    let (free, even) = (INGEST_DEPTH_MILLI_FREE, INGEST_DEPTH_MILLI_EVEN);
+fn depth_curve(load: &Load) -> Option<u64> {
+    let (depth, free) = (depth_milli(load), INGEST_DEPTH_MILLI_FREE);
     let Some(capacity) = load.merge_bytes_per_s else {
         return curve(depth, free, INGEST_DEPTH_MILLI_FULL, load.layer_bytes);
     };
@@ -97,8 +107,8 @@ fn depth_curve(depth: u64, load: &Load) -> Option<u64> {
     let slowest = (load.layer_bytes / INGEST_SLOWEST_LAYER_S).clamp(1, INGEST_FAST_BYTES_PER_S);
     let capacity = capacity.clamp(1, INGEST_FAST_BYTES_PER_S);
     let halves = u64::from(INGEST_FAST_BYTES_PER_S.ilog2() - capacity.ilog2());
-    let above = over.min(even - free) * halves * 1000 / (even - free);
-    let below = depth.saturating_sub(even).saturating_mul(1000) / INGEST_DEPTH_MILLI_HALF;
+    let above = over.min(1000 - free) * halves * 1000 / (1000 - free);
+    let below = depth.saturating_sub(1000).saturating_mul(1000) / INGEST_DEPTH_MILLI_HALF;
     Some(halved(above.saturating_add(below)).max(slowest))
 }
 
@@ -116,8 +126,7 @@ pub fn limit(load: &Load) -> Option<u64> {
     let l0_milli = (load.l0_count as u64).saturating_mul(1000).saturating_add(waiting);
     let l0_full = (L0_LAYERS_MAX as u64 + layers_max) * 1000;
     let l0 = curve(l0_milli, INGEST_L0_MILLI_FREE, l0_full, load.layer_bytes);
-    let depth = load.l0_depth_milli.saturating_add(waiting);
-    let l0 = l0.into_iter().chain(depth_curve(depth, load)).min();
+    let l0 = l0.into_iter().chain(depth_curve(load)).min();
     let l0 = match load.merging {
         Merging::Works => l0,
         Merging::Fails => l0.map(|rate| rate.max(INGEST_STUCK_BYTES_PER_S)),
@@ -187,7 +196,7 @@ mod tests {
 
     const IDLE: Load = Load {
         l0_count: 0,
-        l0_depth_milli: 0,
+        layer_records_milli: 0,
         frozen_count: 0,
         open_milli: 0,
         memory_percent: 0,
@@ -227,27 +236,35 @@ mod tests {
 
     #[test]
     fn the_rate_falls_with_the_depth_of_reads() {
-        let at = |l0_depth_milli| Load { l0_count: 4, l0_depth_milli, ..IDLE };
-        assert_eq!(limit(&at(1200)), None);
-        assert_eq!(mib_per_s(&at(2400)), Some(204));
-        assert_eq!(mib_per_s(&at(6000)), Some(1));
-        let off = Load { merging: Merging::Off, ..at(6000) };
+        let at = |l0_count, layer_records_milli| Load { l0_count, layer_records_milli, ..IDLE };
+        // By layers, by records.
+        assert_eq!(limit(&at(2, 0)), None);
+        assert_eq!(mib_per_s(&at(5, 0)), Some(230));
+        assert_eq!(limit(&at(2, 2_500)), None);
+        assert_eq!(limit(&at(2, 5_000)), limit(&at(5, 0)));
+        assert_eq!(
+            limit(&at(1, 1 << 60)).map(|rate| rate > INGEST_FAST_BYTES_PER_S / 2),
+            Some(true)
+        );
+        let off = Load { merging: Merging::Off, ..at(9, 100_000) };
         assert_eq!(limit(&off), None);
-        let waiting = Load { frozen_count: 1, open_milli: 500, ..at(1500) };
-        assert_eq!(limit(&waiting), limit(&at(3000)));
+        let waiting = Load { open_milli: 1000, ..at(2, 4_000) };
+        assert_eq!(limit(&waiting), limit(&at(3, 4_000)));
     }
 
     #[test]
     fn where_compaction_is_known_its_rate_is_that_of_a_certain_depth() {
         for speed in [8 * MIB, 64 * MIB, 512 * MIB] {
-            let at =
-                |l0_depth_milli| Load { l0_depth_milli, merge_bytes_per_s: Some(speed), ..IDLE };
-            assert_eq!(limit(&at(INGEST_DEPTH_MILLI_FREE)), None);
-            assert_eq!(limit(&at(INGEST_DEPTH_MILLI_EVEN)), Some(speed));
-            let half = INGEST_DEPTH_MILLI_EVEN + INGEST_DEPTH_MILLI_HALF;
-            assert_eq!(limit(&at(half)), Some(speed / 2));
-            assert!(limit(&at(INGEST_DEPTH_MILLI_EVEN - 100)) > Some(speed));
-            assert_eq!(limit(&at(1_000_000)), Some(MIB));
+            let at = |l0_count, layer_records_milli| {
+                let merge_bytes_per_s = Some(speed);
+                Load { l0_count, layer_records_milli, merge_bytes_per_s, ..IDLE }
+            };
+            assert_eq!(limit(&at(2, 0)), None);
+            assert_eq!(limit(&at(5, 0)), Some(speed));
+            assert_eq!(limit(&at(2, 5_000)), Some(speed));
+            assert!(limit(&at(4, 0)) > Some(speed));
+            assert!(limit(&at(4, 4_000)) < Some(speed / 2));
+            assert_eq!(limit(&at(100, 0)), Some(MIB));
         }
     }
 
@@ -299,11 +316,11 @@ mod tests {
 
     fn any_load() -> impl Strategy<Value = Load> {
         let merging = prop::sample::select(vec![Merging::Works, Merging::Fails, Merging::Off]);
-        let layers = (0usize..20, 0u64..=1000, 0usize..6, 0u64..=1000);
+        let layers = (0usize..20, 0u64..=10_000, 0usize..6, 0u64..=1000);
         let merging = (merging, prop::option::of(any::<u64>()));
         (layers, 0u64..260, 0u64..u64::MAX, 0u32..64, merging).prop_map(
             |(
-                (l0_count, weight, frozen_count, open_milli),
+                (l0_count, layer_records_milli, frozen_count, open_milli),
                 memory_percent,
                 bytes,
                 shift,
@@ -311,7 +328,7 @@ mod tests {
             )| {
                 Load {
                     l0_count,
-                    l0_depth_milli: l0_count as u64 * weight,
+                    layer_records_milli,
                     frozen_count,
                     open_milli,
                     memory_percent,
@@ -332,7 +349,7 @@ mod tests {
         fn more_load_never_means_a_higher_rate(load in any_load()) {
             let more = [
                 Load { l0_count: load.l0_count + 1, ..load },
-                Load { l0_depth_milli: load.l0_depth_milli + 1, ..load },
+                Load { layer_records_milli: load.layer_records_milli + 1, ..load },
                 Load { frozen_count: load.frozen_count + 1, ..load },
                 Load { open_milli: (load.open_milli + 1).min(1000), ..load },
                 Load { memory_percent: load.memory_percent + 1, ..load },
@@ -345,11 +362,7 @@ mod tests {
         }
 
         #[test]
-        fn the_rate_never_jumps_down(
-            load in any_load(),
-            step in 0u64..1000,
-            weight in 0u64..=1000,
-        ) {
+        fn the_rate_never_jumps_down(load in any_load(), step in 0u64..1000) {
             // From one thousandth of a layer to the next by a tenth at most, and closing or
             // writing a layer does not change it.
             let before = Load { open_milli: step, ..load };
@@ -361,8 +374,7 @@ mod tests {
             prop_assert_eq!(rate(&open), rate(&frozen));
             if load.frozen_count > 0 {
                 let (l0_count, frozen_count) = (load.l0_count + 1, load.frozen_count - 1);
-                let l0_depth_milli = load.l0_depth_milli + weight;
-                let written = Load { l0_count, l0_depth_milli, frozen_count, ..load };
+                let written = Load { l0_count, frozen_count, ..load };
                 prop_assert!(rate(&written) >= rate(&load));
             }
         }
