@@ -266,7 +266,7 @@ pub const REDO_COMPARE_DEPTH: usize = 2 * REDO_BATCH_REQUESTS;
 /// L0 layers that a timeline may have; ingest waits rather than let there be more.
 pub const L0_LAYERS_MAX: usize = 10;
 /// An image job ends early, with what it has, when there are so many L0 layers.
-pub const L0_LAYERS_URGENT: usize = 6;
+pub const L0_LAYERS_URGENT: usize = 8;
 /// Input of one merge of L0 layers, in bytes; one larger layer is taken alone.
 pub const COMPACT_L0_INPUT_BYTES_MAX: u64 = 1024 * 1024 * 1024;
 /// Input of one merge of L1 layers, in bytes.
@@ -278,7 +278,7 @@ pub const COMPACT_LEVELS_MAX: usize = 16;
 /// times too few of the first with small pages.
 pub const COMPACT_L0_RECORDS_MILLI: u64 = 1200;
 /// Rows of L1 layers, counted as in `COMPACT_DEPTH_MAX`, that a merge of L0 layers leaves.
-pub const COMPACT_ROWS_MAX: u64 = 2;
+pub const COMPACT_ROWS_MAX: u64 = 3;
 /// A merge of L0 layers takes the next row of L1 layers along if it is at most so many times as
 /// large as all that is merged already.
 pub const COMPACT_ROW_FACTOR: u64 = 3;
@@ -387,11 +387,8 @@ pub const CLOSED_GC_PERIOD_MS: u64 = 24 * 3600 * 1000;
 /// Ingest is not slowed for the checkpoint while so many thousandths of layers are in memory,
 /// open or frozen: one may be written while the next fills.
 pub const INGEST_FROZEN_MILLI_FREE: u64 = 1500;
-/// Ingest is not slowed for compaction while there are so many thousandths of L0 layers, those
-/// counted that are still in memory.
-pub const INGEST_L0_MILLI_FREE: u64 = L0_LAYERS_URGENT as u64 * 1000 + 1000;
 /// L0 layers, with those in memory, of which WAL is taken in as fast as compaction works it off.
-pub const INGEST_EVEN_LAYERS: u64 = 5;
+pub const INGEST_EVEN_LAYERS: u64 = 4;
 /// The same of the records that they hold of each page.
 pub const INGEST_EVEN_RECORDS: u64 = 10;
 /// Ingest is not slowed for the depth of reads up to so many thousandths of the lower of the two.
@@ -415,7 +412,7 @@ pub const L0_MERGE_FAILURES_MAX: u32 = 3;
 pub const READ_LAYERS_CONCURRENT_MAX: usize = 4;
 
 const _: () = assert!(INGEST_FROZEN_MILLI_FREE < FROZEN_LAYERS_MAX as u64 * 1000);
-const _: () = assert!(INGEST_L0_MILLI_FREE < L0_LAYERS_MAX as u64 * 1000);
+const _: () = assert!(INGEST_EVEN_LAYERS < L0_LAYERS_URGENT as u64);
 const _: () = assert!(INGEST_MEMORY_PERCENT_FREE < MEMORY_OVERDRAFT_PERCENT);
 // Read depth.
 

@@ -16,6 +16,12 @@ use std::sync::Arc;
 
 use crate::layers::FrozenLayer;
 
+#[cfg(test)]
+thread_local! {
+    /// For tests that want L0 layers to be read from their files.
+    pub(crate) static NO_RESIDENTS: Cell<bool> = const { Cell::new(false) };
+}
+
 /// See the module's text.
 #[derive(Debug)]
 pub struct MemoryBudget {
@@ -76,6 +82,10 @@ impl MemoryBudget {
         residents.retain(|one| one.upgrade().is_some_and(|one| one.is_there()));
         residents.push_back(Rc::downgrade(&resident));
         drop(residents);
+        #[cfg(test)]
+        if NO_RESIDENTS.get() {
+            resident.take();
+        }
         resident
     }
 

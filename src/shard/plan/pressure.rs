@@ -3,10 +3,9 @@
 //! Three things can run behind: the checkpoint (frozen layers wait for it), compaction (L0 layers
 //! wait for it), and both on a core of many timelines (memory). Each has a curve that begins at
 //! "no limit" and falls by halves, the steeper the less room there is; the lowest of them holds.
-//! Compaction has two: one by the number of L0 layers, one by how far they make a read descend.
-//! Ten L0 layers of a large database may have a record of a page in one of them, those of a small
-//! one have records of it in each. What compaction gets done is known for the second, so that
-//! reads find the same depth however fast or slow it is. So the rate settles where as much is taken in as can be written, whatever the device is
+//! That of compaction goes by how far a read has to descend: by the number of L0 layers, or by the
+//! records that a page has in them, which in a small database are many in each. What compaction
+//! gets done is measured, so that reads find the same depth however fast or slow it is. So the rate settles where as much is taken in as can be written, whatever the device is
 //! able to do, and nobody has to know that figure.
 //!
 //! All measures are continuous: a layer counts by its fill while it is open, as one when it is
@@ -28,8 +27,8 @@ use crate::io::Instant;
 use crate::limits::{
     FROZEN_LAYERS_MAX, INGEST_DEPTH_MILLI_FREE, INGEST_DEPTH_MILLI_FULL, INGEST_DEPTH_MILLI_HALF,
     INGEST_EVEN_LAYERS, INGEST_EVEN_RECORDS, INGEST_FAST_BYTES_PER_S, INGEST_FROZEN_MILLI_FREE,
-    INGEST_L0_MILLI_FREE, INGEST_MEMORY_PERCENT_FREE, INGEST_PAUSE_MS, INGEST_SLOWEST_LAYER_S,
-    INGEST_STUCK_BYTES_PER_S, L0_LAYERS_MAX, MEMORY_OVERDRAFT_PERCENT,
+    INGEST_MEMORY_PERCENT_FREE, INGEST_PAUSE_MS, INGEST_SLOWEST_LAYER_S, INGEST_STUCK_BYTES_PER_S,
+    L0_LAYERS_MAX, MEMORY_OVERDRAFT_PERCENT,
 };
 
 /// How compaction gets on with L0 layers.
@@ -123,10 +122,7 @@ pub fn limit(load: &Load) -> Option<u64> {
         MEMORY_OVERDRAFT_PERCENT,
         load.layer_bytes,
     );
-    let l0_milli = (load.l0_count as u64).saturating_mul(1000).saturating_add(waiting);
-    let l0_full = (L0_LAYERS_MAX as u64 + layers_max) * 1000;
-    let l0 = curve(l0_milli, INGEST_L0_MILLI_FREE, l0_full, load.layer_bytes);
-    let l0 = l0.into_iter().chain(depth_curve(load)).min();
+    let l0 = depth_curve(load);
     let l0 = match load.merging {
         Merging::Works => l0,
         Merging::Fails => l0.map(|rate| rate.max(INGEST_STUCK_BYTES_PER_S)),
@@ -190,7 +186,6 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
-    use crate::limits::L0_LAYERS_URGENT;
 
     const MIB: u64 = 1 << 20;
 
@@ -224,24 +219,13 @@ mod tests {
     }
 
     #[test]
-    fn the_rate_falls_with_l0_layers() {
-        let at = |l0_count| Load { l0_count, ..IDLE };
-        assert_eq!(limit(&at(L0_LAYERS_URGENT + 1)), None);
-        assert_eq!(mib_per_s(&at(8)), Some(402));
-        assert_eq!(mib_per_s(&at(9)), Some(146));
-        assert_eq!(mib_per_s(&at(10)), Some(54));
-        let full = Load { frozen_count: FROZEN_LAYERS_MAX, open_milli: 1000, ..at(10) };
-        assert_eq!(mib_per_s(&full), Some(1));
-    }
-
-    #[test]
     fn the_rate_falls_with_the_depth_of_reads() {
         let at = |l0_count, layer_records_milli| Load { l0_count, layer_records_milli, ..IDLE };
         // By layers, by records.
         assert_eq!(limit(&at(2, 0)), None);
-        assert_eq!(mib_per_s(&at(5, 0)), Some(230));
+        assert_eq!(mib_per_s(&at(4, 0)), Some(230));
         assert_eq!(limit(&at(2, 2_500)), None);
-        assert_eq!(limit(&at(2, 5_000)), limit(&at(5, 0)));
+        assert_eq!(limit(&at(2, 5_000)), limit(&at(4, 0)));
         assert_eq!(
             limit(&at(1, 1 << 60)).map(|rate| rate > INGEST_FAST_BYTES_PER_S / 2),
             Some(true)
@@ -260,9 +244,9 @@ mod tests {
                 Load { l0_count, layer_records_milli, merge_bytes_per_s, ..IDLE }
             };
             assert_eq!(limit(&at(2, 0)), None);
-            assert_eq!(limit(&at(5, 0)), Some(speed));
+            assert_eq!(limit(&at(4, 0)), Some(speed));
             assert_eq!(limit(&at(2, 5_000)), Some(speed));
-            assert!(limit(&at(4, 0)) > Some(speed));
+            assert!(limit(&at(3, 0)) > Some(speed));
             assert!(limit(&at(4, 4_000)) < Some(speed / 2));
             assert_eq!(limit(&at(100, 0)), Some(MIB));
         }

@@ -52,7 +52,14 @@ fn quantile(distribution: &[f64], share: f64) -> usize {
 
 /// Adds the distribution of the number of layers that a page's read takes blocks of, and that of
 /// the records, when the layers have so many records of each page on average.
-fn note_read(layers_read: &mut Vec<f64>, records_read: &mut Vec<f64>, records: &[f64]) {
+/// `records` are those of a page in files, by layer; `in_memory` those of L0 layers, which are in
+/// memory still.
+fn note_read(
+    layers_read: &mut Vec<f64>,
+    records_read: &mut Vec<f64>,
+    records: &[f64],
+    in_memory: f64,
+) {
     // The image is always read.
     let mut layers = vec![0.0, 1.0];
     for mean in records {
@@ -63,7 +70,7 @@ fn note_read(layers_read: &mut Vec<f64>, records_read: &mut Vec<f64>, records: &
             layers[count] = layers[count] * (1.0 - has) + one_less * has;
         }
     }
-    let mean: f64 = records.iter().sum();
+    let mean: f64 = records.iter().sum::<f64>() + in_memory;
     let mut probability = (-mean).exp();
     let records = (1..200).map(|count| {
         let this = probability;
@@ -140,14 +147,14 @@ impl Model {
         let columns = columns(&self.layers, &self.config);
         let pages = f64::from(self.pages);
         for column in columns.iter().step_by(1 + columns.len() / 8) {
-            // Records of a page in each layer, and in the open layer half of what L0 layers have.
+            // Records of a page in each layer.
             let per_page = |bytes: u64, pages: f64| bytes as f64 / self.record_bytes / pages;
             let share = self.share(&column.keys) as f64;
             let stack = column.stack.iter().map(|(_, bytes)| per_page(*bytes, share));
             let l0 = self.layers.iter().filter(|layer| layer.is_l0());
-            let l0 = l0.map(|layer| per_page(layer.bytes, pages));
-            let records: Vec<f64> = stack.chain(l0).collect();
-            note_read(&mut self.layers_read, &mut self.records_read, &records);
+            let l0: f64 = l0.map(|layer| per_page(layer.bytes, pages)).sum();
+            let records: Vec<f64> = stack.collect();
+            note_read(&mut self.layers_read, &mut self.records_read, &records, l0);
         }
     }
 
@@ -373,11 +380,11 @@ fn small_rows_are_merged_along_and_large_ones_are_not() {
         other => panic!("{other:?}"),
     };
     let layers = [image.clone(), row(101, 9_000_000), row(201, 500_000), l0(301), l0(401)];
-    assert_eq!(inputs(&layers), (vec![3, 4, 2], Lsn(201)..Lsn(501), COMPACT_CHAIN_MAX / 2));
+    assert_eq!(inputs(&layers), (vec![3, 4, 2], Lsn(201)..Lsn(501), COMPACT_CHAIN_MIN));
     // Three rows and a new one are too many; the oldest is too large.
     let [a, b, c] = [row(101, 30_000_000), row(201, 4_000_000), row(301, 4_000_000)];
     let layers = [image.clone(), a, b, c, l0(401), l0(501)];
-    assert_eq!(inputs(&layers), (vec![4, 5, 3, 2], Lsn(201)..Lsn(601), COMPACT_CHAIN_MAX / 2));
+    assert_eq!(inputs(&layers), (vec![4, 5, 3, 2], Lsn(201)..Lsn(601), COMPACT_CHAIN_MIN));
     // An image has made the row unnecessary.
     let newer = layer(whole.clone(), 290..291, true, 90_000_000);
     let layers = [image, newer, row(101, 9_000_000), row(201, 500_000), l0(301), l0(401)];
