@@ -33,7 +33,8 @@ fn update(init: bool, new: &[u8]) -> Vec<u8> {
     let mut main = vec![0; 14];
     (main[0], main[4], main[12]) = (77, 1, if init { 1 } else { 3 });
     let body = Body::default().block(0, name(NEW), init, new).block(1, name(OLD), false, b"");
-    record(10, if init { 0xA0 } else { 0x20 }, &body.finish(&main))
+    let whole = record(10, if init { 0xA0 } else { 0x20 }, &body.finish(&main));
+    with(&whole, |record| record.header.xid = 700).into()
 }
 
 /// A tuple as an update has it: infomask2, infomask, hoff, a byte of padding, the data.
