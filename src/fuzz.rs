@@ -8,16 +8,18 @@
 use bytes::{Bytes, BytesMut};
 
 use crate::base::page::{PAGE_SIZE, Page};
+use crate::base::wal_record::WAL_RECORD_CRC_AT;
 use crate::base::{Lsn, RelNode, RelTag};
 use crate::layers::fuzzing;
 use crate::redo::RedoSettings;
+use crate::redo::excerpt::excerpt;
 use crate::redo::native::{Applied, NotNative, apply, apply_bytes, is_foreign};
 use crate::redo::protocol::decode_reply;
 use crate::server::page_protocol::{Version, decode_request, decode_response, encode_request};
 use crate::server::pq::{decode_message, decode_startup};
 use crate::wal::decode::decode;
 use crate::wal::page::WalLayout;
-use crate::wal::record::{BlockRef, Record};
+use crate::wal::record::{BlockRef, Record, check_crc, checksum};
 use crate::wal::stream::{Event, WalStream};
 
 /// A fuzzed function.
@@ -77,6 +79,24 @@ fn wal_record(input: &[u8]) {
         for image in record.blocks.iter().filter_map(|block| block.image.as_ref()) {
             let _ = image.restore();
         }
+        excerpts(&record, bytes.to_vec());
+    }
+}
+
+/// What is stored of a record that changes several blocks, once its checksum is right: a sound
+/// record that has the same for the block, and of which nothing more can be left out.
+fn excerpts(record: &Record<'_>, mut bytes: Vec<u8>) {
+    let crc = checksum(&bytes).to_le_bytes();
+    if let Some(field) = bytes.get_mut(WAL_RECORD_CRC_AT..WAL_RECORD_CRC_AT + crc.len()) {
+        field.copy_from_slice(&crc);
+    }
+    for block in &record.blocks {
+        let Some(short) = excerpt(&bytes, block.rel, block.block) else { continue };
+        assert!(short.len() < bytes.len() && check_crc(&short).is_ok());
+        let again = Record::parse(&short).expect("an excerpt is a record");
+        assert_eq!(again.block(block.id), Some(block));
+        assert_eq!(again.main_data, record.main_data);
+        assert_eq!(excerpt(&short, block.rel, block.block), None);
     }
 }
 

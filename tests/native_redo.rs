@@ -1,5 +1,6 @@
 //! Native redo on WAL that a real PostgreSQL 15 wrote: every page version equals the wal-redo
-//! child's byte for byte (`pgstrata redo compare`), and damaged records and pages do no harm.
+//! child's byte for byte, also from what is stored of records of several blocks (`pgstrata redo
+//! compare`), and damaged records and pages do no harm.
 
 #![allow(clippy::disallowed_methods, reason = "a test that runs programs")]
 
@@ -22,26 +23,41 @@ mod common;
 
 use common::Root;
 
-/// Runs the comparison and gives its table, by kind: changes, native, skipped, misfits, different.
-fn compare(args: &[&str]) -> HashMap<String, [u64; 5]> {
+/// A table of the comparison, by kind.
+type Table<const N: usize> = HashMap<String, [u64; N]>;
+
+/// Lines of a name and `N` numbers.
+fn table<'a, const N: usize>(lines: impl Iterator<Item = &'a str>) -> Table<N> {
+    let row = |line: &str| {
+        let words: Vec<&str> = line.split_whitespace().collect();
+        let at = words.len().checked_sub(N).filter(|at| *at > 0)?;
+        let numbers: Vec<u64> = words[at..].iter().filter_map(|word| word.parse().ok()).collect();
+        Some((words[..at].join(" "), <[u64; N]>::try_from(numbers).ok()?))
+    };
+    lines.filter_map(row).collect()
+}
+
+/// Runs the comparison and gives its tables: changes, native, skipped, misfits, different; of
+/// records of several blocks changes, excerpts, bytes, bytes stored.
+fn compare_both(args: &[&str]) -> (Table<5>, Table<4>) {
     let mut command = Command::new(env!("CARGO_BIN_EXE_pgstrata"));
     let output = command.args(["redo", "compare"]).args(args).output().unwrap();
     let text = String::from_utf8_lossy(&output.stdout).into_owned();
     let errors = String::from_utf8_lossy(&output.stderr);
     println!("{args:?}\n{text}");
     assert!(output.status.success(), "{args:?} failed\n{text}\n{errors}");
-    let mut kinds = HashMap::new();
-    for line in text.lines() {
-        let words: Vec<&str> = line.split_whitespace().collect();
-        let Some(at) = words.len().checked_sub(5).filter(|at| *at > 0) else { continue };
-        let numbers: Vec<u64> = words[at..].iter().filter_map(|word| word.parse().ok()).collect();
-        if let Ok(numbers) = <[u64; 5]>::try_from(numbers) {
-            kinds.insert(words[..at].join(" "), numbers);
-        }
-    }
+    let is_second = |line: &&str| line.starts_with("of several blocks");
+    let kinds: Table<5> = table(text.lines().take_while(|line| !is_second(line)));
+    let excerpts: Table<4> = table(text.lines().skip_while(|line| !is_second(line)));
     let [changes, native, _, misfits, different] = kinds["all"];
     assert!(native <= changes && misfits == 0 && different == 0);
-    kinds
+    let [changes, shortened, whole, stored] = excerpts["all"];
+    assert!(0 < shortened && shortened < changes && stored < whole, "{:?}", excerpts["all"]);
+    (kinds, excerpts)
+}
+
+fn compare(args: &[&str]) -> Table<5> {
+    compare_both(args).0
 }
 
 #[test]
@@ -111,8 +127,43 @@ fn every_kind_is_equal() {
 #[test]
 fn without_images_with_checksums() {
     let args = ["--workload", "mixed", "--data-checksums", "--set", "full_page_writes=off"];
-    let [changes, ..] = compare(&args)["all"];
-    assert!(changes > 500_000, "{changes}");
+    let (kinds, excerpts) = compare_both(&args);
+    assert!(kinds["all"][0] > 500_000, "{:?}", kinds["all"]);
+    shortened(&excerpts, &SHORTENED);
+}
+
+/// Kinds of records of several blocks of which excerpts must have been made.
+const SHORTENED: [&str; 13] = [
+    "Heap 20",
+    "Btree 10",
+    "Btree 30",
+    "Btree 40",
+    "BRIN 20",
+    "Generic 00",
+    "Gin 20",
+    "Gin 30",
+    "Gin 60",
+    "Gist 30",
+    "Hash 20",
+    "Hash 30",
+    "Hash 80",
+];
+
+/// What is stored of records of several blocks gives the same pages: with many images, with hints
+/// logged.
+#[test]
+fn excerpts_with_images() {
+    let args = ["--workload", "mixed", "--set", "wal_log_hints=on", "--set", "max_wal_size=32MB"];
+    let (_, excerpts) = compare_both(&args);
+    shortened(&excerpts, &SHORTENED);
+    shortened(&excerpts, &["Heap2 40", "Btree 80"]);
+}
+
+fn shortened(excerpts: &Table<4>, kinds: &[&str]) {
+    for kind in kinds {
+        let [changes, shortened, whole, stored] = excerpts.get(*kind).copied().unwrap_or_default();
+        assert!(shortened > 0 && stored < whole, "{kind}: {changes} changes, {shortened} excerpts");
+    }
 }
 
 #[test]

@@ -7,8 +7,8 @@
 //! |---|---|---|
 //! | 0 | [`Value::Image`] | the bytes |
 //! | 1 | [`Value::ZeroPage`] | none |
-//! | 2 | [`Value::WalRecord`], needs a base | the whole WAL record |
-//! | 3 | [`Value::WalRecord`], initialises the page | the whole WAL record |
+//! | 2 | [`Value::WalRecord`], needs a base | the WAL record, or an excerpt |
+//! | 3 | [`Value::WalRecord`], initialises the page | the same |
 //! | 4 | [`SmallRecord::VmClear`] | u8 flags, u32 heap block, u32 heap block |
 //! | 5 | [`SmallRecord::VmTruncate`] | u32 byte of the map, u8 heap blocks kept in that byte |
 //! | 6 | [`SmallRecord::ClogSet`] | u8 status, i64 timestamp, u32 xid … |
@@ -27,11 +27,12 @@ pub enum Value {
     Image(Bytes),
     /// A page of zeros, as relation extension leaves it.
     ZeroPage,
-    /// A whole WAL record as it stands in the WAL, to be applied to the older content.
+    /// A WAL record to be applied to the older content: as it stands in the WAL, or, in a layer
+    /// file, an excerpt for this page of one that changes several (`src/redo/excerpt.rs`).
     WalRecord {
         /// The record does not need the older content (`WILL_INIT`, or a full-page image).
         will_init: bool,
-        /// `XLogRecord` header and body, `xl_tot_len` bytes.
+        /// `XLogRecord` header and body, `xl_tot_len` bytes; the checksum fits.
         record: Bytes,
     },
     /// A change that WAL implies without naming the block.

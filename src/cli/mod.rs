@@ -28,6 +28,7 @@ pub mod page_client;
 pub mod pg;
 pub mod redo_command;
 pub mod redo_compare;
+pub mod redo_excerpts;
 mod redo_replay;
 pub mod serve;
 mod service;

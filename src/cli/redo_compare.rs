@@ -7,6 +7,9 @@
 //! the WAL, where `wal_consistency_checking` put some. Native redo goes ahead; the child's answers
 //! are taken in with up to [`REDO_COMPARE_DEPTH`] under way.
 //!
+//! Of a record that changes several blocks, both are given the excerpt too that is stored for the
+//! block, and must make the same page of it again ([`super::redo_excerpts`]).
+//!
 //! Where native redo refuses, the child's page is taken. A page that no record makes anew, by
 //! initialisation or image, is read from a copy of the data directory from before the WAL.
 
@@ -27,12 +30,14 @@ use futures_util::stream::{FuturesUnordered, StreamExt};
 use futures_util::{FutureExt, future};
 
 use super::admin_client::CommandError;
+use super::redo_excerpts::{Excerpt, ExcerptReport, Whole};
 use super::verify::{describe, differences};
 use super::verify_files::DataDirectory;
 use crate::base::key::FORK_VM;
 use crate::base::page::{PAGE_SIZE, Page, page_is_new};
 use crate::base::{BlockNumber, Lsn, RelTag, SmallRecord};
 use crate::limits::{REDO_COMPARE_DEPTH, VERIFY_DETAILS_MAX};
+use crate::redo::excerpt::excerpt;
 use crate::redo::native::{Applied, NotNative, apply, apply_bytes};
 use crate::redo::small::{self, heap_block_to_map_block};
 use crate::redo::{Redo, RedoError, RedoRequest, RedoSettings};
@@ -75,6 +80,8 @@ pub struct CompareReport {
     pub pages: u64,
     /// Of these, pages whose last version, from its last base on, is made without the child.
     pub pages_native: u64,
+    /// Records of several blocks, and what is stored of them.
+    pub excerpts: ExcerptReport,
     /// The first differences and misfits, described.
     pub details: Vec<String>,
 }
@@ -124,10 +131,16 @@ impl CompareReport {
             share(self.pages_native, self.pages),
             self.pages,
         );
+        out.push_str(&self.excerpts.table());
         for detail in &self.details {
             let _ = writeln!(out, "  {detail}");
         }
         out
+    }
+
+    fn differs(&mut self, kind: (u8, u8), text: impl FnOnce() -> String) {
+        self.kinds.entry(kind).or_default().different += 1;
+        self.detail(|| format!("{} {:02X}: {}", manager_name(kind.0), kind.1, text()));
     }
 
     fn detail(&mut self, text: impl FnOnce() -> String) {
@@ -138,7 +151,7 @@ impl CompareReport {
 }
 
 /// PostgreSQL's name of a resource manager.
-fn manager_name(rmgr: u8) -> String {
+pub(super) fn manager_name(rmgr: u8) -> String {
     let name = match rmgr {
         rmgr_id::XLOG => "XLOG",
         rmgr_id::HEAP2 => "Heap2",
@@ -163,14 +176,36 @@ struct Current {
     child: bool,
 }
 
-/// A page that native redo made, and the child's answer.
+/// What the child is to make of a record, and of its excerpt if there is one.
+struct Question {
+    kind: (u8, u8),
+    whole: RedoRequest,
+    short: Option<RedoRequest>,
+}
+
+impl Question {
+    /// The child's answers.
+    async fn answers(self, child: &dyn Redo) -> Answers {
+        let short = async {
+            match self.short {
+                Some(short) => Some(child.redo(short).await),
+                None => None,
+            }
+        };
+        future::join(child.redo(self.whole), short).await
+    }
+}
+
+type Answers = (Result<Bytes, RedoError>, Option<Result<Bytes, RedoError>>);
+
+/// A page that native redo made, and the child's answers.
 struct Answer {
     rel: RelTag,
     block: BlockNumber,
     lsn: Lsn,
     kind: (u8, u8),
     ours: Bytes,
-    theirs: Result<Bytes, RedoError>,
+    theirs: Answers,
 }
 
 /// A comparison under way.
@@ -180,6 +215,7 @@ pub struct Compare<'a> {
     base: &'a DataDirectory,
     pages: HashMap<(RelTag, BlockNumber), Current>,
     under_way: FuturesUnordered<LocalBoxFuture<'a, Answer>>,
+    excerpt: Excerpt<'a>,
     report: CompareReport,
 }
 
@@ -192,8 +228,15 @@ impl<'a> Compare<'a> {
             base,
             pages: HashMap::new(),
             under_way: FuturesUnordered::new(),
+            excerpt: Box::new(excerpt),
             report: CompareReport::default(),
         }
+    }
+
+    /// Compares with other excerpts, ones with mistakes.
+    pub fn with_excerpt(mut self, excerpt: Excerpt<'a>) -> Self {
+        self.excerpt = excerpt;
+        self
     }
 
     /// Takes the next record.
@@ -261,12 +304,24 @@ impl<'a> Compare<'a> {
             Err(NotNative::Misfit(_)) => done.is_err(),
         };
         if !same {
-            self.report.kinds.entry(kind).or_default().different += 1;
-            self.report.detail(|| format!("{rel} block {number} at {lsn}: two ways differ"));
+            self.report.differs(kind, || format!("{rel} block {number} at {lsn}: two ways differ"));
         }
+        // Blocks of XLOG are stored as pages.
+        let short = match record.blocks.len() {
+            2.. if kind.0 != rmgr_id::XLOG => {
+                let page_before: &Page = (&before[..]).try_into()?;
+                let whole = Whole { found, block, before: page_before, after: &page, done };
+                self.excerpt(kind, &whole)
+            }
+            _ => None,
+        };
         let base = (!block.will_init).then_some(before);
-        let records = vec![(lsn, found.bytes.clone())];
-        let request = RedoRequest { rel, block: number, base, records };
+        let request = |record: Bytes| {
+            let records = vec![(lsn, record)];
+            RedoRequest { rel, block: number, base: base.clone(), records }
+        };
+        let question =
+            Question { kind, short: short.map(request), whole: request(found.bytes.clone()) };
         let page: Box<[u8]> = page;
         let ours = Bytes::from(page);
         let sums = self.report.kinds.entry(kind).or_default();
@@ -275,7 +330,7 @@ impl<'a> Compare<'a> {
             Ok(applied) => {
                 sums.native += 1;
                 sums.skipped += u64::from(applied == Applied::Skipped);
-                self.ask(request, kind, ours.clone()).await;
+                self.ask(question, ours.clone()).await;
                 (ours, true)
             }
             Err(why) => {
@@ -283,7 +338,13 @@ impl<'a> Compare<'a> {
                     sums.misfits += 1;
                     self.report.detail(|| format!("{rel} block {number} at {lsn}: {what}"));
                 }
-                (self.child.redo(request).await?, false)
+                let (whole, short) = question.answers(self.child).await;
+                let whole = whole?;
+                if let Some(problem) = problem(&whole, short.as_ref()) {
+                    let place = format!("{rel} block {number} at {lsn}");
+                    self.report.differs(kind, || format!("{place}: of its excerpt, {problem}"));
+                }
+                (whole, false)
             }
         };
         let old = self.pages.get(&(rel, number)).is_some_and(|current| current.child);
@@ -292,13 +353,27 @@ impl<'a> Compare<'a> {
         Ok(native)
     }
 
+    /// The excerpt of a record for a block, if there is one. It is counted, and checked without
+    /// the child.
+    fn excerpt(&mut self, kind: (u8, u8), whole: &Whole<'_>) -> Option<Bytes> {
+        let (rel, number) = (whole.block.rel, whole.block.block);
+        let short = (self.excerpt)(&whole.found.bytes, rel, number);
+        self.report.excerpts.count(kind, &whole.found.bytes, short.as_ref());
+        let short = short?;
+        if let Err(problem) = whole.check(&short, &self.settings) {
+            let lsn = whole.found.end;
+            self.report.differs(kind, || format!("{rel} block {number} at {lsn}: {problem}"));
+        }
+        Some(short)
+    }
+
     /// Has the child apply a record too.
-    async fn ask(&mut self, request: RedoRequest, kind: (u8, u8), ours: Bytes) {
+    async fn ask(&mut self, question: Question, ours: Bytes) {
         let child = self.child;
         let answer = async move {
-            let (rel, block) = (request.rel, request.block);
-            let lsn = request.records.first().map_or(Lsn::INVALID, |(lsn, _)| *lsn);
-            let theirs = child.redo(request).await;
+            let (kind, rel, block) = (question.kind, question.whole.rel, question.whole.block);
+            let lsn = question.whole.records.first().map_or(Lsn::INVALID, |(lsn, _)| *lsn);
+            let theirs = question.answers(child).await;
             Answer { rel, block, lsn, kind, ours, theirs }
         };
         self.under_way.push(answer.boxed_local());
@@ -319,20 +394,14 @@ impl<'a> Compare<'a> {
     }
 
     fn judge(&mut self, answer: &Answer) {
-        let Answer { rel, block, lsn, kind, ours, theirs } = answer;
-        let problem = match theirs {
-            Ok(theirs) if theirs == ours => return,
-            Ok(theirs) => describe(ours, theirs, &differences(ours, theirs, false)),
-            Err(error) => error.to_string(),
-        };
-        let (rmgr, operation) = *kind;
-        self.report.kinds.entry(*kind).or_default().different += 1;
-        self.report.detail(|| {
-            format!(
-                "{} {operation:02X}: {rel} block {block} at {lsn}: {problem}",
-                manager_name(rmgr)
-            )
-        });
+        let Answer { rel, block, lsn, kind, ours, theirs: (whole, short) } = answer;
+        if let Some(problem) = problem(ours, Some(whole)) {
+            self.report.differs(*kind, || format!("{rel} block {block} at {lsn}: {problem}"));
+        }
+        if let Some(problem) = problem(ours, short.as_ref()) {
+            let place = format!("{rel} block {block} at {lsn}");
+            self.report.differs(*kind, || format!("{place}: of its excerpt, {problem}"));
+        }
     }
 
     /// Visibility-map bits that a record clears without naming the block.
@@ -354,6 +423,15 @@ impl<'a> Compare<'a> {
             }
         }
         Ok(())
+    }
+}
+
+/// What is wrong with an answer of the child.
+fn problem(ours: &Bytes, theirs: Option<&Result<Bytes, RedoError>>) -> Option<String> {
+    match theirs? {
+        Ok(theirs) if theirs == ours => None,
+        Ok(theirs) => Some(describe(ours, theirs, &differences(ours, theirs, false))),
+        Err(error) => Some(error.to_string()),
     }
 }
 

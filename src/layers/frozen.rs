@@ -66,6 +66,8 @@ impl FrozenLayer {
     }
 
     /// Writes the layer to a delta file over all keys, published in `dir` when this returns.
+    /// `form` makes of each value the one that the file keeps, which must mean the same: what keys
+    /// share in memory may have a smaller form for each of them.
     ///
     /// # Errors
     /// [`LayerError::Empty`] without values; whatever [`DeltaWriter`] says. Nothing is left behind.
@@ -74,10 +76,11 @@ impl FrozenLayer {
         io: &I,
         dir: &Path,
         owner: LayerOwner,
+        form: impl Fn(Key, Value) -> Value,
     ) -> Result<LayerDesc, LayerError> {
         let mut writer = DeltaWriter::create(io, dir, owner, self.lsns.clone()).await?;
         for (key, lsn, value) in self.entries() {
-            if let Err(error) = writer.add(key, lsn, &value).await {
+            if let Err(error) = writer.add(key, lsn, &form(key, value)).await {
                 writer.abort().await;
                 return Err(error);
             }

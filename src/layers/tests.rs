@@ -552,7 +552,7 @@ proptest! {
         let same = frozen.entries().eq(entries.iter().cloned());
         assert!(same);
         simulate(move |io| async move {
-            let desc = frozen.write(&io, dir(), owner()).await.unwrap();
+            let desc = frozen.write(&io, dir(), owner(), |_, value| value).await.unwrap();
             verify(&io, &path_of(&desc)).await.unwrap();
             let layer = open(&io, &desc.name).await.unwrap();
             for (answer, (key, lsns)) in answers(&layer).await.into_iter().zip(questions()) {

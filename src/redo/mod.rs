@@ -4,7 +4,8 @@
 //! and the records after it. [`plan`] cuts the records into runs; our own small records and
 //! images are applied there. WAL records are applied in Rust where that goes ([`native`]), else
 //! by a child process: unmodified PostgreSQL with `pgxn/neon_walredo` loaded ([`child`]), of
-//! which a core has a few ([`pool`]).
+//! which a core has a few ([`pool`]). What layer files keep of a record that changes several blocks
+//! is an [`excerpt`] for each.
 
 use std::rc::Rc;
 
@@ -14,6 +15,7 @@ use futures_util::future::LocalBoxFuture;
 use crate::base::{BlockNumber, Kind, Lsn, RelTag};
 
 pub mod child;
+pub mod excerpt;
 pub mod failed;
 pub mod histogram;
 pub mod native;

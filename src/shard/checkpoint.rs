@@ -2,7 +2,8 @@
 //!
 //! A checkpoint of one frozen layer:
 //! 1. the journal is synced past the layer's end;
-//! 2. the background executor writes the delta file and publishes it (sync, rename, sync dir);
+//! 2. the background executor writes the delta file and publishes it (sync, rename, sync dir); of
+//!    a record that changes several pages each gets what it needs ([`stored_form`]);
 //! 3. commit times up to there are written (`timestamps`), then the timeline's index is replaced by one that names the file and moves
 //!    `disk_consistent_lsn`;
 //! 4. in one synchronous step the file takes the frozen layer's place, which stays in memory for
@@ -28,6 +29,7 @@ use crate::base::Lsn;
 use crate::io::{Io, TaskClass, durable};
 use crate::layers::{FrozenLayer, LayerDesc, LayerOwner};
 use crate::limits::{CHECKPOINT_RETRY_MS, LSN_DISTANCE_FACTOR, NO_SPACE_RETRY_MS};
+use crate::redo::excerpt::stored_form;
 use crate::wal::journal::JournalError;
 
 /// Why a checkpoint failed. It is tried again: the layer is still in memory and its WAL in the
@@ -217,7 +219,8 @@ impl<I: Io> Timeline<I> {
             None
         } else {
             let (dir, frozen) = (self.context.dir.clone(), frozen.clone());
-            let write = move |io: I| async move { frozen.write(&io, &dir, owner).await };
+            let write =
+                move |io: I| async move { frozen.write(&io, &dir, owner, stored_form).await };
             let written = self.context.background.run(write).await;
             let written = written.map_err(|error| fail(error.to_string()))?;
             Some(written.map_err(|error| fail(error.to_string()))?)

@@ -1,9 +1,9 @@
 //! The simulated primary: makes WAL of many kinds from a seed and knows what every page must
 //! look like at every LSN.
 //!
-//! Its idea of redo is [`mix`]: a page after a record is a hash of the page before, the record
-//! and its LSN. So a record that is missing, doubled, out of order or applied to the wrong base
-//! changes the page, and the oracle needs no PostgreSQL.
+//! Its idea of redo is [`mix`]: a page after a record is a hash of the page before, of what the
+//! record has for it, and of the record's LSN. So a record that is missing, doubled, out of order
+//! or applied to the wrong base changes the page, and the oracle needs no PostgreSQL.
 
 use std::collections::BTreeMap;
 
@@ -13,6 +13,7 @@ use super::wal::{BlockName, Body, WalWriter};
 use crate::base::checksum::{crc32c, crc32c_append};
 use crate::base::page::{PAGE_SIZE, set_page_lsn};
 use crate::base::{Lsn, RelNode, RelTag, Timestamp};
+use crate::wal::record::{BlockRef, Record};
 
 const RMGR_XLOG: u8 = 0;
 const RMGR_XACT: u8 = 1;
@@ -28,10 +29,28 @@ const HEAP_INIT_PAGE: u8 = 0x80;
 const RELATIONS: u64 = 4;
 const BLOCKS: u64 = 24;
 
-/// The page after applying `record`, which ends at `lsn`.
-pub fn mix(page: Option<&[u8]>, lsn: Lsn, record: &[u8]) -> Vec<u8> {
+/// The page of block `target` after applying `record`, which ends at `lsn`. As in PostgreSQL, redo
+/// looks at all of the record but the data of other blocks; what is initialised, at that too.
+pub fn mix(page: Option<&[u8]>, lsn: Lsn, record: &[u8], (rel, number): (RelTag, u32)) -> Vec<u8> {
+    let record = Record::parse(record).expect("a record of the simulated primary");
+    let header = &record.header;
+    let mut seen = Vec::new();
+    seen.extend_from_slice(&header.xid.to_le_bytes());
+    seen.extend_from_slice(&header.prev.0.to_le_bytes());
+    seen.extend_from_slice(&[header.info, header.rmgr]);
+    for block in &record.blocks {
+        let BlockRef { id, rel: RelTag { node, fork }, block: place, will_init, .. } = *block;
+        for field in [node.spc, node.db, node.rel, place] {
+            seen.extend_from_slice(&field.to_le_bytes());
+        }
+        seen.extend_from_slice(&[id, fork, u8::from(will_init)]);
+        if will_init || block.rel == rel && place == number {
+            seen.extend_from_slice(block.data);
+        }
+    }
+    seen.extend_from_slice(record.main_data);
     let before = page.map_or(0, crc32c);
-    let mut hash = crc32c_append(crc32c_append(before, record), &lsn.0.to_le_bytes());
+    let mut hash = crc32c_append(crc32c_append(before, &seen), &lsn.0.to_le_bytes());
     let mut out = vec![0; PAGE_SIZE];
     for chunk in out.chunks_mut(4).take(64) {
         chunk.copy_from_slice(&hash.to_le_bytes());
@@ -215,7 +234,7 @@ impl Primary {
         let record = self.record_bytes(start, body.len());
         for &(rel, block, init) in touched {
             let before = (!init).then(|| self.page_at(rel, block, Lsn(end.0 - 1)));
-            let page = mix(before.as_deref(), end, &record);
+            let page = mix(before.as_deref(), end, &record, (rel, block));
             self.put(rel, block, end, page.into());
         }
         self.ends.push(end);

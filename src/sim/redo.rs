@@ -19,7 +19,8 @@ impl Redo for ToyRedo {
         Box::pin(async move {
             let mut page = request.base.map(|base| base.to_vec());
             for (lsn, record) in &request.records {
-                page = Some(mix(page.as_deref(), *lsn, record));
+                let target = (request.rel, request.block);
+                page = Some(mix(page.as_deref(), *lsn, record, target));
             }
             let (rel, block) = (request.rel, request.block);
             page.map(Bytes::from).ok_or(RedoError::NoRecords { rel, block })

@@ -91,6 +91,18 @@ impl<'a> BlockImage<'a> {
         BlockImage { header, bytes: &[] }
     }
 
+    /// A page of zeros in the smallest form: one byte, and a hole behind it. To be applied.
+    pub(crate) fn blank() -> BlockImage<'static> {
+        let hole_len = PAGE_SIZE as u16 - 1;
+        let header = ImageHeader { len: 1, hole_offset: 1, hole_len, info: HAS_HOLE | APPLY };
+        BlockImage { header, bytes: &[0] }
+    }
+
+    /// Header and bytes, as they stand in a record.
+    pub(super) fn parts(&self) -> (&ImageHeader, &'a [u8]) {
+        (&self.header, self.bytes)
+    }
+
     /// The bytes that the header described.
     pub(crate) fn set_bytes(&mut self, bytes: &'a [u8]) {
         self.bytes = bytes;

@@ -11,6 +11,7 @@ pub mod backup_label;
 mod bytes;
 pub mod change;
 pub mod checkpoint;
+mod compose;
 pub mod control_file;
 pub mod decode;
 pub mod image;

@@ -44,10 +44,16 @@ const FORK_MAX: u8 = 3;
 /// `XLR_CHECK_CONSISTENCY`: written under `wal_consistency_checking`.
 const CHECK_CONSISTENCY: u8 = 0x02;
 
-const HAS_IMAGE: u8 = 0x10;
-const HAS_DATA: u8 = 0x20;
-const WILL_INIT: u8 = 0x40;
-const SAME_REL: u8 = 0x80;
+pub(super) const HAS_IMAGE: u8 = 0x10;
+pub(super) const HAS_DATA: u8 = 0x20;
+pub(super) const WILL_INIT: u8 = 0x40;
+pub(super) const SAME_REL: u8 = 0x80;
+
+/// `XLR_BLOCK_ID_DATA_SHORT` and its like, in the place of a block's number.
+pub(super) const MAIN_DATA_SHORT: u8 = 255;
+pub(super) const MAIN_DATA_LONG: u8 = 254;
+pub(super) const ORIGIN: u8 = 253;
+pub(super) const TOPLEVEL_XID: u8 = 252;
 
 /// Resource managers of PostgreSQL 15 (`src/include/access/rmgrlist.h`).
 #[allow(missing_docs, reason = "the names are those of PostgreSQL")]
@@ -337,10 +343,10 @@ impl<'a> Record<'a> {
         let mut total: usize = 0;
         while rest.len() > total {
             match rest.u8().ok_or_else(cut)? {
-                255 => return Ok(usize::from(rest.u8().ok_or_else(cut)?)),
-                254 => return Ok(rest.u32().ok_or_else(cut)? as usize),
-                253 => self.origin = rest.u16().ok_or_else(cut)?,
-                252 => self.toplevel_xid = rest.u32().ok_or_else(cut)?,
+                MAIN_DATA_SHORT => return Ok(usize::from(rest.u8().ok_or_else(cut)?)),
+                MAIN_DATA_LONG => return Ok(rest.u32().ok_or_else(cut)? as usize),
+                ORIGIN => self.origin = rest.u16().ok_or_else(cut)?,
+                TOPLEVEL_XID => self.toplevel_xid = rest.u32().ok_or_else(cut)?,
                 id if id <= BLOCK_ID_MAX => {
                     if self.blocks.last().is_some_and(|last| last.id >= id) {
                         return Err(malformed("block references are out of order", Some(id)));
