@@ -242,16 +242,14 @@ impl Process {
         }
     }
 
-    /// Writes what the pipe takes, waits until a pipe is ready, at most [`REDO_POLL`], and reads
-    /// from those that are. Three system calls for a short request and its reply: they are a good
-    /// part of what it costs.
+    /// Waits until a pipe is ready, at most [`REDO_POLL`], and moves what can be moved.
     fn move_bytes(&mut self, frames: &[u8], written: &mut usize) -> Result<(), String> {
-        self.write(frames, written)?;
+        let rest = frames.get(*written..).unwrap_or_default();
         let mut fds = vec![
             PollFd::new(self.stdout.as_fd(), PollFlags::POLLIN),
             PollFd::new(self.stderr.as_fd(), PollFlags::POLLIN),
         ];
-        if *written < frames.len() {
+        if !rest.is_empty() {
             fds.push(PollFd::new(self.stdin.as_fd(), PollFlags::POLLOUT));
         }
         let wait = PollTimeout::try_from(REDO_POLL).unwrap_or(PollTimeout::ZERO);
@@ -259,27 +257,17 @@ impl Process {
             Ok(_) | Err(nix::errno::Errno::EINTR) => {}
             Err(error) => return Err(format!("poll: {error}")),
         }
-        // The end of a pipe counts as well.
-        let ready = |fd: usize| fds.get(fd).and_then(PollFd::any).unwrap_or(true);
-        let (has_reply, has_log) = (ready(0), ready(1));
-        if has_log {
-            self.read_log();
-        }
-        if has_reply { self.read_replies() } else { Ok(()) }
-    }
-
-    fn write(&mut self, frames: &[u8], written: &mut usize) -> Result<(), String> {
-        let rest = frames.get(*written..).unwrap_or_default();
-        if rest.is_empty() {
-            return Ok(());
-        }
-        match self.stdin.write(rest) {
-            Ok(count) => *written += count,
-            Err(error) if is_transient(&error) => {}
-            // What it said before it died comes first; the end of its output follows.
-            Err(_) if !self.input.is_empty() => {}
-            Err(error) => {
-                return self.read_replies().map_err(|end| format!("{end} ({error})"));
+        self.read_log();
+        self.read_replies()?;
+        if !rest.is_empty() {
+            match self.stdin.write(rest) {
+                Ok(count) => *written += count,
+                Err(error) if is_transient(&error) => {}
+                // What it said before it died comes first; the end of its output follows.
+                Err(_) if !self.input.is_empty() => {}
+                Err(error) => {
+                    return self.read_replies().map_err(|end| format!("{end} ({error})"));
+                }
             }
         }
         Ok(())
