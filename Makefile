@@ -10,7 +10,8 @@ SEEDS ?= 100000
 MUTATIONS ?= 100000
 KILLS ?= 60
 KILL_SECONDS ?= 600
-TRANSACTIONS ?= 250000
+TRANSACTIONS ?= 150000
+ORDERS ?= 50000
 TARGET ?= layer_index
 SECONDS ?= 60
 WALREDO_DIR := target/walredo
@@ -62,8 +63,10 @@ soak: release
 		-c checkpoint_distance_bytes=2000000 -c image_layer_bytes=4000000 \
 		-c compaction_target_bytes=4000000 \
 		-c gc_horizon_bytes=1000000 -c pitr_interval_s=0 -c gc_period_s=1
-	target/release/pgstrata redo compare --scale 20 --transactions $(TRANSACTIONS) --size 3
-	target/release/pgstrata redo compare --scale 20 --transactions 50000 --size 2 \
+	target/release/pgstrata redo compare --scale 20 --transactions $(TRANSACTIONS) \
+		--warehouses 4 --orders $(ORDERS) --rounds 4 --size 3
+	target/release/pgstrata redo compare --scale 20 --transactions 50000 \
+		--warehouses 4 --orders 10000 --rounds 2 --size 2 \
 		--data-checksums --set full_page_writes=off
 
 # What it finds is added to test_data/fuzz, where every run of the tests tries it again. Without a

@@ -12,17 +12,13 @@
 
 mod common;
 
-use std::fs;
 use std::path::Path;
-use std::process::Command;
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
-use common::recorded::Recorded;
+use common::recorded::{Recorded, Recovered};
 use common::{MB, Result, Rounds, Scratch, cpu_time, images, parts, shard, sized};
 use nix::sys::resource::UsageWho;
-use pgstrata::cli::oracle;
-use pgstrata::cli::pg::{control_data, give_to_servers};
 use pgstrata::config::Config;
 use pgstrata::shard::control::{CoreControl, CoreMetrics};
 use pgstrata::shard::timeline::TimelineConfig;
@@ -52,33 +48,9 @@ struct Cost {
     metrics: CoreMetrics,
 }
 
-/// Recovery by PostgreSQL: CPU time of the server from its start to its end.
+/// Recovery by PostgreSQL.
 fn recover(root: &Path, recorded: &Recorded) -> Result<Cost> {
-    let dir = root.join("standby");
-    let copied = Command::new("cp").arg("-a").arg(&recorded.backup).arg(&dir).status()?.success();
-    if !copied {
-        return Err("cp of the base backup failed".into());
-    }
-    // The WAL lies where the server looks by itself: no copying in the time that is measured.
-    for (_, segment) in recorded.segments()? {
-        let target = dir.join("data/pg_wal").join(segment.file_name().unwrap_or_default());
-        fs::copy(&segment, &target)?;
-        give_to_servers(&target)?;
-    }
-    let settings = ["restore_command = 'false'", "shared_buffers = 512MB", "full_page_writes = on"];
-    let mut standby = oracle::prepare(&dir, &recorded.primary, &settings.map(str::to_owned))?;
-    standby.configure([format!("recovery_target_lsn = '{}'", recorded.mark.record).as_str()])?;
-    let (cpu, begin) = (cpu_time(UsageWho::RUSAGE_CHILDREN)?, Instant::now());
-    standby.spawn()?;
-    standby.wait_exit(PATIENCE)?;
-    let wall = begin.elapsed();
-    let cpu = cpu_time(UsageWho::RUSAGE_CHILDREN)?.saturating_sub(cpu);
-    let end = control_data(standby.data(), "Minimum recovery ending location")?;
-    if end != recorded.mark.end.to_string() {
-        return Err(format!("recovery ended at {end}\n{}", standby.log_tail()).into());
-    }
-    drop(standby);
-    fs::remove_dir_all(&dir)?;
+    let Recovered { cpu, wall } = recorded.recover(root)?;
     Ok(Cost { cpu, ingest_cpu: cpu, wall, metrics: CoreMetrics::default() })
 }
 

@@ -15,9 +15,11 @@ use pgstrata::cli::pg::{PgCluster, StopMode, control_data};
 use pgstrata::cli::redo_compare::read_wal;
 use pgstrata::cli::workload;
 use pgstrata::fuzz::native_redo_seed;
-use pgstrata::redo::RedoSettings;
+use pgstrata::redo::failed::{self, Failed};
 use pgstrata::redo::native::apply;
-use pgstrata::wal::record::Record;
+use pgstrata::redo::protocol::encode_request;
+use pgstrata::redo::{RedoRequest, RedoSettings};
+use pgstrata::wal::record::{BlockRef, Record};
 
 mod common;
 
@@ -37,9 +39,22 @@ fn table<'a, const N: usize>(lines: impl Iterator<Item = &'a str>) -> Table<N> {
     lines.filter_map(row).collect()
 }
 
-/// Runs the comparison and gives its tables: changes, native, skipped, misfits, different; of
-/// records of several blocks changes, excerpts, bytes, bytes stored.
-fn compare_both(args: &[&str]) -> (Table<5>, Table<4>) {
+/// Outcome of a comparison.
+struct Compared {
+    /// By kind: changes, native, skipped, misfits, different.
+    kinds: Table<5>,
+    /// Of records of several blocks, by kind: changes, excerpts, bytes, bytes stored.
+    excerpts: Table<4>,
+    /// Records in the WAL.
+    records: u64,
+    /// The lines about coverage: load, and shares of records, page versions and pages in percent.
+    loads: Vec<(String, [f64; 3])>,
+    /// Pages of stock recovery that were compared.
+    recovered: u64,
+}
+
+/// Runs the comparison. Stock recovery must have been asked at the end of each load.
+fn compare(args: &[&str]) -> Compared {
     let mut command = Command::new(env!("CARGO_BIN_EXE_pgstrata"));
     let output = command.args(["redo", "compare"]).args(args).output().unwrap();
     let text = String::from_utf8_lossy(&output.stdout).into_owned();
@@ -53,27 +68,60 @@ fn compare_both(args: &[&str]) -> (Table<5>, Table<4>) {
     assert!(native <= changes && misfits == 0 && different == 0);
     let [changes, shortened, whole, stored] = excerpts["all"];
     assert!(0 < shortened && shortened < changes && stored < whole, "{:?}", excerpts["all"]);
-    (kinds, excerpts)
+    let numbers = |line: &str| -> Vec<f64> {
+        line.split([' ', ';', ',']).filter_map(|word| word.parse().ok()).collect()
+    };
+    let load = |line: &str| -> Option<(String, [f64; 3])> {
+        let (name, rest) = line.split_once(": without a process ")?;
+        let shares: Vec<f64> = numbers(rest).into_iter().step_by(2).collect();
+        Some((name.to_owned(), shares.try_into().ok()?))
+    };
+    let loads: Vec<_> = text.lines().filter_map(load).collect();
+    let recoveries: Vec<f64> = text
+        .lines()
+        .filter_map(|line| line.strip_prefix("stock recovery to "))
+        .map(|line| numbers(line.split_once("): ").unwrap().1)[0])
+        .collect();
+    assert!(!recoveries.is_empty() && recoveries.iter().all(|pages| *pages > 100.0), "{text}");
+    let records = text.lines().find_map(|line| line.strip_suffix(" records")).unwrap();
+    let recovered = recoveries.iter().sum::<f64>() as u64;
+    Compared { kinds, excerpts, records: records.parse().unwrap(), loads, recovered }
 }
 
-fn compare(args: &[&str]) -> Table<5> {
-    compare_both(args).0
+/// What the product promises: at least 99.5 % of records, 98 % of pages rebuilt.
+fn covers(compared: &Compared, load: &str) {
+    let of = |one: &&(String, [f64; 3])| one.0 == load;
+    let (_, [records, versions, pages]) = compared.loads.iter().find(of).expect(load);
+    assert!(*records >= 99.5 && *versions >= 98.0 && *pages >= 98.0, "{:?}", compared.loads);
 }
 
 #[test]
 fn pgbench_never_needs_the_child() {
-    let kinds = compare(&["--workload", "pgbench", "--scale", "5", "--transactions", "5000"]);
-    let [changes, native, ..] = kinds["all"];
+    let compared = compare(&["--workload", "pgbench", "--scale", "5", "--transactions", "5000"]);
+    let [changes, native, ..] = compared.kinds["all"];
     assert!(changes > 150_000, "{changes}");
     assert_eq!(changes, native);
+    covers(&compared, "pgbench");
+}
+
+#[test]
+fn warehouses_hardly_need_the_child() {
+    let args = ["--workload", "tpcc", "--warehouses", "2", "--orders", "600", "--rounds", "2"];
+    let compared = compare(&args);
+    let [changes, ..] = compared.kinds["all"];
+    assert!(changes > 150_000, "{changes}");
+    assert_eq!(compared.loads.iter().filter(|load| load.0 == "like TPC-C").count(), 2);
+    covers(&compared, "like TPC-C");
 }
 
 /// Every kind of record that is applied natively, PostgreSQL's own images as a third judge.
 #[test]
 fn every_kind_is_equal() {
-    let kinds = compare(&["--workload", "mixed", "--set", "wal_consistency_checking=all"]);
+    let compared = compare(&["--workload", "mixed", "--set", "wal_consistency_checking=all"]);
+    let Compared { kinds, records, recovered, .. } = compared;
     let [changes, native, ..] = kinds["all"];
     assert!(changes > 500_000 && native > 300_000, "{changes} {native}");
+    assert!(records > 250_000 && recovered > 5_000, "{records} {recovered}");
     for kind in [
         "XLOG B0",
         "Heap2 10",
@@ -127,9 +175,10 @@ fn every_kind_is_equal() {
 #[test]
 fn without_images_with_checksums() {
     let args = ["--workload", "mixed", "--data-checksums", "--set", "full_page_writes=off"];
-    let (kinds, excerpts) = compare_both(&args);
-    assert!(kinds["all"][0] > 500_000, "{:?}", kinds["all"]);
-    shortened(&excerpts, &SHORTENED);
+    let compared = compare(&args);
+    let [changes, ..] = compared.kinds["all"];
+    assert!(changes > 500_000 && compared.records > 250_000, "{changes} {}", compared.records);
+    shortened(&compared.excerpts, &SHORTENED);
 }
 
 /// Kinds of records of several blocks of which excerpts must have been made.
@@ -154,9 +203,9 @@ const SHORTENED: [&str; 13] = [
 #[test]
 fn excerpts_with_images() {
     let args = ["--workload", "mixed", "--set", "wal_log_hints=on", "--set", "max_wal_size=32MB"];
-    let (_, excerpts) = compare_both(&args);
-    shortened(&excerpts, &SHORTENED);
-    shortened(&excerpts, &["Heap2 40", "Btree 80"]);
+    let compared = compare(&args);
+    shortened(&compared.excerpts, &SHORTENED);
+    shortened(&compared.excerpts, &["Heap2 40", "Btree 80"]);
 }
 
 fn shortened(excerpts: &Table<4>, kinds: &[&str]) {
@@ -172,9 +221,82 @@ fn compressed_images() {
         let setting = format!("wal_compression={method}");
         let args = ["--workload", "pgbench", "--scale", "1", "--transactions", "300"];
         let hints = ["--set", "wal_log_hints=on", "--set", &setting];
-        let kinds = compare(&[&args[..], &hints].concat());
+        let kinds = compare(&[&args[..], &hints].concat()).kinds;
         assert!(kinds["XLOG A0"][0] > 0, "no image for a hint");
     }
+}
+
+/// A page of a table that begins empty, and the records that fill it.
+fn heap_page_of(cluster: &PgCluster, from: Lsn, filenode: u32) -> RedoRequest {
+    let mut request: Option<RedoRequest> = None;
+    read_wal(&cluster.data().join("pg_wal"), from, |found| {
+        let record = Record::parse(&found.bytes)?;
+        let wanted = |block: &&BlockRef<'_>| {
+            (block.rel.node.rel, block.rel.fork, block.block) == (filenode, 0, 0)
+        };
+        if let Some(block) = record.blocks.iter().find(wanted) {
+            let (rel, block) = (block.rel, block.block);
+            let request = request.get_or_insert_with(|| RedoRequest {
+                rel,
+                block,
+                base: None,
+                records: Vec::new(),
+            });
+            request.records.push((found.end, found.bytes));
+        }
+        Ok(true)
+    })
+    .unwrap();
+    request.unwrap()
+}
+
+/// `pgstrata redo replay` on what a node keeps: one that works when it is tried again, one that
+/// PostgreSQL refuses again, and a damaged file.
+#[test]
+fn kept_inputs_are_replayed() {
+    let root = Root::new("replay");
+    let mut cluster = PgCluster::init(&root.join("primary"), false, &[]).unwrap();
+    let from: Lsn =
+        control_data(cluster.data(), "Latest checkpoint's REDO location").unwrap().parse().unwrap();
+    cluster.start().unwrap();
+    let rows = "CREATE TABLE filled (id int);
+        INSERT INTO filled VALUES (1); INSERT INTO filled VALUES (2); INSERT INTO filled VALUES (3);";
+    cluster.psql("postgres", rows).unwrap();
+    let filenode = cluster.value("postgres", "SELECT pg_relation_filenode('filled')").unwrap();
+    cluster.stop(StopMode::Fast).unwrap();
+    let whole = heap_page_of(&cluster, from, filenode.parse().unwrap());
+    assert!(whole.records.len() >= 3, "{whole:?}");
+    // Without the second of its records the third has no place on the page.
+    let mut gap = whole.clone();
+    gap.records.remove(1);
+    let dir = root.join("kept");
+    let keep = |request: &RedoRequest| {
+        let mut frames = Vec::new();
+        encode_request(request, &mut frames).unwrap();
+        let redo = RedoSettings { hint_bits_logged: false };
+        let problem = "no answer within 10s".to_owned();
+        let input = Failed { tenant: "some".into(), redo, problem, frames: frames.into() };
+        failed::keep(&dir, &input).unwrap().unwrap()
+    };
+    let replay = |file: &Path| {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_pgstrata"));
+        let output = command.args(["redo", "replay"]).arg(file).output().unwrap();
+        let text = String::from_utf8_lossy(&[output.stdout, output.stderr].concat()).into_owned();
+        (output.status.success(), text)
+    };
+    let (well, text) = replay(&keep(&whole));
+    assert!(well && text.contains("tenant some") && text.contains("no answer within"), "{text}");
+    let pages: Vec<_> =
+        text.lines().filter_map(|line| Some(line.split_once(": page at ")?.1)).collect();
+    assert!(pages.len() == 2 && pages[0] == pages[1], "{text}");
+    let file = keep(&gap);
+    let (well, text) = replay(&file);
+    assert!(!well && text.contains("invalid max offset number"), "{text}");
+    let mut bytes = std::fs::read(&file).unwrap();
+    *bytes.last_mut().unwrap() ^= 1;
+    std::fs::write(&file, bytes).unwrap();
+    let (well, text) = replay(&file);
+    assert!(!well && text.contains("its checksum is wrong"), "{text}");
 }
 
 /// Small numbers from a fixed start.

@@ -433,6 +433,46 @@ fn counter(node: &DemoNode, name: &str) -> u64 {
     lines.map(|line| line.rsplit(' ').next().unwrap().parse::<u64>().unwrap()).sum()
 }
 
+/// Each of the tenants has a process that has worked for it; what the admin API and the metrics
+/// say agrees with the kernel.
+fn shows_its_processes(node: &DemoNode, ids: &[Id]) {
+    let cores = node.admin().unwrap().redo().unwrap();
+    let cores = cores.as_array().unwrap();
+    let shown: Vec<_> =
+        cores.iter().flat_map(|core| core["children"].as_array().unwrap()).collect();
+    let running = children(node.pid().unwrap());
+    for id in ids {
+        let of = |child: &&&serde_json::Value| child["tenant"] == id.shard().to_string();
+        let child = shown.iter().find(of).unwrap();
+        let number = |name: &str| child[name].as_u64().unwrap();
+        assert!(running.contains(&(number("pid") as u32)), "{child} {running:?}");
+        assert!(number("requests") > 0 && number("last_redo_ms_ago") <= number("age_ms"));
+    }
+    let alive: u64 = cores.iter().map(|core| core["alive"].as_u64().unwrap()).sum();
+    assert!(alive >= ids.len() as u64, "{cores:?}");
+    assert!(counter(node, "redo_children_started") >= ids.len() as u64);
+    assert_eq!(counter(node, "redo_failures"), 0);
+    let text = node.admin().unwrap().metrics().unwrap();
+    let sum = |name: &str, label: &str| -> f64 {
+        let lines = text.lines().filter(|line| line.starts_with(name) && line.contains(label));
+        lines.map(|line| line.rsplit(' ').next().unwrap().parse::<f64>().unwrap()).sum()
+    };
+    // Resource manager 12 is Hash.
+    assert!(sum("pgstrata_redo_type_records_total{", "manager=\"12\"") > 0.0, "{text}");
+    let by = |who: &str| sum("pgstrata_redo_type_records_total{", &format!("by=\"{who}\""));
+    let total = |name: &str| sum(&format!("pgstrata_{name}_total{{"), "");
+    assert_eq!(by("native"), total("redo_records_native"));
+    assert_eq!(by("native") + by("child"), total("redo_records"));
+    assert!(sum("pgstrata_redo_children_alive{", "") >= ids.len() as f64);
+    assert!(sum("pgstrata_redo_launch_seconds_total{", "") > 0.0);
+    let requests = total("redo_requests");
+    for histogram in ["seconds", "records", "bytes"] {
+        let name = format!("pgstrata_redo_page_{histogram}");
+        assert_eq!(sum(&format!("{name}_count{{"), ""), requests, "{name}");
+        assert!(sum(&format!("{name}_sum{{"), "") > 0.0, "{name}");
+    }
+}
+
 #[test]
 fn sigterm_ends_connections_and_children() {
     let root = Root::new("sigterm");
@@ -466,6 +506,7 @@ fn sigterm_ends_connections_and_children() {
         pages(&node, id, end, rel, blocks);
         clients.extend((0..20).map(|_| client(&node, id, end)));
     }
+    shows_its_processes(&node, &[Id(1, 1), Id(2, 1)]);
     // Half of a start-up message, a request without an end, and one that waits for its LSN.
     let mut half = TcpStream::connect(node.page_address()).unwrap();
     half.write_all(&start_up()[..5]).unwrap();

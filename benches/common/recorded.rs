@@ -2,15 +2,26 @@
 
 use std::fs;
 use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::time::{Duration, Instant};
 
 use bytes::Bytes;
+use nix::sys::resource::UsageWho;
 use pgstrata::base::lsn::Lsn;
 use pgstrata::cli::oracle::{self, Mark};
-use pgstrata::cli::pg::{PgCluster, StopMode};
+use pgstrata::cli::pg::{PgCluster, StopMode, control_data, give_to_servers};
 
-use super::Result;
+use super::{Result, cpu_time};
 
 pub const SEGMENT: u64 = 16 << 20;
+
+const PATIENCE: Duration = Duration::from_secs(600);
+
+/// What recovery by PostgreSQL took: CPU time of the server from its start to its end.
+pub struct Recovered {
+    pub cpu: Duration,
+    pub wall: Duration,
+}
 
 pub struct Recorded {
     pub primary: PgCluster,
@@ -71,5 +82,49 @@ impl Recorded {
             wal.extend_from_slice(&segment[begin..end]);
         }
         Ok(Bytes::from(wal))
+    }
+
+    /// Recovery of the backup up to the mark by a stock server.
+    pub fn recover(&self, root: &Path) -> Result<Recovered> {
+        let (recovered, end) =
+            self.recover_to(root, &format!("recovery_target_lsn = '{}'", self.mark.record))?;
+        if end != self.mark.end.to_string() {
+            return Err(format!("recovery ended at {end}").into());
+        }
+        Ok(recovered)
+    }
+
+    /// CPU time of the same server when it stops as soon as the backup is consistent: start, end,
+    /// and nothing between.
+    pub fn recover_nothing(&self, root: &Path) -> Result<Duration> {
+        Ok(self.recover_to(root, "recovery_target = 'immediate'")?.0.cpu)
+    }
+
+    /// Gives "Minimum recovery ending location" too.
+    fn recover_to(&self, root: &Path, target: &str) -> Result<(Recovered, String)> {
+        let dir = root.join("standby");
+        if !Command::new("cp").arg("-a").arg(&self.backup).arg(&dir).status()?.success() {
+            return Err("cp of the base backup failed".into());
+        }
+        // The WAL lies where the server looks by itself: no copying in the time that is measured.
+        for (_, segment) in self.segments()? {
+            let target = dir.join("data/pg_wal").join(segment.file_name().unwrap_or_default());
+            fs::copy(&segment, &target)?;
+            give_to_servers(&target)?;
+        }
+        let settings =
+            ["restore_command = 'false'", "shared_buffers = 512MB", "full_page_writes = on"];
+        let mut standby = oracle::prepare(&dir, &self.primary, &settings.map(str::to_owned))?;
+        standby.configure([target])?;
+        let (cpu, begin) = (cpu_time(UsageWho::RUSAGE_CHILDREN)?, Instant::now());
+        standby.spawn()?;
+        standby.wait_exit(PATIENCE)?;
+        let wall = begin.elapsed();
+        let cpu = cpu_time(UsageWho::RUSAGE_CHILDREN)?.saturating_sub(cpu);
+        let end = control_data(standby.data(), "Minimum recovery ending location")
+            .map_err(|error| format!("{error}\n{}", standby.log_tail()))?;
+        drop(standby);
+        fs::remove_dir_all(&dir)?;
+        Ok((Recovered { cpu, wall }, end))
     }
 }

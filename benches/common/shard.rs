@@ -161,6 +161,29 @@ fn lower_priority() {
     assert_eq!(result, 0, "setpriority");
 }
 
+/// Runs `story` on an executor of CPU 0, with the heartbeat of a node.
+pub fn on_executor<T, F>(story: impl FnOnce() -> F + Send + 'static) -> Result<T>
+where
+    T: Send + 'static,
+    F: Future<Output = Result<T>> + 'static,
+{
+    let done = Arc::new(AtomicBool::new(false));
+    let pulses = [Pulse::default(), Pulse::default()];
+    let progress = pulses[0].progress();
+    let ticked = done.clone();
+    let ticks = thread::spawn(move || tick_until(ticked, pulses));
+    let serve = executor().spawn(move || async move {
+        progress.begin().await;
+        start_beat(progress);
+        story().await
+    });
+    let serve = serve.map_err(|error| error.to_string())?;
+    let result = serve.join();
+    done.store(true, Ordering::Release);
+    ticks.join().map_err(|_| "the heartbeat's thread panicked")?;
+    result.map_err(|error| error.to_string())?
+}
+
 /// What a benchmark works with.
 pub struct Bed {
     pub shard: Rc<Shard<UringIo, Replay>>,

@@ -225,6 +225,11 @@ impl AdminClient {
         Ok(serde_json::from_slice(&self.send(self.client.put(url).json(&request))?)?)
     }
 
+    /// The wal-redo processes, by core, as the node describes them.
+    pub fn redo(&self) -> Result<Value, CommandError> {
+        self.get("/v1/redo")
+    }
+
     /// The page of metrics.
     pub fn metrics(&self) -> Result<String, CommandError> {
         let body = self.send(self.client.get(format!("{}/metrics", self.base)))?;

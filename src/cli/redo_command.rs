@@ -5,7 +5,8 @@
 //!
 //! With a load: a stock primary is made, its data directory copied before it ever starts, the load
 //! runs, the primary is stopped, and all WAL since the copy is compared
-//! ([`super::redo_compare`]).
+//! ([`super::redo_compare`]). At the end of each load a stock server recovers the copy up to there,
+//! and its files are compared too ([`super::redo_recovery`]).
 
 #![allow(
     clippy::disallowed_methods,
@@ -20,10 +21,11 @@ use futures_lite::future::block_on;
 use super::admin_client::CommandError;
 use super::pg::{PgCluster, StopMode, bin_dir, control_data, make_dir};
 use super::redo_compare::{Compare, CompareReport, read_wal};
+use super::redo_recovery::{Recovery, Stop};
 use super::redo_replay::{ReplayArgs, replay};
 use super::service::find_library;
 use super::verify_files::{DataDirectory, scan};
-use super::workload;
+use super::{oracle, tpcc, workload};
 use crate::base::Lsn;
 use crate::redo::RedoSettings;
 use crate::redo::child::{ChildRedo, ChildSettings};
@@ -50,8 +52,17 @@ pub enum Load {
     Pgbench,
     /// Every kind of index, DDL, vacuum, locks, two-phase commit, databases.
     Mixed,
-    /// Both, one after the other.
+    /// Orders, payments and deliveries of warehouses, like TPC-C.
+    Tpcc,
+    /// All of them, one after the other.
     All,
+}
+
+impl Load {
+    /// True if `one`, which is not `All`, is to run.
+    pub fn has(self, one: Load) -> bool {
+        self == one || self == Load::All
+    }
 }
 
 /// `pgstrata redo compare`.
@@ -83,6 +94,15 @@ pub struct CompareArgs {
     /// Transactions of each of pgbench's four clients.
     #[arg(long, default_value_t = 5000)]
     transactions: u32,
+    /// Warehouses of the load like TPC-C.
+    #[arg(long, default_value_t = 2)]
+    warehouses: u32,
+    /// Transactions of each of its four clients.
+    #[arg(long, default_value_t = 1000)]
+    orders: u32,
+    /// Runs of pgbench and of the load like TPC-C, each followed by stock recovery up to its end.
+    #[arg(long, default_value_t = 1)]
+    rounds: u32,
     /// Size of the mixed workload.
     #[arg(long, default_value_t = 1)]
     size: u32,
@@ -125,18 +145,29 @@ fn compare(args: &CompareArgs, root: &Path) -> Result<CompareReport, CommandErro
             Some(data) => scan(data)?,
             None => DataDirectory::default(),
         };
-        return compare_wal(args, root, wal, from, &base, args.hint_bits);
+        return compare_wal(args, root, wal, from, &base, args.hint_bits, None);
     }
     let logs_hints = |setting: &String| setting.replace(' ', "") == "wal_log_hints=on";
     let hint_bits = args.data_checksums || args.settings.iter().any(logs_hints);
-    let (primary, base, from) = make_wal(args, root)?;
-    let base = scan(&base)?;
-    compare_wal(args, root, &primary.data().join("pg_wal"), from, &base, hint_bits)
+    let made = make_wal(args, root)?;
+    let recovery = Recovery::new(&root.join("recovery"), &made.base, &made.primary)?;
+    let judge = Some((recovery, made.stops));
+    let wal = made.primary.data().join("pg_wal");
+    compare_wal(args, root, &wal, made.from, &scan(&made.base)?, hint_bits, judge)
 }
 
-/// Runs the load on a fresh primary; gives it, stopped, with a copy of what it was before, and the
-/// position where its WAL begins.
-fn make_wal(args: &CompareArgs, root: &Path) -> Result<(PgCluster, PathBuf, Lsn), CommandError> {
+/// A primary that has run its loads and is stopped.
+struct Made {
+    primary: PgCluster,
+    /// Its data directory from before that.
+    base: PathBuf,
+    /// Where its WAL begins.
+    from: Lsn,
+    stops: Vec<Stop>,
+}
+
+/// Runs the loads on a fresh primary.
+fn make_wal(args: &CompareArgs, root: &Path) -> Result<Made, CommandError> {
     say("making a stock PostgreSQL 15 primary");
     let mut settings: Vec<String> = vec![
         "wal_keep_size = 100GB".to_owned(),
@@ -157,19 +188,49 @@ fn make_wal(args: &CompareArgs, root: &Path) -> Result<(PgCluster, PathBuf, Lsn)
     }
     let from = control_data(primary.data(), "Latest checkpoint's REDO location")?.parse()?;
     primary.start()?;
-    if args.workload != Load::Mixed {
-        say(&format!("pgbench: scale {}, 4 x {} transactions", args.scale, args.transactions));
-        primary.pgbench_init("postgres", args.scale)?;
-        let transactions = args.transactions.to_string();
-        primary.pgbench("postgres", &["-c", "4", "-j", "1", "-t", &transactions], |_| {})?;
-        primary.psql("postgres", "VACUUM")?;
-    }
-    if args.workload != Load::Pgbench {
-        workload::mixed(&primary, args.size, &say)?;
-        workload::rare(&primary)?;
-    }
+    let stops = run_loads(args, root, &primary)?;
     primary.stop(StopMode::Fast)?;
-    Ok((primary, base, from))
+    Ok(Made { primary, base, from, stops })
+}
+
+fn run_loads(
+    args: &CompareArgs,
+    root: &Path,
+    primary: &PgCluster,
+) -> Result<Vec<Stop>, CommandError> {
+    let rounds = args.rounds.max(1);
+    let (transactions, orders) = (args.transactions / rounds, args.orders / rounds);
+    let mut stops = Vec::new();
+    let mut stop = |load: &str| -> Result<(), CommandError> {
+        stops.push(Stop { load: load.to_owned(), mark: oracle::mark(primary)? });
+        Ok(())
+    };
+    if args.workload.has(Load::Pgbench) {
+        say(&format!("pgbench: scale {}, {rounds} x 4 x {transactions}", args.scale));
+        primary.pgbench_init("postgres", args.scale)?;
+        let transactions = transactions.to_string();
+        for _ in 0..rounds {
+            primary.pgbench("postgres", &["-c", "4", "-j", "1", "-t", &transactions], |_| {})?;
+            primary.psql("postgres", "VACUUM")?;
+            stop("pgbench")?;
+        }
+    }
+    if args.workload.has(Load::Tpcc) {
+        say(&format!("like TPC-C: {} warehouses, {rounds} x 4 x {orders}", args.warehouses));
+        tpcc::init(primary, args.warehouses)?;
+        for _ in 0..rounds {
+            tpcc::run(primary, &root.join("tpcc"), args.warehouses, orders)?;
+            primary.psql(tpcc::DATABASE, "VACUUM")?;
+            stop("like TPC-C")?;
+        }
+    }
+    if args.workload.has(Load::Mixed) {
+        workload::mixed(primary, args.size, &say)?;
+        stop("mixed")?;
+        workload::rare(primary)?;
+        stop("rare kinds")?;
+    }
+    Ok(stops)
 }
 
 fn compare_wal(
@@ -179,6 +240,7 @@ fn compare_wal(
     from: Lsn,
     base: &DataDirectory,
     hint_bits_logged: bool,
+    judge: Option<(Recovery, Vec<Stop>)>,
 ) -> Result<CompareReport, CommandError> {
     let redo = RedoSettings { hint_bits_logged };
     let scratch = root.join("redo");
@@ -196,16 +258,46 @@ fn compare_wal(
     say(&format!("comparing every page version from {from} on"));
     let begin = Instant::now();
     let mut compare = Compare::new(&child, redo, base);
+    let (mut recovery, stops) = judge.map_or((None, Vec::new()), |(one, two)| (Some(one), two));
+    let mut stops = stops.into_iter().peekable();
+    let mut recovered_well = true;
     let end = read_wal(wal, from, |record| {
         if args.to.is_some_and(|to| record.end > to) {
             return Ok(false);
         }
         block_on(compare.record(&record))?;
+        while let Some(stop) = stops.next_if(|stop| record.end >= stop.mark.end) {
+            compare.end_load(&stop.load);
+            if let Some(recovery) = &mut recovery {
+                recovered_well &= judge_by(recovery, &stop, &compare)?;
+            }
+        }
         Ok(true)
     })?;
+    if let Some(stop) = stops.next() {
+        return Err(format!("the WAL ends at {end}, before {}", stop.mark.end).into());
+    }
     let report = block_on(compare.finish());
     block_on(child.shutdown());
     print!("{}", report.table());
     say(&format!("WAL from {from} to {end}, {:.1} s", begin.elapsed().as_secs_f64()));
-    Ok(report)
+    match recovered_well {
+        true => Ok(report),
+        false => Err("stock recovery made other pages".into()),
+    }
+}
+
+/// Compares with stock recovery at a stop; true if all is equal.
+fn judge_by(
+    recovery: &mut Recovery,
+    stop: &Stop,
+    compare: &Compare<'_>,
+) -> Result<bool, CommandError> {
+    let outcome = recovery.compare(stop.mark, compare)?;
+    println!(
+        "stock recovery to {} ({}): {} pages, {} different; {} without a file",
+        stop.mark.end, stop.load, outcome.pages, outcome.different, outcome.left_out
+    );
+    print!("{}", outcome.details);
+    Ok(outcome.different == 0 && outcome.pages > 0)
 }

@@ -33,19 +33,21 @@ use super::admin_client::CommandError;
 use super::redo_excerpts::{Excerpt, ExcerptReport, Whole};
 use super::verify::{describe, differences};
 use super::verify_files::DataDirectory;
-use crate::base::key::FORK_VM;
-use crate::base::page::{PAGE_SIZE, Page, page_is_new};
-use crate::base::{BlockNumber, Lsn, RelTag, SmallRecord};
+use crate::base::page::Page;
+use crate::base::{BlockNumber, Lsn, RelTag};
 use crate::limits::{REDO_COMPARE_DEPTH, VERIFY_DETAILS_MAX};
 use crate::redo::excerpt::excerpt;
 use crate::redo::native::{Applied, NotNative, apply, apply_bytes};
-use crate::redo::small::{self, heap_block_to_map_block};
 use crate::redo::{Redo, RedoError, RedoRequest, RedoSettings};
-use crate::wal::change::Change;
-use crate::wal::decode::decode;
 use crate::wal::page::WalLayout;
 use crate::wal::record::{BlockRef, Record, rmgr_id};
 use crate::wal::stream::{Event, StreamRecord, WalStream};
+
+pub mod coverage;
+mod implied;
+
+use coverage::Coverage;
+use implied::Implied;
 
 const SEGMENT_BYTES: u64 = 16 * 1024 * 1024;
 const READ_BYTES: usize = 1024 * 1024;
@@ -70,18 +72,12 @@ pub struct Sums {
 pub struct CompareReport {
     /// Records read.
     pub records: u64,
-    /// Records that name blocks.
-    pub page_records: u64,
-    /// Of these, records all of whose blocks were applied natively.
-    pub page_records_native: u64,
     /// By resource manager and operation.
     pub kinds: BTreeMap<(u8, u8), Sums>,
-    /// Pages that were changed at all.
-    pub pages: u64,
-    /// Of these, pages whose last version, from its last base on, is made without the child.
-    pub pages_native: u64,
     /// Records of several blocks, and what is stored of them.
     pub excerpts: ExcerptReport,
+    /// By load, in their order.
+    pub loads: Vec<Coverage>,
     /// The first differences and misfits, described.
     pub details: Vec<String>,
 }
@@ -121,16 +117,10 @@ impl CompareReport {
             line(&format!("{} {operation:02X}", manager_name(*rmgr)), sums);
         }
         line("all", &self.total());
-        let share = |part: u64, whole: u64| 100.0 * part as f64 / whole.max(1) as f64;
-        let _ = writeln!(
-            out,
-            "{} records, {} of them change pages; native: {:.3} % of these, {:.3} % of {} pages",
-            self.records,
-            self.page_records,
-            share(self.page_records_native, self.page_records),
-            share(self.pages_native, self.pages),
-            self.pages,
-        );
+        let _ = writeln!(out, "{} records", self.records);
+        for load in &self.loads {
+            let _ = writeln!(out, "{load}");
+        }
         out.push_str(&self.excerpts.table());
         for detail in &self.details {
             let _ = writeln!(out, "  {detail}");
@@ -170,10 +160,13 @@ pub(super) fn manager_name(rmgr: u8) -> String {
 }
 
 /// A page in its present version.
+#[derive(Clone)]
 struct Current {
     page: Bytes,
     /// It was made with the child's help since its last base.
     child: bool,
+    /// The load that changed it last, counted from 0.
+    load: usize,
 }
 
 /// What the child is to make of a record, and of its excerpt if there is one.
@@ -214,6 +207,10 @@ pub struct Compare<'a> {
     settings: RedoSettings,
     base: &'a DataDirectory,
     pages: HashMap<(RelTag, BlockNumber), Current>,
+    implied: Implied,
+    /// Loads that have ended.
+    loads: Vec<Coverage>,
+    load: Coverage,
     under_way: FuturesUnordered<LocalBoxFuture<'a, Answer>>,
     excerpt: Excerpt<'a>,
     report: CompareReport,
@@ -227,6 +224,9 @@ impl<'a> Compare<'a> {
             settings,
             base,
             pages: HashMap::new(),
+            implied: Implied::default(),
+            loads: Vec::new(),
+            load: Coverage::default(),
             under_way: FuturesUnordered::new(),
             excerpt: Box::new(excerpt),
             report: CompareReport::default(),
@@ -247,17 +247,38 @@ impl<'a> Compare<'a> {
     pub async fn record(&mut self, found: &StreamRecord) -> Result<(), CommandError> {
         self.report.records += 1;
         let record = Record::parse(&found.bytes)?;
+        self.imply(found)?;
         if record.blocks.is_empty() {
             return Ok(());
         }
-        self.clear_visibility(found)?;
         let mut all_native = true;
         for block in &record.blocks {
             all_native &= self.block(&record, block, found).await?;
         }
-        self.report.page_records += 1;
-        self.report.page_records_native += u64::from(all_native);
+        self.load.records += 1;
+        self.load.records_native += u64::from(all_native);
         Ok(())
+    }
+
+    /// The load whose records came last is over.
+    pub fn end_load(&mut self, name: &str) {
+        let mut load = Coverage { load: name.to_owned(), ..std::mem::take(&mut self.load) };
+        let number = self.loads.len();
+        for current in self.pages.values().filter(|current| current.load == number) {
+            load.pages += 1;
+            load.pages_native += u64::from(!current.child);
+        }
+        self.loads.push(load);
+    }
+
+    /// Every page that a record has changed, as it is now.
+    pub fn pages(&self) -> impl Iterator<Item = (RelTag, BlockNumber, &Bytes)> + '_ {
+        self.pages.iter().map(|((rel, block), current)| (*rel, *block, &current.page))
+    }
+
+    /// One of those.
+    pub fn page(&self, rel: RelTag, block: BlockNumber) -> Option<&Bytes> {
+        self.pages.get(&(rel, block)).map(|current| &current.page)
     }
 
     /// Waits for the child's last answers.
@@ -265,22 +286,11 @@ impl<'a> Compare<'a> {
         while let Some(answer) = self.under_way.next().await {
             self.judge(&answer);
         }
-        self.report.pages = self.pages.len() as u64;
-        self.report.pages_native =
-            self.pages.values().filter(|current| !current.child).count() as u64;
-        self.report
-    }
-
-    /// The page of a block as it is now; zeros if nobody knows it.
-    fn current(&self, rel: RelTag, block: BlockNumber) -> Result<Bytes, CommandError> {
-        if let Some(current) = self.pages.get(&(rel, block)) {
-            return Ok(current.page.clone());
+        if self.load.records > 0 {
+            self.end_load("the rest");
         }
-        let page = match self.base.forks.get(&rel) {
-            Some(files) => files.page(block)?,
-            None => None,
-        };
-        Ok(Bytes::from(page.unwrap_or_else(|| vec![0; PAGE_SIZE])))
+        self.report.loads = self.loads;
+        self.report
     }
 
     /// One block of a record; true if it was applied natively.
@@ -349,7 +359,10 @@ impl<'a> Compare<'a> {
         };
         let old = self.pages.get(&(rel, number)).is_some_and(|current| current.child);
         let child = !native || old && !block.replaces_page();
-        self.pages.insert((rel, number), Current { page: after, child });
+        self.load.versions += 1;
+        self.load.versions_native += u64::from(!child);
+        let load = self.loads.len();
+        self.pages.insert((rel, number), Current { page: after, child, load });
         Ok(native)
     }
 
@@ -402,27 +415,6 @@ impl<'a> Compare<'a> {
             let place = format!("{rel} block {block} at {lsn}");
             self.report.differs(*kind, || format!("{place}: of its excerpt, {problem}"));
         }
-    }
-
-    /// Visibility-map bits that a record clears without naming the block.
-    fn clear_visibility(&mut self, found: &StreamRecord) -> Result<(), CommandError> {
-        for change in decode(&found.bytes, found.start, found.end)? {
-            let Change::VmClear { node, flags, heap_blocks } = change else { continue };
-            for heap_block in heap_blocks.into_iter().flatten() {
-                let (rel, block) = (node.fork(FORK_VM), heap_block_to_map_block(heap_block));
-                let before = self.current(rel, block)?;
-                if page_is_new(&before) {
-                    continue;
-                }
-                let mut page: Box<Page> = before[..].try_into().map(Box::new)?;
-                let heap_blocks = [Some(heap_block), None];
-                small::apply(&mut page, &SmallRecord::VmClear { flags, heap_blocks });
-                let page: Box<[u8]> = page;
-                let child = self.pages.get(&(rel, block)).is_some_and(|current| current.child);
-                self.pages.insert((rel, block), Current { page: Bytes::from(page), child });
-            }
-        }
-        Ok(())
     }
 }
 

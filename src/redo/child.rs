@@ -33,7 +33,7 @@ use serde::{Deserialize, Serialize};
 
 use super::pool::{Pool, PoolSettings, Seat};
 use super::{Redo, RedoError, RedoRequest, RedoSettings, protocol, record};
-use crate::base::{BlockNumber, RelTag};
+use crate::base::{BlockNumber, RelNode, RelTag};
 use crate::limits::{REDO_IDLE, REDO_SLICE};
 
 pub(in crate::redo) mod process;
@@ -108,6 +108,7 @@ type Answer = Result<Bytes, RedoError>;
 /// A request on its way.
 pub(in crate::redo) struct Job {
     frames: Vec<u8>,
+    /// None in a ping.
     records: u64,
     rel: RelTag,
     block: BlockNumber,
@@ -156,6 +157,22 @@ impl ChildRedo {
     /// Its process, if it has one now.
     pub fn status(&self) -> Option<ChildStatus> {
         self.seat.status(&self.pool.shared)
+    }
+
+    /// Asks its process, which is started if there is none, for a sign of life; gives what it says
+    /// of itself. It has its turn among the other requests.
+    ///
+    /// # Errors
+    /// Those of a request.
+    pub async fn ping(&self) -> Result<String, RedoError> {
+        let mut frames = Vec::new();
+        protocol::encode_ping(&mut frames);
+        let rel = RelNode { spc: 0, db: 0, rel: 0 }.fork(0);
+        let (answer, reply) = oneshot::channel();
+        let job = Job { frames, records: 0, rel, block: 0, answer, failures: 0 };
+        self.seat.send(&self.pool.shared, job).await?;
+        let text = reply.await.unwrap_or(Err(RedoError::Shutdown))?;
+        Ok(String::from_utf8_lossy(&text).into_owned())
     }
 
     /// As [`ChildRedo::status`], for those that do not keep the value alive.

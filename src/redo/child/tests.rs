@@ -14,6 +14,7 @@ use nix::unistd::Pid;
 use super::*;
 use crate::base::page::{PAGE_SIZE, page_lsn};
 use crate::base::{Lsn, RelNode};
+use crate::redo::native::run::NativeRedo;
 use crate::redo::record::tests::record;
 
 const REL: RelNode = RelNode { spc: 1663, db: 5, rel: 16384 };
@@ -145,6 +146,7 @@ fn redo_in_postgres() {
     let _lock = lock();
     let redo = ChildRedo::new(settings(false));
     block_on(async {
+        pings(&redo).await;
         pages(&redo).await;
         errors(&redo).await;
         images_to_compare_with(&redo).await;
@@ -159,15 +161,17 @@ fn redo_in_postgres() {
         let after = redo.redo(ask(0, 7, None, inserts(7, 1))).await;
         assert_eq!(after, Err(RedoError::Shutdown));
     });
+    block_on(by_turns(ChildRedo::new(settings(false))));
     dropped();
     nothing_to_run();
 }
 
-/// The first insert into a page, with the image that `wal_consistency_checking` adds.
-fn insert_with_image(block: u32, value: u32, image: &[u8]) -> Bytes {
+/// As [`insert`], with the image of the page afterwards that `wal_consistency_checking` adds.
+fn insert_with_image(block: u32, line: u16, value: u32, image: &[u8]) -> Bytes {
     let mut data = vec![1, 0, 0, 8, 24, 0];
     data.extend(value.to_le_bytes());
-    let mut body = vec![0, 0x70];
+    let init = line == 1;
+    let mut body = vec![0, if init { 0x70 } else { 0x30 }];
     body.extend((data.len() as u16).to_le_bytes());
     // Length of the image, no hole, not to be applied.
     body.extend([0, 0x20, 0, 0, 0]);
@@ -177,21 +181,52 @@ fn insert_with_image(block: u32, value: u32, image: &[u8]) -> Bytes {
     body.extend([255, 3]);
     body.extend(image);
     body.extend(data);
-    body.extend([1, 0, 0]);
-    record(10, 0x82, &body).into()
+    body.extend(line.to_le_bytes());
+    body.push(0);
+    record(10, if init { 0x82 } else { 0x02 }, &body).into()
+}
+
+/// Runs of records that native redo applies and runs that it leaves to the process take turns in
+/// one chain, each on top of the other's page: the page is that of the process alone.
+async fn by_turns(redo: ChildRedo) {
+    let plain = inserts(9, 7);
+    let mut mixed = plain.clone();
+    // Those with an image to compare with are the process's; it finds out if the page differs.
+    for line in [1, 2, 4, 7u16] {
+        let at = usize::from(line);
+        let before = plain[..at].to_vec();
+        let image = redo.redo(ask(0, 9, None, before)).await.unwrap();
+        let value = 0xABCD_0000 | u32::from(line);
+        mixed[at - 1].1 = insert_with_image(9, line, value, &image);
+    }
+    let alone = redo.redo(ask(0, 9, None, plain)).await.unwrap();
+    let pid = redo.status().unwrap().pid;
+    let both = NativeRedo::new(redo, RedoSettings { hint_bits_logged: false });
+    let page = both.redo(ask(0, 9, None, mixed)).await.unwrap();
+    assert_eq!(page, alone);
+    assert_eq!(heap_page(&page), (7, 0xABCD_0007));
+    let counters = both.counters();
+    assert_eq!((counters.native_records(), counters.child_records()), (3, 4));
+    assert_eq!((counters.pages_native.get(), counters.pages_child.get()), (0, 1));
+    // A record of another block changes nothing, natively too.
+    let wrong = both.redo(ask(0, 8, None, inserts(9, 3))).await.unwrap();
+    assert_eq!(wrong, vec![0; PAGE_SIZE]);
+    assert_eq!(counters.pages_native.get(), 1);
+    assert_eq!(both.inner().status().unwrap().pid, pid);
+    both.inner().shutdown().await;
 }
 
 async fn images_to_compare_with(redo: &ChildRedo) {
     let plain = vec![(0x1008, insert(9, 1, true, 77))];
     let right = redo.redo(ask(0, 9, None, plain)).await.unwrap();
-    let checked = vec![(0x1008, insert_with_image(9, 77, &right))];
+    let checked = vec![(0x1008, insert_with_image(9, 1, 77, &right))];
     let page = redo.redo(ask(0, 9, None, checked)).await.unwrap();
     assert_eq!(page, right);
     // The page LSN is masked; the tuple's bytes are not.
     for (at, is_seen) in [(0, false), (PAGE_SIZE - 6, true)] {
         let mut image = right.to_vec();
         image[at] ^= 1;
-        let wrong = vec![(0x1008, insert_with_image(9, 77, &image))];
+        let wrong = vec![(0x1008, insert_with_image(9, 1, 77, &image))];
         let answer = redo.redo(ask(0, 9, None, wrong)).await;
         match answer {
             Err(RedoError::Refused { message, .. }) if is_seen => {
@@ -201,6 +236,18 @@ async fn images_to_compare_with(redo: &ChildRedo) {
             other => panic!("byte {at}: {other:?}"),
         }
     }
+}
+
+/// A ping goes there and back, alone and among pages, and answers come to who asked.
+async fn pings(redo: &ChildRedo) {
+    let text = redo.ping().await.unwrap();
+    assert!(text.starts_with(protocol::PONG_PREFIX) && text.ends_with("hint-bits off"), "{text}");
+    assert!(text.contains(" sandbox seccomp"), "{text}");
+    let page = redo.redo(ask(0, 9, None, inserts(9, 3)));
+    let (before, page, after) = futures_util::join!(redo.ping(), page, redo.ping());
+    assert_eq!((before.unwrap(), after.unwrap()), (text.clone(), text));
+    assert_eq!(heap_page(&page.unwrap()).0, 3);
+    assert_eq!(redo.status().unwrap().requests, 4);
 }
 
 async fn pages(redo: &ChildRedo) {

@@ -196,10 +196,14 @@ impl<'a> Worker<'a> {
         }
         let mut written = 0;
         while left > 0 {
+            let is_ping = self.waiting.front().is_some_and(|job| job.records == 0);
             match self.next_reply(&frames, &mut written)? {
-                Reply::Page(page) => self.answer(Ok(page)),
+                Reply::Page(page) if !is_ping => self.answer(Ok(page)),
+                Reply::Pong(text) if is_ping => self.answer(Ok(text.into())),
                 Reply::Error(message) => return Err(Trouble::Refused(message)),
-                Reply::Pong(_) => return Err(Trouble::Process("it answered out of turn".into())),
+                Reply::Page(_) | Reply::Pong(_) => {
+                    return Err(Trouble::Process("it answered out of turn".into()));
+                }
             }
             left -= 1;
         }
@@ -259,6 +263,9 @@ impl<'a> Worker<'a> {
         else {
             return;
         };
+        if job.records == 0 {
+            return;
+        }
         let input = Failed {
             tenant: self.seat.tenant.clone(),
             redo: self.seat.redo,

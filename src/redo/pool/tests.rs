@@ -6,6 +6,7 @@ use std::sync::{Mutex, OnceLock};
 
 use bytes::Bytes;
 use futures_lite::future::block_on;
+use futures_util::FutureExt;
 use futures_util::future::join_all;
 use futures_util::poll;
 use nix::sys::signal::{Signal, kill};
@@ -267,4 +268,49 @@ fn a_busy_tenant_does_not_starve_others() {
         assert!(answered >= 8 && page == (1, 2), "{answered}");
     });
     assert!(block_on(pool.shutdown()));
+}
+
+/// Callers go away while their requests wait for a start, for a process, or for an answer; others
+/// are served, and the processes sit where the pool's core is.
+#[test]
+fn requests_that_are_given_up_leave_the_pool_sound() {
+    let _lock = lock();
+    let pool = Pool::new(PoolSettings { cpu: Some(0), ..pool_settings(2, 1) });
+    let tenants: Vec<_> = (0..12).map(|n| tenant(&pool, n)).collect();
+    block_on(async {
+        for round in 0..3u32 {
+            let mut given_up = Vec::new();
+            let mut kept = Vec::new();
+            for (redo, n) in tenants.iter().zip(0..) {
+                given_up.push(redo.redo(first(100 + n)));
+                kept.push(redo.redo(first(n)));
+                given_up.push(redo.redo(first(200 + n)));
+            }
+            // They are sent; hardly ever is one answered that soon.
+            for request in &mut given_up {
+                let _ = poll!(request);
+            }
+            let mut pings: Vec<_> = tenants.iter().map(|redo| Box::pin(redo.ping())).collect();
+            pings.iter_mut().for_each(|ping| drop(ping.as_mut().now_or_never()));
+            if round == 1 {
+                // Now some of them have been sent.
+                kept.push(tenants[0].redo(first(0)));
+                assert!(tenants[1].redo(first(7)).await.is_ok());
+            }
+            drop((given_up, pings));
+            for (page, n) in join_all(kept).await.into_iter().zip((0..12).chain([0])) {
+                assert_eq!(heap_page(&page.unwrap()), (1, n));
+            }
+        }
+        let status = tenants.iter().find_map(ChildRedo::status).unwrap();
+        let path = format!("/proc/{}/status", status.pid);
+        let text = std::fs::read_to_string(path).unwrap();
+        assert!(text.contains("\nCpus_allowed_list:\t0\n"), "{text}");
+    });
+    let counters = pool.counters();
+    assert_eq!((number(&counters.failures), number(&counters.errors)), (0, 0));
+    assert!(number(&counters.alive_max) <= 2);
+    assert!(block_on(pool.shutdown()));
+    assert!(!block_on(pool.shutdown()));
+    assert_eq!(children(), Vec::<u32>::new());
 }
