@@ -445,3 +445,14 @@ pub const BACKUP_LEASE_RENEW: std::time::Duration = std::time::Duration::from_se
 pub const BACKUP_LOOK_BACK_BYTES: [u64; 3] = [64 * 1024, 1024 * 1024, 16 * 1024 * 1024];
 
 const _: () = assert!(BACKUP_LEASE_RENEW.as_secs() * 2 < LEASE_S_DEFAULT);
+// Load generators.
+
+/// Connections of one load generator.
+pub const BENCH_CLIENTS_MAX: usize = 100_000;
+/// Requests in flight on one of its connections: so many fit into a socket's buffer, so that a
+/// client that only sends never blocks a server that only answers.
+pub const BENCH_DEPTH_MAX: usize = 1024;
+/// At its end it waits so long for replies.
+pub const BENCH_DRAIN: std::time::Duration = std::time::Duration::from_secs(10);
+/// Pause between two looks at a node's milestones.
+pub const BENCH_LOOK: std::time::Duration = std::time::Duration::from_millis(100);
