@@ -441,3 +441,29 @@ pub const REDO_FAILED_BYTES_MAX: usize = 16 * 1024 * 1024;
 
 const _: () = assert!(REDO_SPARES < REDO_PROCESSES_MAX);
 const _: () = assert!(REDO_FAILED_BYTES_MAX > REDO_RECORD_BYTES_MAX);
+// Base backups.
+
+/// Pages of a relation that one backup reads at the same time.
+pub const BACKUP_PAGES_CONCURRENT: usize = 32;
+/// Bytes that a backup hands on, or reads of a journal, at once.
+pub const BACKUP_PIECE_BYTES: usize = 64 * 1024;
+/// Bytes of an archive in one message.
+pub const BACKUP_MESSAGE_BYTES: usize = 64 * 1024;
+/// A backup prolongs its lease so often.
+pub const BACKUP_LEASE_RENEW: std::time::Duration = std::time::Duration::from_secs(120);
+/// So far back in the journal the record before a backup's LSN is looked for, step by step: most
+/// records are short, and the longest may be as long as this.
+pub const BACKUP_LOOK_BACK_BYTES: [u64; 3] = [64 * 1024, 1024 * 1024, 16 * 1024 * 1024];
+
+const _: () = assert!(BACKUP_LEASE_RENEW.as_secs() * 2 < LEASE_S_DEFAULT);
+// Load generators.
+
+/// Connections of one load generator.
+pub const BENCH_CLIENTS_MAX: usize = 100_000;
+/// Requests in flight on one of its connections: so many fit into a socket's buffer, so that a
+/// client that only sends never blocks a server that only answers.
+pub const BENCH_DEPTH_MAX: usize = 1024;
+/// At its end it waits so long for replies.
+pub const BENCH_DRAIN: std::time::Duration = std::time::Duration::from_secs(10);
+/// Pause between two looks at a node's milestones.
+pub const BENCH_LOOK: std::time::Duration = std::time::Duration::from_millis(100);

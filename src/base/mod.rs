@@ -9,6 +9,7 @@ pub mod id;
 pub mod key;
 pub mod lsn;
 pub mod page;
+pub mod page_checksum;
 pub mod raw_wal;
 pub mod slru;
 pub mod timestamp;

@@ -17,6 +17,7 @@ use clap::{Parser, Subcommand};
 
 pub mod admin_client;
 pub mod attach;
+pub mod bench;
 pub mod check;
 pub mod demo;
 pub mod demo_node;
@@ -80,6 +81,9 @@ enum Command {
     Timeline(timeline::TimelineArgs),
     /// Make, remove, configure tenants.
     Tenant(tenant::TenantArgs),
+    /// Put load on a page service, measure ingest and redo.
+    #[command(subcommand)]
+    Bench(bench::BenchCommand),
 }
 
 /// Runs the command that the arguments name.
@@ -97,6 +101,7 @@ pub fn main() -> ExitCode {
         Command::Status(args) => attach::status(args),
         Command::Timeline(args) => timeline::run(args),
         Command::Tenant(args) => tenant::run(args),
+        Command::Bench(command) => bench::run(command),
     };
     match result {
         Ok(()) => ExitCode::SUCCESS,

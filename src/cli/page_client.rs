@@ -1,4 +1,4 @@
-//! A blocking client of the page service: libpq start-up, `pagestream_v3`, pipelined requests.
+//! A blocking client of the page service: libpq start-up, a page stream, pipelined requests.
 //!
 //! Requests are numbered; replies come in the order of the requests, and each is checked against
 //! the request that it echoes.
@@ -62,7 +62,8 @@ impl ClientError {
 pub struct PageClient {
     address: String,
     reader: BufReader<TcpStream>,
-    lsn: Lsn,
+    version: Version,
+    lsn: RequestLsn,
     next_id: u64,
     unanswered: VecDeque<Request>,
     out: BytesMut,
@@ -79,6 +80,20 @@ impl PageClient {
         timeline: TimelineId,
         lsn: Lsn,
     ) -> Result<PageClient, ClientError> {
+        PageClient::connect_with(address, tenant, timeline, lsn, Version::V3)
+    }
+
+    /// The same with a version of the messages.
+    ///
+    /// # Errors
+    /// As [`PageClient::connect`].
+    pub fn connect_with(
+        address: &str,
+        tenant: TenantId,
+        timeline: TimelineId,
+        lsn: Lsn,
+        version: Version,
+    ) -> Result<PageClient, ClientError> {
         let fail = |what| {
             let address = address.to_owned();
             move |source| ClientError::Connection { address, what, source }
@@ -94,20 +109,25 @@ impl PageClient {
         let mut client = PageClient {
             address: address.to_owned(),
             reader: BufReader::with_capacity(1 << 18, stream),
-            lsn,
+            version,
+            lsn: RequestLsn { request: lsn, not_modified_since: lsn },
             next_id: 1,
             unanswered: VecDeque::new(),
             out: BytesMut::new(),
         };
         client.start_up()?;
-        client.open_stream(&format!("pagestream_v3 {tenant} {timeline}"))?;
+        let command = match version {
+            Version::V2 => "pagestream_v2",
+            Version::V3 => "pagestream_v3",
+        };
+        client.open_stream(&format!("{command} {tenant} {timeline}"))?;
         Ok(client)
     }
 
     fn start_up(&mut self) -> Result<(), ClientError> {
         let mut body = BytesMut::new();
         body.put_u32(3 << 16);
-        body.put_slice(b"user\0pgstrata\0application_name\0pgstrata verify\0\0");
+        body.put_slice(b"user\0pgstrata\0application_name\0pgstrata\0\0");
         self.out.put_u32(u32::try_from(body.len()).unwrap_or(0) + 4);
         self.out.put_slice(&body);
         self.send()?;
@@ -139,16 +159,27 @@ impl PageClient {
 
     /// LSN of the requests that follow.
     pub fn set_lsn(&mut self, lsn: Lsn) {
+        self.lsn = RequestLsn { request: lsn, not_modified_since: lsn };
+    }
+
+    /// Both LSNs of the requests that follow.
+    pub fn set_request_lsn(&mut self, lsn: RequestLsn) {
         self.lsn = lsn;
+    }
+
+    /// The socket, for who goes on by himself. Nothing may be unanswered.
+    pub fn into_stream(self) -> TcpStream {
+        self.reader.into_inner()
     }
 
     /// Queues a request. It leaves with the next [`PageClient::receive`].
     pub fn queue(&mut self, query: Query) {
-        let lsn = RequestLsn { request: self.lsn, not_modified_since: self.lsn };
-        let request = Request { header: Header { id: self.next_id, lsn }, query };
+        // Version 2 does not number them.
+        let id = if self.version == Version::V3 { self.next_id } else { 0 };
+        let request = Request { header: Header { id, lsn: self.lsn }, query };
         self.next_id = self.next_id.wrapping_add(1);
         let mut message = BytesMut::new();
-        encode_request(Version::V3, &request, &mut message);
+        encode_request(self.version, &request, &mut message);
         self.out.put_u8(b'd');
         self.out.put_u32(u32::try_from(message.len()).unwrap_or(0) + 4);
         self.out.put_slice(&message);
@@ -167,7 +198,7 @@ impl PageClient {
             .pop_front()
             .ok_or_else(|| ClientError::Protocol("nothing was asked".to_owned()))?;
         match self.message()? {
-            (b'd', body) => Ok(decode_response(Version::V3, &body)?.answer_to(&request)?),
+            (b'd', body) => Ok(decode_response(self.version, &body)?.answer_to(&request)?),
             (tag, _) => Err(unexpected(tag, "the page stream")),
         }
     }

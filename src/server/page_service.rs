@@ -35,8 +35,10 @@ use crate::server::counters::{Counters, count};
 use crate::server::page_protocol::{Version, encode_error, encode_response};
 use crate::server::pq::{self, Command, Message, Severity, SqlState, Startup, Target};
 use crate::server::router;
+use crate::shard::base_backup::BackupRequest;
 use crate::shard::reader::{PageBackend, ReadError};
 
+mod backup;
 mod lease;
 mod request;
 
@@ -76,6 +78,8 @@ enum Work {
     Pages(Version),
     /// A lease on an LSN.
     Lease(Lsn),
+    /// A backup, packed by gzip or not.
+    Backup(BackupRequest, bool),
 }
 
 /// How the work on a connection ended.
@@ -202,6 +206,7 @@ where
                         }
                     }
                     Work::Lease(lsn) => self.lease(wanted, lsn).await?,
+                    Work::Backup(request, gzip) => self.backup(wanted, request, gzip).await?,
                 }
                 continue;
             }
@@ -406,14 +411,16 @@ where
     }
 
     fn command(&mut self, text: &str, simple: bool) -> Next {
+        let open = |tenant, timeline, work| Next::Open(Wanted { tenant, timeline, work, simple });
         match pq::parse_command(text) {
             Ok(Command::PageStream { version, tenant, timeline }) => {
-                let work = Work::Pages(version);
-                return Next::Open(Wanted { tenant, timeline, work, simple });
+                return open(tenant, timeline, Work::Pages(version));
             }
             Ok(Command::Lease { tenant, timeline, lsn }) => {
-                let work = Work::Lease(lsn);
-                return Next::Open(Wanted { tenant, timeline, work, simple });
+                return open(tenant, timeline, Work::Lease(lsn));
+            }
+            Ok(Command::Backup { tenant, timeline, request, gzip }) => {
+                return open(tenant, timeline, Work::Backup(request, gzip));
             }
             // "SELECT 1" is what other page services answer, and what drivers are used to.
             Ok(Command::Set) => pq::put_command_complete(&mut self.session.unwritten, "SELECT 1"),

@@ -373,8 +373,16 @@ pub fn put_copy_both(out: &mut BytesMut) {
     });
 }
 
+/// `CopyOutResponse`: no columns, as PostgreSQL says it of a base backup.
+pub fn put_copy_out(out: &mut BytesMut) {
+    put_message(out, b'H', |out| {
+        out.put_u8(0);
+        out.put_u16(0);
+    });
+}
+
 /// An answer without contents: `ParseComplete` (`1`), `BindComplete` (`2`), `CloseComplete` (`3`),
-/// `NoData` (`n`), `EmptyQueryResponse` (`I`).
+/// `NoData` (`n`), `EmptyQueryResponse` (`I`), `CopyDone` (`c`).
 pub fn put_empty(out: &mut BytesMut, tag: u8) {
     put_message(out, tag, |_| {});
 }
@@ -442,6 +450,10 @@ impl SqlState {
     pub const UNDEFINED_STATEMENT: SqlState = SqlState("26000");
     /// `invalid_cursor_name`.
     pub const UNDEFINED_PORTAL: SqlState = SqlState("34000");
+    /// `invalid_parameter_value`: an LSN that cannot be read.
+    pub const INVALID_PARAMETER: SqlState = SqlState("22023");
+    /// `data_corrupted`.
+    pub const DATA_CORRUPTED: SqlState = SqlState("XX001");
     /// `too_many_connections`.
     pub const TOO_MANY_CONNECTIONS: SqlState = SqlState("53300");
     /// `program_limit_exceeded`.

@@ -15,6 +15,7 @@ use bytes::{Bytes, BytesMut};
 use futures_util::future::{Either, join_all, select};
 use futures_util::stream::{self, StreamExt};
 
+use super::base_backup::{BackupError, BackupRequest, BackupSink};
 use super::branch::{Older, below_branch_point};
 #[cfg(test)]
 use super::compact::{Planted, planted};
@@ -49,7 +50,7 @@ thread_local! {
 impl<I: Io> Timeline<I> {
     /// The LSN at which a request is answered, after waiting for it if need be. Rules: the page
     /// service's facts on `request_lsn` and `not_modified_since`.
-    async fn effective_lsn(&self, lsn: RequestLsn) -> Result<Lsn, ReadError> {
+    pub(super) async fn effective_lsn(&self, lsn: RequestLsn) -> Result<Lsn, ReadError> {
         let RequestLsn { request, not_modified_since } = lsn;
         if !request.is_valid() {
             return Err(ReadError::BadLsn("request LSN is 0/0".to_owned()));
@@ -436,11 +437,19 @@ impl<I: Io> TimelineReader for Timeline<I> {
     async fn lease_lsn(&self, lsn: Lsn) -> Result<Timestamp, LeaseError> {
         self.lease(lsn, None).await.map(|lease| lease.valid_until)
     }
+
+    async fn backup<S: BackupSink>(
+        &self,
+        request: BackupRequest,
+        sink: &mut S,
+    ) -> Result<Lsn, BackupError> {
+        self.write_backup(request, sink).await
+    }
 }
 
 impl<I: Io> Timeline<I> {
     /// Tells the operator of a read that failed, and of what is damaged.
-    fn noted<T>(&self, result: Result<T, ReadError>) -> Result<T, ReadError> {
+    pub(super) fn noted<T>(&self, result: Result<T, ReadError>) -> Result<T, ReadError> {
         if let Err(error) = &result {
             tracing::error!(tenant = %self.tenant, timeline = %self.id, "{error}");
             if matches!(error, ReadError::Damaged { .. }) {
@@ -458,7 +467,12 @@ impl<I: Io> Timeline<I> {
         Ok(blocks * PAGE_SIZE as i64)
     }
 
-    async fn slru_pages(&self, kind: SlruKind, segment: u32, lsn: Lsn) -> Result<Bytes, ReadError> {
+    pub(super) async fn slru_pages(
+        &self,
+        kind: SlruKind,
+        segment: u32,
+        lsn: Lsn,
+    ) -> Result<Bytes, ReadError> {
         let Some((_, blocks)) = self.stored_u32(Key::slru_size(kind, segment), lsn).await? else {
             return Err(ReadError::BadRequest(format!(
                 "segment {}/{segment:04X} does not exist at {lsn}",

@@ -16,6 +16,7 @@
 pub mod activate;
 pub mod apply;
 pub mod background;
+pub mod base_backup;
 pub mod branch;
 pub mod check;
 pub mod checkpoint;

@@ -4,6 +4,7 @@ use std::rc::Rc;
 
 use bytes::Bytes;
 
+use super::base_backup::{BackupError, BackupRequest, BackupSink};
 use super::leases::LeaseError;
 use crate::base::{BlockNumber, Kind, Lsn, RelTag, SlruKind, TenantShardId, TimelineId, Timestamp};
 use crate::redo::RedoError;
@@ -172,6 +173,16 @@ pub trait TimelineReader: 'static {
     /// # Errors
     /// [`LeaseError`]; [`Kind::Invalid`] means that there will be no lease on this LSN.
     async fn lease_lsn(&self, lsn: Lsn) -> Result<Timestamp, LeaseError>;
+    /// Writes a data directory as of an LSN, as a tar archive; returns that LSN. Nothing is written
+    /// before it is settled.
+    ///
+    /// # Errors
+    /// [`BackupError`].
+    async fn backup<S: BackupSink>(
+        &self,
+        request: BackupRequest,
+        sink: &mut S,
+    ) -> Result<Lsn, BackupError>;
 }
 
 /// One core's timelines, as the page service finds them.

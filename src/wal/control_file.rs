@@ -5,8 +5,10 @@
 //! | 0 | 8 | system identifier |
 //! | 8, 12 | 4 + 4 | version of the file (1300), version of the catalogs (202209061) |
 //! | 16 | 4 | state |
+//! | 24 | 8 | when it was written, seconds since 1970 |
 //! | 32 | 8 | LSN of the last checkpoint record |
 //! | 40 | 88 | copy of its `CheckPoint` |
+//! | 128 | 8 | next LSN for pages of unlogged relations |
 //! | 136, 144 | 8 + 4 | minimum recovery point and its timeline |
 //! | 152, 160, 168 | 8 + 8 + 1 | backup start, backup end, backup end required |
 //! | 172 | 4 | `wal_level` |
@@ -22,6 +24,7 @@ use bytes::{Bytes, BytesMut};
 use super::change::Parameters;
 use super::checkpoint::{CHECKPOINT_BYTES, Checkpoint};
 use super::page::WalLayout;
+use super::start_point::StartPoint;
 use crate::base::checksum::crc32c;
 use crate::base::lsn::WAL_PAGE_SIZE;
 use crate::base::page::PAGE_SIZE;
@@ -33,6 +36,14 @@ pub const SEGMENT_BLOCKS: u32 = 131_072;
 pub const CRC_AT: usize = 288;
 /// Offset of the copy of the `CheckPoint` struct.
 pub const CHECKPOINT_AT: usize = 40;
+/// Length of the file (`PG_CONTROL_FILE_SIZE`).
+pub const FILE_BYTES: usize = 8192;
+/// `DB_SHUTDOWNED`.
+const SHUT_DOWN: u32 = 1;
+/// Offset of the counter for pages of unlogged relations.
+const UNLOGGED_LSN_AT: usize = 128;
+/// Where it begins (`FirstNormalUnloggedLSN`).
+const FIRST_UNLOGGED_LSN: u64 = 1000;
 const VERSION: u32 = 1300;
 const CATALOG_VERSION: u32 = 202_209_061;
 
@@ -235,6 +246,23 @@ pub fn with_checkpoint(file: &[u8], checkpoint_lsn: Lsn, checkpoint: &Checkpoint
     out.freeze()
 }
 
+/// The file of a server that was shut down by the checkpoint `start`, whatever it says of state and
+/// recovery now. Commit times are not kept, so they are off. `checksums`: the pages have valid
+/// checksums, if the cluster has them at all.
+pub fn at_start_point(file: &[u8], start: &StartPoint, checksums: bool) -> Bytes {
+    let mut out = BytesMut::from(file);
+    out.resize(file.len().max(FILE_BYTES), 0);
+    put(&mut out, 16, &SHUT_DOWN.to_le_bytes());
+    put(&mut out, 24, &start.checkpoint().time.to_le_bytes());
+    put(&mut out, UNLOGGED_LSN_AT, &FIRST_UNLOGGED_LSN.to_le_bytes());
+    put(&mut out, 136, &[0; 33]);
+    put(&mut out, 200, &[0]);
+    if !checksums {
+        put(&mut out, 252, &[0; 4]);
+    }
+    with_checkpoint(&out, start.lsn(), start.checkpoint())
+}
+
 fn put(file: &mut [u8], at: usize, bytes: &[u8]) {
     if file.len() < CRC_AT + 4 {
         return;
@@ -277,6 +305,7 @@ const _: () = assert!(CHECKPOINT_AT + CHECKPOINT_BYTES == 128);
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::wal::start_point::WalIdentity;
 
     /// A file as PostgreSQL 15 writes it, with the fields that are looked at.
     fn sample() -> Vec<u8> {
@@ -346,5 +375,30 @@ mod tests {
         let read = ControlFile::parse(&file).unwrap();
         assert_eq!((read.checkpoint, read.checkpoint_lsn), (checkpoint, Lsn(5)));
         assert_eq!(with_parameters(b"short", &new), &b"short"[..]);
+    }
+
+    #[test]
+    fn a_start_point_is_a_clean_shutdown() {
+        let mut file = sample();
+        put(&mut file, 16, &6u32.to_le_bytes());
+        put(&mut file, 136, &[0xFF; 33]);
+        put(&mut file, 200, &[1]);
+        seal(&mut file);
+        let old = ControlFile::parse(&file).unwrap();
+        assert_eq!(old.state, DbState::InProduction);
+        let identity = WalIdentity { system_id: 77, timeline: 1, segment_bytes: 1 << 24 };
+        let start = StartPoint::new(Lsn(0x0500_3028), identity, &old.checkpoint, Lsn(0)).unwrap();
+        // Files are shorter in tests than on disk.
+        let new = at_start_point(&file[..292], &start, true);
+        assert_eq!(new.len(), FILE_BYTES);
+        let read = ControlFile::parse(&new).unwrap();
+        assert_eq!((read.state, read.checkpoint_lsn), (DbState::ShutDown, start.lsn()));
+        assert_eq!((read.checkpoint, read.min_recovery_point), (*start.checkpoint(), Lsn(0)));
+        assert_eq!(read.min_recovery_timeline, 0);
+        assert!(!read.parameters.track_commit_timestamp && read.parameters.wal_log_hints);
+        assert_eq!((u64_at(&new, 128), read.data_checksum_version), (1000, 1));
+        assert_eq!(new[152..169], [0; 17]);
+        let without = at_start_point(&file, &start, false);
+        assert_eq!(ControlFile::parse(&without).unwrap().data_checksum_version, 0);
     }
 }

@@ -23,4 +23,5 @@ pub mod receiver;
 pub mod record;
 pub mod rmgr;
 pub mod source;
+pub mod start_point;
 pub mod stream;

@@ -13,6 +13,7 @@ use crate::base::{TenantShardId, TimelineId, Timestamp};
 use crate::server::page_protocol::*;
 use crate::server::page_service::{Session, serve};
 use crate::server::router;
+use crate::shard::base_backup::{BackupError, BackupRequest, BackupSink};
 use crate::shard::control::{Change, ControlError, CreateTimeline, TenantInfo, TimelineInfo};
 use crate::shard::history::{HistoryReply, HistoryRequest};
 use crate::shard::leases::LeaseError;
@@ -53,6 +54,23 @@ impl TimelineReader for Fake {
             Lsn(2) => Err(LeaseError::NotThereYet { lsn, last_record_lsn: Lsn(1) }),
             _ => Ok(Timestamp(1_234_567_899)),
         }
+    }
+    async fn backup<S: BackupSink>(
+        &self,
+        request: BackupRequest,
+        sink: &mut S,
+    ) -> Result<Lsn, BackupError> {
+        let lsn = request.lsn.unwrap_or(Lsn(7));
+        if lsn == Lsn(1) {
+            return Err(ReadError::BelowStart { request: lsn, start: Lsn(2) }.into());
+        }
+        for n in 0..40u8 {
+            sink.write(&[n; 10_000]).await?;
+            if lsn == Lsn(2) && n == 20 {
+                return Err(ReadError::BadRequest("half way".to_owned()).into());
+            }
+        }
+        Ok(lsn)
     }
 }
 
@@ -200,6 +218,7 @@ fn talk(address: SocketAddr) {
         assert!(String::from_utf8_lossy(&replies[0].1).contains("is not on this node"));
     }
     leases(address);
+    backups(address);
     hostile(address);
     let mut client = Client::connect(address);
     client.open(3, tenant_of(0));
@@ -207,6 +226,74 @@ fn talk(address: SocketAddr) {
 }
 
 /// Leases are given on either core, by simple and extended query, and page streams opened after.
+/// The archive of a COPY from the server.
+fn copied(all: &[(u8, Vec<u8>)]) -> Vec<u8> {
+    all.iter().filter(|(tag, _)| *tag == b'd').flat_map(|(_, body)| body.clone()).collect()
+}
+
+fn backups(address: SocketAddr) {
+    let archive: Vec<u8> = (0..40u8).flat_map(|n| [n; 10_000]).collect();
+    let text = |body: &[u8]| String::from_utf8_lossy(body).into_owned();
+    let tags = |all: &[(u8, Vec<u8>)]| {
+        let mut tags = all.iter().map(|(tag, _)| char::from(*tag)).collect::<Vec<_>>();
+        tags.dedup();
+        tags.into_iter().collect::<String>()
+    };
+    for core in [0, 1] {
+        let mut client = Client::connect(address);
+        let timeline = "ab".repeat(16);
+        let backup =
+            |command: &str, rest: &str| format!("{command} {} {timeline} {rest}", tenant_of(core));
+        client.send(|out| frontend::query(&backup("fullbackup", ""), out).unwrap());
+        let all = client.until(b'Z');
+        assert_eq!(tags(&all), "HdcCZ");
+        assert_eq!(all[0].1, [0, 0, 0], "binary bytes in no columns, as pg_basebackup gets them");
+        assert!(copied(&all) == archive);
+        assert!(all.iter().all(|(_, body)| body.len() <= 64 * 1024));
+        // What cannot be served is answered by an error alone.
+        client.send(|out| frontend::query(&backup("basebackup", "0/1"), out).unwrap());
+        let all = client.until(b'Z');
+        assert_eq!(tags(&all), "EZ");
+        let error = text(&all[0].1);
+        assert!(error.contains("22023") && error.contains("history of this timeline"), "{error}");
+        // What fails later ends COPY without its end.
+        client.send(|out| frontend::query(&backup("basebackup", "0/2"), out).unwrap());
+        let all = client.until(b'Z');
+        assert_eq!(tags(&all), "HdEZ");
+        assert!(copied(&all).len() < archive.len());
+        // The very messages of a driver's copy_out, as pagebench sends them.
+        client.send(|out| {
+            frontend::parse("s0", &backup("basebackup", "0/3 --gzip"), [], out).unwrap();
+            frontend::describe(b'S', "s0", out).unwrap();
+            frontend::sync(out);
+        });
+        assert_eq!(tags(&client.until(b'Z')), "1tnZ");
+        let execute = |out: &mut BytesMut| {
+            let none = || std::iter::empty::<i16>();
+            let put = |(), _: &mut BytesMut| unreachable!();
+            frontend::bind("", "s0", none(), std::iter::empty::<()>(), put, none(), out)
+                .unwrap_or_else(|_| panic!("bind"));
+            frontend::execute("", 0, out).unwrap();
+            frontend::sync(out);
+        };
+        client.send(execute);
+        let all = client.until(b'Z');
+        assert_eq!(tags(&all), "2HdcCZ");
+        let packed = copied(&all);
+        let mut plain = Vec::new();
+        flate2::read::GzDecoder::new(&packed[..]).read_to_end(&mut plain).unwrap();
+        assert!(plain == archive && packed.len() < archive.len() / 10);
+        // After an error, everything up to the sync is passed over, and the connection goes on.
+        client.send(|out| {
+            frontend::parse("s0", &backup("basebackup", "0/2"), [], out).unwrap();
+            execute(out);
+        });
+        assert_eq!(tags(&client.until(b'Z')), "12HdEZ");
+        client.send(|out| frontend::query(&backup("fullbackup", "0/9 0/8"), out).unwrap());
+        assert!(copied(&client.until(b'Z')) == archive);
+    }
+}
+
 fn leases(address: SocketAddr) {
     let text = |body: &[u8]| String::from_utf8_lossy(body).into_owned();
     let tags =

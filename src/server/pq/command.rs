@@ -4,11 +4,13 @@
 //! |---|---|
 //! | `pagestream_v2 TENANT TIMELINE`, `pagestream_v3 …` | COPY in both directions: page requests and replies |
 //! | `lease lsn TENANT TIMELINE LSN` | one row, one column `valid_until`; [`Command::Lease`] |
+//! | `basebackup TENANT TIMELINE [LSN] [--gzip]`, `fullbackup …` | a data directory, in COPY; [`Command::Backup`] |
 //! | `set …` | none; it is accepted and changes nothing |
 
 use super::SqlState;
 use crate::base::{Kind, Lsn, TenantShardId, TimelineId};
 use crate::server::page_protocol::Version;
+use crate::shard::base_backup::{BackupKind, BackupRequest};
 
 /// Name of the column of a lease's answer.
 pub const LEASE_COLUMN: &str = "valid_until";
@@ -38,6 +40,21 @@ pub enum Command {
         /// What is to stay readable.
         lsn: Lsn,
     },
+    /// `basebackup TENANT TIMELINE [LSN] [--gzip] [--replica]`, `fullbackup TENANT TIMELINE [LSN
+    /// [PREVIOUS]] [--gzip]`: a data directory as of an LSN, as a tar archive in COPY from the
+    /// server, for a compute that reads pages from the node, or for a server that stands alone.
+    /// `latest` in place of an LSN, or none, is the end of the WAL that the node has. `--replica`
+    /// changes nothing: a backup for a replica is like any other here.
+    Backup {
+        /// The tenant shard.
+        tenant: TenantShardId,
+        /// The timeline.
+        timeline: TimelineId,
+        /// What is to be in it.
+        request: BackupRequest,
+        /// The archive is packed by gzip.
+        gzip: bool,
+    },
     /// `set …`: accepted for drivers that send it at once; changes nothing.
     Set,
     /// No command at all.
@@ -49,7 +66,7 @@ pub enum Command {
 pub enum CommandError {
     /// No such command.
     #[error(
-        "unknown command '{word}'; this server knows pagestream_v2, pagestream_v3, lease lsn and set"
+        "unknown command '{word}'; this server knows pagestream_v2, pagestream_v3, basebackup, fullbackup, lease lsn and set"
     )]
     Unknown {
         /// Its first word, cut to a sensible length.
@@ -102,8 +119,8 @@ pub fn parse_command(text: &str) -> Result<Command, CommandError> {
         "pagestream_v3" => page_stream("pagestream_v3", Version::V3, words),
         "lease" => lease(words),
         "set" => Ok(Command::Set),
-        "basebackup" => not_supported("basebackup"),
-        "fullbackup" => not_supported("fullbackup"),
+        "basebackup" => backup("basebackup", BackupKind::Base, words),
+        "fullbackup" => backup("fullbackup", BackupKind::Full, words),
         "pagestream" => not_supported("pagestream (version 1)"),
         _ => Err(CommandError::Unknown { word: word.chars().take(40).collect() }),
     }
@@ -129,6 +146,17 @@ impl<'a, W: Iterator<Item = &'a str>> Arguments<W> {
         word.parse().map_err(|error: T::Err| self.fail(error.to_string()))
     }
 
+    /// An argument that may be missing, or be a word that stands for that.
+    fn optional<T: std::str::FromStr<Err: std::fmt::Display>>(
+        &mut self,
+        what: &str,
+        missing: impl Fn(&str) -> bool,
+    ) -> Result<Option<T>, CommandError> {
+        let Some(word) = self.words.next().filter(|word| !missing(word)) else { return Ok(None) };
+        let wrong = |error: T::Err| self.fail(format!("the {what}: {error}"));
+        word.parse().map(Some).map_err(wrong)
+    }
+
     fn end(mut self) -> Result<(), CommandError> {
         match self.words.next() {
             None => Ok(()),
@@ -146,6 +174,35 @@ fn page_stream<'a>(
     let (tenant, timeline) = (arguments.next("tenant")?, arguments.next("timeline")?);
     arguments.end()?;
     Ok(Command::PageStream { version, tenant, timeline })
+}
+
+fn backup<'a>(
+    command: &'static str,
+    kind: BackupKind,
+    words: impl Iterator<Item = &'a str>,
+) -> Result<Command, CommandError> {
+    let full = kind == BackupKind::Full;
+    let (arguments, flags): (_, &[&str]) = match full {
+        false => ("TENANT TIMELINE [LSN] [--gzip] [--replica]", &["--gzip", "--replica"]),
+        true => ("TENANT TIMELINE [LSN [PREVIOUS_LSN]] [--gzip]", &["--gzip"]),
+    };
+    let (options, words): (Vec<&str>, Vec<&str>) = words.partition(|word| word.starts_with("--"));
+    let mut arguments = Arguments { command, arguments, words: words.into_iter() };
+    for (nth, option) in options.iter().enumerate() {
+        if !flags.contains(option) {
+            return Err(arguments.fail(format!("unknown option {option}")));
+        }
+        if options.iter().take(nth).any(|before| before == option) {
+            return Err(arguments.fail(format!("{option} is there twice")));
+        }
+    }
+    let (tenant, timeline) = (arguments.next("tenant")?, arguments.next("timeline")?);
+    let latest = |word: &str| word.eq_ignore_ascii_case("latest");
+    let lsn = arguments.optional("LSN", latest)?;
+    let previous = if full { arguments.optional("LSN", |_| false)? } else { None };
+    arguments.end()?;
+    let request = BackupRequest { kind, lsn, previous };
+    Ok(Command::Backup { tenant, timeline, request, gzip: options.contains(&"--gzip") })
 }
 
 fn lease<'a>(mut words: impl Iterator<Item = &'a str>) -> Result<Command, CommandError> {

@@ -8,6 +8,7 @@ use proptest::prelude::*;
 
 use super::*;
 use crate::server::page_protocol::Version;
+use crate::shard::base_backup::{BackupKind, BackupRequest};
 
 const TENANT: &str = "11223344556677881122334455667788";
 const TIMELINE: &str = "aabbccddeeff00112233445566778899";
@@ -276,12 +277,35 @@ fn commands_are_understood() {
     let (tenant, timeline) = (TENANT.parse().unwrap(), TIMELINE.parse().unwrap());
     let lease = Command::Lease { tenant, timeline, lsn: crate::base::Lsn(0x1_0000_00a8) };
     assert_eq!(parse(&format!("LEASE Lsn {TENANT} {TIMELINE} 1/A8;")), Ok(lease));
+    let backup = |kind, lsn: Option<u64>, previous: Option<u64>, gzip| {
+        let (lsn, previous) = (lsn.map(crate::base::Lsn), previous.map(crate::base::Lsn));
+        Ok(Command::Backup {
+            tenant,
+            timeline,
+            request: BackupRequest { kind, lsn, previous },
+            gzip,
+        })
+    };
+    for (text, expected) in [
+        ("basebackup T L", backup(BackupKind::Base, None, None, false)),
+        ("basebackup T L latest --replica", backup(BackupKind::Base, None, None, false)),
+        ("BaseBackup T L 0/17 --gzip", backup(BackupKind::Base, Some(0x17), None, true)),
+        ("fullbackup --gzip T L", backup(BackupKind::Full, None, None, true)),
+        ("fullbackup T L 0/17 0/8;", backup(BackupKind::Full, Some(0x17), Some(8), false)),
+    ] {
+        assert_eq!(parse(&text.replace('T', TENANT).replace('L', TIMELINE)), expected, "{text}");
+    }
     assert_eq!(parse("SET client_encoding TO 'UTF8'"), Ok(Command::Set));
     assert_eq!(parse(" ; "), Ok(Command::Empty));
     for (text, message) in [
         ("select 1", "unknown command 'select'"),
-        ("basebackup x y", "basebackup is not supported yet"),
-        ("fullbackup", "fullbackup is not supported yet"),
+        ("basebackup x y", "'x' is no tenant shard id"),
+        ("fullbackup", "the tenant is missing; write: fullbackup TENANT TIMELINE [LSN [PREV"),
+        (&format!("basebackup {TENANT} {TIMELINE} --zstd"), "unknown option --zstd"),
+        (&format!("fullbackup {TENANT} {TIMELINE} --replica"), "unknown option --replica"),
+        (&format!("basebackup {TENANT} --gzip {TIMELINE} --gzip"), "--gzip is there twice"),
+        (&format!("basebackup {TENANT} {TIMELINE} 0/1 0/2"), "too many arguments"),
+        (&format!("basebackup {TENANT} {TIMELINE} newest"), "the LSN: 'newest'"),
         ("lease", "only an LSN can be leased; write: lease lsn TENANT TIMELINE LSN"),
         ("lease lsn a b c", "'a' is no tenant shard id"),
         (&format!("lease lsn {TENANT} {TIMELINE}"), "the LSN is missing"),
