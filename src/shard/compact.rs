@@ -219,6 +219,13 @@ impl<I: Io> Snapshot<I> {
         chosen.iter().filter_map(|at| self.stored.get(*at).cloned()).collect()
     }
 
+    /// WAL of the L0 layers among these, in bytes.
+    fn l0_wal_bytes(&self, chosen: &[usize]) -> u64 {
+        let chosen = chosen.iter().filter_map(|at| self.plan.get(*at));
+        let l0 = chosen.filter(|layer| layer.is_l0()).map(|layer| &layer.span.lsns);
+        l0.map(|lsns| lsns.end.bytes_since(lsns.start)).sum()
+    }
+
     /// Names of layers that begin below `below`, without the `inputs`.
     fn older(&self, below: Lsn, inputs: &[usize]) -> Vec<LayerName> {
         let stored = self.stored.iter().enumerate();
