@@ -76,7 +76,7 @@ fn run<B: PageBackend>(
             match give_fd(stream) {
                 Ok(fd) => {
                     count(&service.counters.moved);
-                    let message = Message::Adopt(Connection { fd, session });
+                    let message = Message::Adopt(Connection { fd, session: *session });
                     if let Err(error) = mesh.send(target, message) {
                         tracing::warn!("connection dropped: {error}");
                     }

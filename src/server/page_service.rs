@@ -91,7 +91,7 @@ pub enum End {
         /// The owner of the tenant that the client named.
         target: usize,
         /// All that is known about the connection.
-        session: Session,
+        session: Box<Session>,
     },
 }
 
@@ -152,7 +152,7 @@ where
     let mut connection = Conn { stream, session, service, chunk: vec![0; CONNECTION_READ_BYTES] };
     match connection.run().await {
         Ok(None) => End::Closed,
-        Ok(Some(target)) => End::Move { target, session: connection.session },
+        Ok(Some(target)) => End::Move { target, session: Box::new(connection.session) },
         Err(Fault::Io(error)) => {
             tracing::debug!("connection ended: {error}");
             End::Closed
