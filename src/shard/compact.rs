@@ -360,10 +360,7 @@ impl<I: Io> Timeline<I> {
                 }
                 merged?;
                 self.context.counters.merges_l0.add(1);
-                let chosen = inputs.iter().filter_map(|at| snapshot.plan.get(*at));
-                let wal =
-                    |layer: &PlanLayer| layer.span.lsns.end.bytes_since(layer.span.lsns.start);
-                merged_bytes = chosen.filter(|layer| layer.is_l0()).map(wal).sum();
+                merged_bytes = snapshot.l0_wal_bytes(&inputs);
             }
             Action::MergeL1 { inputs, lsns } => {
                 self.merge(&snapshot, &inputs, lsns, COMPACT_CHAIN_MAX).await?;
