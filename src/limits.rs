@@ -266,18 +266,19 @@ pub const REDO_COMPARE_DEPTH: usize = 2 * REDO_BATCH_REQUESTS;
 /// L0 layers that a timeline may have; ingest waits rather than let there be more.
 pub const L0_LAYERS_MAX: usize = 10;
 /// An image job ends early, with what it has, when there are so many L0 layers.
-pub const L0_LAYERS_URGENT: usize = 6;
+pub const L0_LAYERS_URGENT: usize = 8;
 /// Input of one merge of L0 layers, in bytes; one larger layer is taken alone.
 pub const COMPACT_L0_INPUT_BYTES_MAX: u64 = 1024 * 1024 * 1024;
 /// Input of one merge of L1 layers, in bytes.
 pub const COMPACT_L1_INPUT_BYTES_MAX: u64 = 4 * 1024 * 1024 * 1024;
 /// Levels of L1 layers that one merge takes: it reads as many files at once.
 pub const COMPACT_LEVELS_MAX: usize = 16;
-/// L0 layers that most pages have records in, in thousandths, before they are merged though there
-/// are few of them.
-pub const COMPACT_L0_DEPTH_MILLI: u64 = 1000;
+/// L0 layers are merged though they are few when together they hold so many records of each page,
+/// in thousandths, by their bytes; these are 64 for a record and 4 KiB for a page, which is three
+/// times too few of the first with small pages.
+pub const COMPACT_L0_RECORDS_MILLI: u64 = 1200;
 /// Rows of L1 layers, counted as in `COMPACT_DEPTH_MAX`, that a merge of L0 layers leaves.
-pub const COMPACT_ROWS_MAX: u64 = 2;
+pub const COMPACT_ROWS_MAX: u64 = 3;
 /// A merge of L0 layers takes the next row of L1 layers along if it is at most so many times as
 /// large as all that is merged already.
 pub const COMPACT_ROW_FACTOR: u64 = 3;
@@ -287,8 +288,11 @@ pub const COMPACT_IMAGE_OVERDUE_PERCENT: u64 = 150;
 /// L1 layers that a key may lie in, counted by the share of their keys that they hold, before
 /// images are made or layers are merged.
 pub const COMPACT_DEPTH_MAX: u64 = 3;
-/// A page with more records than this behind its newest base gets an image when it is merged.
-pub const COMPACT_CHAIN_MAX: usize = 24;
+/// A page with more records than this behind its newest base gets an image when it is merged, and
+/// with fewer where other rows are left below: these are shared by all rows.
+pub const COMPACT_CHAIN_MAX: usize = 12;
+/// A page with no more than this never gets one.
+pub const COMPACT_CHAIN_MIN: usize = 8;
 /// Within a longer row of records of one page, an image follows on so many bytes of records.
 pub const COMPACT_HISTORY_IMAGE_BYTES: usize = 32 * 1024;
 /// Stored bytes of a delta layer that hold one record of every page of a range count as one
@@ -383,9 +387,16 @@ pub const CLOSED_GC_PERIOD_MS: u64 = 24 * 3600 * 1000;
 /// Ingest is not slowed for the checkpoint while so many thousandths of layers are in memory,
 /// open or frozen: one may be written while the next fills.
 pub const INGEST_FROZEN_MILLI_FREE: u64 = 1500;
-/// Ingest is not slowed for compaction while there are so many thousandths of L0 layers, those
-/// counted that are still in memory.
-pub const INGEST_L0_MILLI_FREE: u64 = L0_LAYERS_URGENT as u64 * 1000 + 1000;
+/// L0 layers, with those in memory, of which WAL is taken in as fast as compaction works it off.
+pub const INGEST_EVEN_LAYERS: u64 = 4;
+/// The same of the records that they hold of each page.
+pub const INGEST_EVEN_RECORDS: u64 = 10;
+/// Ingest is not slowed for the depth of reads up to so many thousandths of the lower of the two.
+pub const INGEST_DEPTH_MILLI_FREE: u64 = 550;
+/// Where the rate falls to the half each time that so much comes to it.
+pub const INGEST_DEPTH_MILLI_HALF: u64 = 150;
+/// Where the rate is lowest as long as it is not known how fast compaction is.
+pub const INGEST_DEPTH_MILLI_FULL: u64 = 2500;
 /// Ingest is not slowed for memory while open and frozen layers take so much of their budget.
 pub const INGEST_MEMORY_PERCENT_FREE: u64 = 120;
 /// The rate at which slowing begins, in bytes per second: more than a core can decode.
@@ -401,7 +412,7 @@ pub const L0_MERGE_FAILURES_MAX: u32 = 3;
 pub const READ_LAYERS_CONCURRENT_MAX: usize = 4;
 
 const _: () = assert!(INGEST_FROZEN_MILLI_FREE < FROZEN_LAYERS_MAX as u64 * 1000);
-const _: () = assert!(INGEST_L0_MILLI_FREE < L0_LAYERS_MAX as u64 * 1000);
+const _: () = assert!(INGEST_EVEN_LAYERS < L0_LAYERS_URGENT as u64);
 const _: () = assert!(INGEST_MEMORY_PERCENT_FREE < MEMORY_OVERDRAFT_PERCENT);
 // Read depth.
 

@@ -184,6 +184,10 @@ where
     F: Future<Output = Result<T>> + 'static,
 {
     fs::create_dir_all(dir)?;
+    // A model on a smaller scale has less memory, too.
+    let defaults = Config::default();
+    let scale = (defaults.checkpoint_distance_bytes / config.checkpoint_distance_bytes).max(1);
+    let memory_budget_bytes = defaults.memory_budget_bytes / scale;
     let (background, runner) = background::channel();
     // Tasks that wait keep their ends of the channel when the serve executor goes.
     let done = Arc::new(AtomicBool::new(false));
@@ -215,7 +219,7 @@ where
             data_dir: data_dir.clone(),
             config,
             block_cache_bytes: Config::default().block_cache_bytes as usize,
-            memory_budget_bytes: u64::MAX,
+            memory_budget_bytes,
             connector: Replay { from, wal, open: gate.clone() },
             redo: Rc::new(Children(data_dir)),
             owns: Rc::new(|_| true),

@@ -55,6 +55,11 @@ impl FrozenLayer {
         self.versions.value_count()
     }
 
+    /// Number of keys that the values are of.
+    pub fn key_count(&self) -> u64 {
+        self.versions.key_count()
+    }
+
     /// Estimate of the memory in use, in bytes.
     pub fn memory_bytes(&self) -> usize {
         self.versions.memory_bytes()

@@ -63,6 +63,8 @@ pub(super) struct Versions {
     relations: Places,
     /// The same of all other keys.
     others: BTreeMap<Key, u32>,
+    /// Number of keys.
+    keys: u64,
     /// Memory of `values` and `others`.
     memory_bytes: usize,
     /// Highest LSN of all.
@@ -78,6 +80,7 @@ impl Versions {
             wal_used: Lsn::INVALID,
             relations: Places::default(),
             others: BTreeMap::new(),
+            keys: 0,
             memory_bytes: 0,
             last: None,
         }
@@ -101,6 +104,7 @@ impl Versions {
         }
         self.last = self.last.max(Some(lsn));
         let previous = older.unwrap_or(NONE);
+        self.keys += u64::from(previous == NONE);
         self.versions.push(Version { lsn, place, previous, content });
     }
 
@@ -198,6 +202,10 @@ impl Versions {
 
     pub(super) fn value_count(&self) -> u64 {
         self.versions.len() as u64
+    }
+
+    pub(super) fn key_count(&self) -> u64 {
+        self.keys
     }
 
     pub(super) fn memory_bytes(&self) -> usize {

@@ -5,7 +5,8 @@
 //! 2. the background executor writes the delta file and publishes it (sync, rename, sync dir);
 //! 3. commit times up to there are written (`timestamps`), then the timeline's index is replaced by one that names the file and moves
 //!    `disk_consistent_lsn`;
-//! 4. in one synchronous step the file takes the frozen layer's place;
+//! 4. in one synchronous step the file takes the frozen layer's place, which stays in memory for
+//!    reads as long as there is room ([`super::memory`]);
 //! 5. journal segments that lie wholly before `disk_consistent_lsn` go.
 //!
 //! A crash before 3 leaves a file that no index names: it is removed at start and made again from
@@ -245,7 +246,7 @@ impl<I: Io> Timeline<I> {
     }
 
     /// A layer has very many values; giving their memory back would hold up reads.
-    fn drop_elsewhere(&self, frozen: Arc<FrozenLayer>) {
+    pub(super) fn drop_elsewhere(&self, frozen: Arc<FrozenLayer>) {
         let background = self.context.background.clone();
         self.context.io.spawn(TaskClass::Background, async move {
             // If the executor is gone, it is done here.
@@ -266,8 +267,12 @@ impl<I: Io> Timeline<I> {
             self.context.counters.layer_bytes.add(desc.file_bytes);
             let (io, dir, cache) =
                 (self.context.io.clone(), &self.context.dir, self.context.cache.clone());
-            let layer = StoredLayer::new(io, dir, desc.name, desc.file_bytes, owner, cache);
+            let resident = Some(self.context.memory.keep(frozen.clone()));
+            let (name, bytes) = (desc.name, desc.file_bytes);
+            let layer = StoredLayer::with_resident(io, dir, name, bytes, owner, cache, resident);
             mutable.layers.insert(layer.span(), layer);
+            let records = frozen.value_count() * 1000 / frozen.key_count().max(1);
+            self.compaction.layer_records_milli.set(records);
             self.context.counters.l0_layers.note(mutable.layers.l0_count() as u64);
         }
         let first = mutable.frozen.remove(0);
@@ -327,6 +332,9 @@ impl<I: Io> Timeline<I> {
         let layers: Vec<_> =
             self.mutable.borrow().layers.iter().map(|(_, layer)| layer.clone()).collect();
         for layer in layers {
+            if let Some(in_memory) = layer.leave_memory() {
+                self.drop_elsewhere(in_memory);
+            }
             if let Err(error) = layer.close().await {
                 tracing::warn!(tenant = %self.tenant, timeline = %self.id, "{error}");
             }

@@ -23,9 +23,12 @@
 
 use std::cell::{Cell, RefCell};
 use std::collections::BTreeSet;
+use std::pin::pin;
 use std::rc::Rc;
 use std::sync::Arc;
 use std::time::Duration;
+
+use futures_util::future::select;
 
 use self::images::ImageJob;
 pub use self::job::CompactError;
@@ -41,8 +44,8 @@ use crate::base::{Key, KeyRange, Lsn, LsnRange};
 use crate::io::{Io, durable};
 use crate::layers::{LayerDesc, LayerName, LayerOwner};
 use crate::limits::{
-    COMPACT_L0_INPUT_BYTES_MAX, COMPACT_REMOVE_POLL_MS, COMPACT_RETRY_MS_MAX, COMPACT_RETRY_MS_MIN,
-    L0_LAYERS_MAX, L0_LAYERS_URGENT, L0_MERGE_FAILURES_MAX,
+    COMPACT_CHAIN_MAX, COMPACT_L0_INPUT_BYTES_MAX, COMPACT_REMOVE_POLL_MS, COMPACT_RETRY_MS_MAX,
+    COMPACT_RETRY_MS_MIN, L0_LAYERS_MAX, L0_LAYERS_URGENT, L0_MERGE_FAILURES_MAX,
 };
 
 mod chain;
@@ -121,6 +124,41 @@ pub(super) struct Compaction<I: Io> {
     failures: Cell<u32>,
     /// Merges of L0 layers that failed one after the other.
     pub(super) l0_failures: Cell<u32>,
+    /// What compaction gets done.
+    pub(super) capacity: Capacity,
+    /// Values that the newest L0 layer has of each key that is in it, in thousandths.
+    pub(super) layer_records_milli: Cell<u64>,
+}
+
+/// How much WAL compaction works off when it does nothing else but that, from what the last
+/// actions took.
+#[derive(Debug, Default)]
+pub(super) struct Capacity {
+    bytes_per_s: Cell<Option<u64>>,
+    /// Time of the actions since the last merge of L0 layers.
+    busy: Cell<Duration>,
+}
+
+impl Capacity {
+    /// Bytes of WAL per second; `None` before the first merge.
+    pub(super) fn bytes_per_s(&self) -> Option<u64> {
+        self.bytes_per_s.get()
+    }
+
+    /// An action took so long, and merged L0 layers of so many bytes of WAL, if any.
+    fn note(&self, took: Duration, merged_bytes: u64) {
+        let busy = self.busy.get() + took;
+        self.busy.set(busy);
+        if merged_bytes == 0 {
+            return;
+        }
+        self.busy.set(Duration::ZERO);
+        let now = u128::from(merged_bytes) * 1_000_000 / busy.as_micros().max(1);
+        let now = u64::try_from(now).unwrap_or(u64::MAX);
+        // Images are made now and then only.
+        let before = self.bytes_per_s.get().unwrap_or(now);
+        self.bytes_per_s.set(Some((before - before / 4).saturating_add(now / 4).max(1)));
+    }
 }
 
 impl<I: Io> Default for Compaction<I> {
@@ -133,6 +171,8 @@ impl<I: Io> Default for Compaction<I> {
             strays: RefCell::default(),
             failures: Cell::new(0),
             l0_failures: Cell::new(0),
+            capacity: Capacity::default(),
+            layer_records_milli: Cell::new(0),
         }
     }
 }
@@ -179,6 +219,13 @@ impl<I: Io> Snapshot<I> {
         chosen.iter().filter_map(|at| self.stored.get(*at).cloned()).collect()
     }
 
+    /// WAL of the L0 layers among these, in bytes.
+    fn l0_wal_bytes(&self, chosen: &[usize]) -> u64 {
+        let chosen = chosen.iter().filter_map(|at| self.plan.get(*at));
+        let l0 = chosen.filter(|layer| layer.is_l0()).map(|layer| &layer.span.lsns);
+        l0.map(|lsns| lsns.end.bytes_since(lsns.start)).sum()
+    }
+
     /// Names of layers that begin below `below`, without the `inputs`.
     fn older(&self, below: Lsn, inputs: &[usize]) -> Vec<LayerName> {
         let stored = self.stored.iter().enumerate();
@@ -209,10 +256,12 @@ impl<I: Io> Timeline<I> {
         let compaction = &self.compaction;
         compaction.signal.set();
         while !self.stopping.get() {
+            let signal = pin!(compaction.signal.wait());
             if compaction.retired.borrow().is_empty() {
-                compaction.signal.wait().await;
+                signal.await;
             } else {
-                self.context.io.sleep(Duration::from_millis(COMPACT_REMOVE_POLL_MS)).await;
+                let pause = Duration::from_millis(COMPACT_REMOVE_POLL_MS);
+                select(signal, pin!(self.context.io.sleep(pause))).await;
             }
             while !self.stopping.get() && !self.compact_and_report().await {}
             self.remove_unused().await;
@@ -299,9 +348,11 @@ impl<I: Io> Timeline<I> {
             Action::MergeL1 { .. } => 1,
             Action::MakeImages { .. } => 2,
         };
+        let began = self.context.io.now();
+        let mut merged_bytes = 0;
         match action {
-            Action::MergeL0 { inputs, lsns } => {
-                let merged = self.merge(&snapshot, &inputs, lsns).await;
+            Action::MergeL0 { inputs, lsns, chain_max } => {
+                let merged = self.merge(&snapshot, &inputs, lsns, chain_max).await;
                 match &merged {
                     Ok(()) => self.note_l0_merge(None),
                     Err(CompactError::Cancelled | CompactError::Background(_)) => {}
@@ -309,9 +360,10 @@ impl<I: Io> Timeline<I> {
                 }
                 merged?;
                 self.context.counters.merges_l0.add(1);
+                merged_bytes = snapshot.l0_wal_bytes(&inputs);
             }
             Action::MergeL1 { inputs, lsns } => {
-                self.merge(&snapshot, &inputs, lsns).await?;
+                self.merge(&snapshot, &inputs, lsns, COMPACT_CHAIN_MAX).await?;
                 self.context.counters.merges_l1.add(1);
             }
             Action::MakeImages { keys, lsn, base, deltas } => {
@@ -319,6 +371,8 @@ impl<I: Io> Timeline<I> {
                 self.context.counters.image_jobs.add(1);
             }
         }
+        let took = self.context.io.now().saturating_sub(began);
+        self.compaction.capacity.note(took, merged_bytes);
         #[cfg(test)]
         count(kind, 1);
         self.context.counters.compactions.add(1);
@@ -341,6 +395,7 @@ impl<I: Io> Timeline<I> {
         snapshot: &Snapshot<I>,
         inputs: &[usize],
         lsns: LsnRange,
+        chain_max: usize,
     ) -> Result<(), CompactError> {
         let removed = snapshot.layers(inputs);
         let job = MergeJob {
@@ -349,6 +404,7 @@ impl<I: Io> Timeline<I> {
             below: snapshot.older(lsns.start, inputs),
             lsns,
             cuts: snapshot.cuts(),
+            chain_max,
         };
         let made = self.context.background.run(move |io: I| merge::run(io, job)).await??;
         let bytes = made.layers.iter().map(|layer| layer.file_bytes).sum();
@@ -447,6 +503,10 @@ impl<I: Io> Timeline<I> {
         #[cfg(test)]
         let spans = if planted(Planted::KeepInputs) { Vec::new() } else { spans };
         mutable.layers.replace(&spans, layers);
+        drop(mutable);
+        for layer in removed.iter().filter_map(|layer| layer.leave_memory()) {
+            self.drop_elsewhere(layer);
+        }
         self.compaction.retired.borrow_mut().extend(removed.iter().cloned());
         Ok(())
     }

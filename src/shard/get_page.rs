@@ -322,7 +322,7 @@ async fn descend<I: Io>(
     let mut layers = layers.into_iter();
     for layer in layers.by_ref() {
         let before = found.len();
-        let (done, is_read) = layer.collect(key, range(&layer), found).await?;
+        let (done, is_read) = layer.source().await?.collect(key, range(&layer), found).await?;
         *layers_read += u64::from(is_read);
         if done != Lookup::Continue {
             return Ok(done);
@@ -332,12 +332,10 @@ async fn descend<I: Io>(
         }
     }
     // A read may be given up half way, the opening of a file may not: it would stay open.
-    let opened = join_all(layers.as_slice().iter().map(|layer| layer.reader())).await;
-    let reads = layers.zip(opened).map(|(layer, reader)| async move {
+    let opened = join_all(layers.as_slice().iter().map(|layer| layer.source())).await;
+    let reads = layers.zip(opened).map(|(layer, source)| async move {
         let mut values = Vec::new();
-        let reader = reader?;
-        let is_read = reader.needs_blocks(key, range(&layer));
-        let done = reader.collect(key, range(&layer), &mut values).await?;
+        let (done, is_read) = source?.collect(key, range(&layer), &mut values).await?;
         Ok::<_, LayerError>((done, values, is_read))
     });
     let mut reads = stream::iter(reads).buffered(READ_LAYERS_CONCURRENT_MAX);

@@ -4,9 +4,23 @@
 //! budget, the largest open layer is asked to become a file; and the next largest, until what
 //! nobody has asked for yet fits. Above the budget ingest slows, whoever it is for, and far above it
 //! stops ([`super::plan::pressure`]): files cannot be made as fast as WAL comes in.
+//!
+//! What the budget has left is for [`Resident`] layers: those that are in L0 files already, but
+//! were not merged yet. Reads find there what they would have to read files for. They are the
+//! first to go, the oldest before the others, and are no reason for anything to slow.
 
 use std::cell::{Cell, RefCell};
+use std::collections::VecDeque;
 use std::rc::{Rc, Weak};
+use std::sync::Arc;
+
+use crate::layers::FrozenLayer;
+
+#[cfg(test)]
+thread_local! {
+    /// For tests that want L0 layers to be read from their files.
+    pub(crate) static NO_RESIDENTS: Cell<bool> = const { Cell::new(false) };
+}
 
 /// See the module's text.
 #[derive(Debug)]
@@ -15,6 +29,17 @@ pub struct MemoryBudget {
     open_bytes: Cell<u64>,
     frozen_bytes: Cell<u64>,
     shares: RefCell<Vec<Weak<Account>>>,
+    resident_bytes: Cell<u64>,
+    /// Oldest first.
+    residents: RefCell<VecDeque<Weak<Resident>>>,
+}
+
+/// A layer that has become a file, in memory too as long as there is room.
+#[derive(Debug)]
+pub struct Resident {
+    budget: Rc<MemoryBudget>,
+    bytes: u64,
+    layer: RefCell<Option<Arc<FrozenLayer>>>,
 }
 
 #[derive(Debug)]
@@ -41,7 +66,43 @@ impl MemoryBudget {
             open_bytes: Cell::new(0),
             frozen_bytes: Cell::new(0),
             shares: RefCell::default(),
+            resident_bytes: Cell::new(0),
+            residents: RefCell::default(),
         })
+    }
+
+    /// Keeps a layer as long as there is room; [`MemoryBudget::evict`] follows.
+    pub fn keep(self: &Rc<Self>, layer: Arc<FrozenLayer>) -> Rc<Resident> {
+        let bytes = layer.memory_bytes() as u64;
+        self.resident_bytes.set(self.resident_bytes.get() + bytes);
+        let layer = RefCell::new(Some(layer));
+        let resident = Rc::new(Resident { budget: self.clone(), bytes, layer });
+        let mut residents = self.residents.borrow_mut();
+        // Those that were merged stand among the others, and there may be room for all of them.
+        residents.retain(|one| one.upgrade().is_some_and(|one| one.is_there()));
+        residents.push_back(Rc::downgrade(&resident));
+        drop(residents);
+        #[cfg(test)]
+        if NO_RESIDENTS.get() {
+            resident.take();
+        }
+        resident
+    }
+
+    /// Takes out the resident layers for which there is no room any more. Whoever calls lets go of
+    /// them where that holds up nobody: they are large.
+    pub fn evict(&self) -> Vec<Arc<FrozenLayer>> {
+        let mut evicted = Vec::new();
+        while self.used_bytes() + self.resident_bytes.get() > self.limit_bytes {
+            let Some(oldest) = self.residents.borrow_mut().pop_front() else { break };
+            evicted.extend(oldest.upgrade().and_then(|oldest| oldest.take()));
+        }
+        evicted
+    }
+
+    /// Bytes of all resident layers.
+    pub fn resident_bytes(&self) -> u64 {
+        self.resident_bytes.get()
     }
 
     /// A part for one more timeline. `wake` gets a message when its layer should be frozen; a
@@ -90,6 +151,33 @@ impl MemoryBudget {
     }
 }
 
+impl Resident {
+    /// The layer, if it is still in memory.
+    pub fn layer(&self) -> Option<Arc<FrozenLayer>> {
+        self.layer.borrow().clone()
+    }
+
+    fn is_there(&self) -> bool {
+        self.layer.borrow().is_some()
+    }
+
+    /// Gives up the place in memory.
+    pub fn take(&self) -> Option<Arc<FrozenLayer>> {
+        let layer = self.layer.take();
+        if layer.is_some() {
+            let total = &self.budget.resident_bytes;
+            total.set(total.get() - self.bytes);
+        }
+        layer
+    }
+}
+
+impl Drop for Resident {
+    fn drop(&mut self) {
+        self.take();
+    }
+}
+
 impl Share {
     /// Says how much the timeline's layers take, in bytes.
     pub fn set(&self, open: u64, frozen: u64) {
@@ -129,7 +217,11 @@ impl Drop for Share {
 
 #[cfg(test)]
 mod tests {
+    use bytes::Bytes;
+
     use super::*;
+    use crate::base::{Key, Lsn, Value};
+    use crate::layers::OpenLayer;
 
     fn share(budget: &Rc<MemoryBudget>) -> (Share, async_channel::Receiver<()>) {
         let (wake, woken) = async_channel::bounded(1);
@@ -155,6 +247,42 @@ mod tests {
         shares[2].0.set(30, 0);
         assert_eq!(asked(), [false, false, true, false]);
         assert_eq!(budget.used_bytes(), 15 + 60 + 30 + 10);
+    }
+
+    fn layer(values: u32) -> Arc<FrozenLayer> {
+        let mut open = OpenLayer::new(Lsn(1), 1 << 24);
+        for number in 0..values {
+            let key = Key { field6: number, ..Key::MIN };
+            open.put(key, Lsn(5), Value::Image(Bytes::from(vec![7; 1000])));
+        }
+        open.freeze(Lsn(10))
+    }
+
+    #[test]
+    fn resident_layers_have_what_is_left_and_the_oldest_go_first() {
+        let one_layer = layer(10).memory_bytes() as u64;
+        let budget = MemoryBudget::new(3 * one_layer + 10);
+        let (share, _woken) = share(&budget);
+        let mut kept: Vec<_> = (0..3).map(|_| budget.keep(layer(10))).collect();
+        assert!(budget.evict().is_empty());
+        let there = |kept: &[Rc<Resident>]| kept.iter().map(|r| r.is_there()).collect::<Vec<_>>();
+        // They do not count against what is not in files yet.
+        assert!(share.is_within_budget() && share.used_percent() == 0);
+        share.set(11, 0);
+        assert_eq!(budget.evict().len(), 1);
+        assert_eq!(there(&kept), [false, true, true]);
+        kept.push(budget.keep(layer(10)));
+        assert_eq!(budget.evict().len(), 1);
+        assert_eq!(there(&kept), [false, false, true, true]);
+        // One that was merged gives back its room, in the middle too.
+        drop(kept.remove(2));
+        assert_eq!(budget.resident_bytes(), one_layer);
+        assert!(kept.last().unwrap().layer().is_some_and(|layer| layer.value_count() == 10));
+        share.set(11, 3 * one_layer);
+        assert_eq!(budget.evict().len(), 1);
+        assert!(budget.evict().is_empty());
+        assert_eq!((budget.resident_bytes(), budget.residents.borrow().len()), (0, 0));
+        assert!(!share.is_within_budget());
     }
 
     #[test]

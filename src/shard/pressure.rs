@@ -20,7 +20,7 @@ use crate::limits::{FROZEN_LAYERS_MAX, INGEST_PAUSE_MS, L0_LAYERS_MAX, LSN_DISTA
 #[cfg(test)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Planted {
-    /// Frozen layers become L0 layers whether there is room or not.
+    /// Frozen layers become L0 layers whether there is room or not, at whatever rate.
     NoBound,
     /// The rate is not kept to.
     NoDelay,
@@ -62,11 +62,13 @@ impl<I: Io> Timeline<I> {
         let by_lsn = milli(wal_bytes, layer_bytes.saturating_mul(LSN_DISTANCE_FACTOR));
         Load {
             l0_count: mutable.layers.l0_count(),
+            layer_records_milli: self.compaction.layer_records_milli.get(),
             frozen_count: mutable.frozen.len(),
             open_milli: by_memory.max(by_lsn),
             memory_percent: self.memory.used_percent(),
             layer_bytes,
             merging: self.merging(),
+            merge_bytes_per_s: self.compaction.capacity.bytes_per_s(),
         }
     }
 
@@ -84,7 +86,7 @@ impl<I: Io> Timeline<I> {
     /// Bytes of WAL per second that may be taken in at the moment; `None`: as many as come.
     pub fn ingest_limit(&self) -> Option<u64> {
         #[cfg(test)]
-        if planted(Planted::NoDelay) {
+        if planted(Planted::NoDelay) || planted(Planted::NoBound) {
             return None;
         }
         limit(&self.load())

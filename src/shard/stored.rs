@@ -1,14 +1,19 @@
-//! A layer file of a timeline, opened when it is first read.
+//! A layer file of a timeline, opened when it is first read. One that a checkpoint has written may
+//! be in memory still; then it is read there.
 
 use std::cell::RefCell;
 use std::path::{Path, PathBuf};
 use std::rc::Rc;
+use std::sync::Arc;
 
 use super::index::IndexLayer;
 use super::layer_map::LayerSpan;
+use super::memory::Resident;
 use crate::base::{Key, KeyRange, Lsn, LsnRange, Value};
 use crate::io::Io;
-use crate::layers::{BlockCache, FileLayer, LayerError, LayerName, LayerOwner, Lookup, Newest};
+use crate::layers::{
+    BlockCache, FileLayer, FrozenLayer, LayerError, LayerName, LayerOwner, Lookup, Newest,
+};
 
 /// See the module's text.
 pub struct StoredLayer<I: Io> {
@@ -19,6 +24,35 @@ pub struct StoredLayer<I: Io> {
     owner: LayerOwner,
     cache: Rc<BlockCache>,
     reader: RefCell<Option<Rc<FileLayer<I>>>>,
+    resident: Option<Rc<Resident>>,
+}
+
+/// Where a layer is read.
+pub(super) enum Source<I: Io> {
+    /// In the memory that it still has.
+    Memory(Arc<FrozenLayer>),
+    /// In its file.
+    File(Rc<FileLayer<I>>),
+}
+
+impl<I: Io> Source<I> {
+    /// Appends the values of `key` within `lsns` to `out`, newest first, up to the first base. Tells
+    /// too whether blocks of the file were needed, from the cache or the disk: what filter or index
+    /// tell, or memory, is free.
+    pub(super) async fn collect(
+        &self,
+        key: Key,
+        lsns: &LsnRange,
+        out: &mut Vec<(Lsn, Value)>,
+    ) -> Result<(Lookup, bool), LayerError> {
+        match self {
+            Source::Memory(layer) => Ok((layer.collect(key, lsns, out), false)),
+            Source::File(reader) => {
+                let is_read = reader.needs_blocks(key, lsns);
+                Ok((reader.collect(key, lsns, out).await?, is_read))
+            }
+        }
+    }
 }
 
 impl<I: Io> StoredLayer<I> {
@@ -31,8 +65,30 @@ impl<I: Io> StoredLayer<I> {
         owner: LayerOwner,
         cache: Rc<BlockCache>,
     ) -> Rc<Self> {
+        Self::with_resident(io, dir, name, len, owner, cache, None)
+    }
+
+    /// The same of a layer that is in memory, too.
+    pub fn with_resident(
+        io: I,
+        dir: &Path,
+        name: LayerName,
+        len: u64,
+        owner: LayerOwner,
+        cache: Rc<BlockCache>,
+        resident: Option<Rc<Resident>>,
+    ) -> Rc<Self> {
         let reader = RefCell::new(None);
-        Rc::new(StoredLayer { io, dir: dir.to_owned(), name, len, owner, cache, reader })
+        Rc::new(StoredLayer { io, dir: dir.to_owned(), name, len, owner, cache, reader, resident })
+    }
+
+    fn in_memory(&self) -> Option<Arc<FrozenLayer>> {
+        self.resident.as_ref().and_then(|resident| resident.layer())
+    }
+
+    /// Gives up what is in memory of it. Letting go of that takes time.
+    pub(super) fn leave_memory(&self) -> Option<Arc<FrozenLayer>> {
+        self.resident.as_ref().and_then(|resident| resident.take())
     }
 
     /// What it covers.
@@ -82,18 +138,12 @@ impl<I: Io> StoredLayer<I> {
         }
     }
 
-    /// Appends the values of `key` within `lsns` to `out`, newest first, up to the first base. Tells
-    /// too whether blocks of the file were needed, from the cache or the disk: what filter or index
-    /// tell is free.
-    pub async fn collect(
-        &self,
-        key: Key,
-        lsns: &LsnRange,
-        out: &mut Vec<(Lsn, Value)>,
-    ) -> Result<(Lookup, bool), LayerError> {
-        let reader = self.reader().await?;
-        let is_read = reader.needs_blocks(key, lsns);
-        Ok((reader.collect(key, lsns, out).await?, is_read))
+    /// Where it is read: in memory or in its file, which is opened if need be.
+    pub(super) async fn source(&self) -> Result<Source<I>, LayerError> {
+        match self.in_memory() {
+            Some(layer) => Ok(Source::Memory(layer)),
+            None => Ok(Source::File(self.reader().await?)),
+        }
     }
 
     /// For every key of the range, its newest value with `lsn < below`, unless `out` has a newer.
@@ -103,7 +153,11 @@ impl<I: Io> StoredLayer<I> {
         below: Lsn,
         out: &mut Newest,
     ) -> Result<(), LayerError> {
-        self.reader().await?.scan(keys, below, out).await
+        match self.source().await? {
+            Source::Memory(layer) => layer.scan(keys, below, out),
+            Source::File(reader) => reader.scan(keys, below, out).await?,
+        }
+        Ok(())
     }
 
     /// Closes the file if no read is under way. Reads that are keep it open until they end; then

@@ -322,6 +322,10 @@ impl<I: Io> Timeline<I> {
         }
         let frozen = mutable.frozen.iter().map(|layer| layer.memory_bytes() as u64).sum();
         self.memory.set(mutable.open.memory_bytes() as u64, frozen);
+        drop(mutable);
+        for layer in self.context.memory.evict() {
+            self.drop_elsewhere(layer);
+        }
     }
 
     /// The milestones.

@@ -8,13 +8,31 @@
 
 use crate::base::{Key, KeyKind, Lsn, Value};
 use crate::io::Io;
-use crate::limits::{COMPACT_CHAIN_MAX, COMPACT_HISTORY_IMAGE_BYTES};
+use crate::limits::COMPACT_HISTORY_IMAGE_BYTES;
 
 use super::job::Pages;
 
+/// Where images may be and when they are due.
+#[derive(Clone, Copy)]
+pub(super) struct Bounds {
+    /// First LSN of images.
+    pub(super) start: Lsn,
+    /// LSN below which older values are.
+    pub(super) below: Lsn,
+    /// Records of a page behind its newest base that need no image.
+    pub(super) chain_max: usize,
+}
+
+impl Bounds {
+    /// True if a row of so many values of a key may need an image.
+    pub(super) fn may_need_image(&self, key: Key, count: usize) -> bool {
+        count > self.chain_max && key.kind() != KeyKind::Metadata
+    }
+}
+
 /// The values of one page since its newest base.
-#[derive(Default)]
 pub(super) struct Chain {
+    bounds: Bounds,
     /// They begin with a base if `has_base`; otherwise older layers have it.
     values: Vec<(Lsn, Value)>,
     bytes: usize,
@@ -23,15 +41,16 @@ pub(super) struct Chain {
     given_up: bool,
 }
 
-/// True if a row of so many values of a key may need an image.
-pub(super) fn may_need_image(key: Key, count: usize) -> bool {
-    count > COMPACT_CHAIN_MAX && key.kind() != KeyKind::Metadata
-}
-
 impl Chain {
+    /// No values yet.
+    pub(super) fn new(bounds: Bounds) -> Chain {
+        Chain { bounds, values: Vec::new(), bytes: 0, has_base: false, given_up: false }
+    }
+
     fn push(&mut self, lsn: Lsn, value: &Value) {
         if value.is_base() {
-            *self = Chain { has_base: true, given_up: self.given_up, ..Chain::default() };
+            let given_up = self.given_up;
+            *self = Chain { has_base: true, given_up, ..Chain::new(self.bounds) };
         }
         if !self.given_up {
             self.bytes += value.encoded_len();
@@ -40,7 +59,7 @@ impl Chain {
     }
 
     fn is_long(&self) -> bool {
-        self.values.len() > COMPACT_CHAIN_MAX
+        self.values.len() > self.bounds.chain_max
     }
 
     fn is_heavy(&self) -> bool {
@@ -48,14 +67,12 @@ impl Chain {
     }
 
     /// Takes more values of the page, all that there are of their last LSN, and gives them back
-    /// with images between. `below` is the LSN below which older values are; `is_last` tells that
-    /// no more will come. Images have LSNs from `start` on.
+    /// with images between. `is_last` tells that no more will come.
     pub(super) async fn extend<I: Io>(
         &mut self,
         pages: &Pages<I>,
         key: Key,
         values: Vec<(Lsn, Value)>,
-        (start, below): (Lsn, Lsn),
         is_last: bool,
     ) -> Vec<(Lsn, Value)> {
         let mut out = Vec::with_capacity(values.len() + 1);
@@ -66,15 +83,15 @@ impl Chain {
             let next = rest.peek().map(|(lsn, _)| *lsn);
             let is_end = is_last && next.is_none();
             let due = self.is_heavy() || is_end && self.is_long();
-            if !due || next == Some(lsn) || lsn < start {
+            if !due || next == Some(lsn) || lsn < self.bounds.start {
                 continue;
             }
-            match self.page(pages, key, below).await {
+            match self.page(pages, key, self.bounds.below).await {
                 Some(page) => {
                     self.push(lsn, &page);
                     out.push((lsn, page));
                 }
-                None => *self = Chain { given_up: true, ..Chain::default() },
+                None => *self = Chain { given_up: true, ..Chain::new(self.bounds) },
             }
         }
         out

@@ -11,7 +11,7 @@ use futures_util::StreamExt;
 use futures_util::future::LocalBoxFuture;
 use futures_util::stream::FuturesOrdered;
 
-use super::chain::{Chain, may_need_image};
+use super::chain::{Bounds, Chain};
 use super::job::{CompactError, JobBase, Made, Pages};
 use super::points::Points;
 #[cfg(test)]
@@ -36,6 +36,8 @@ pub(super) struct MergeJob {
     pub(super) below: Vec<LayerName>,
     /// Keys where a layer is cut even if it could still grow; ascending.
     pub(super) cuts: Vec<Key>,
+    /// A page with more records than this gets an image behind them.
+    pub(super) chain_max: usize,
 }
 
 /// Values of one key, or some of them.
@@ -132,11 +134,11 @@ impl<I: Io> Output<I> {
 
 /// Merges. The layers of the result are durable when this returns; after an error there are none.
 pub(super) async fn run<I: Io>(io: I, job: MergeJob) -> Result<Made, CompactError> {
-    let MergeJob { base, inputs, lsns, below, cuts } = job;
+    let MergeJob { base, inputs, lsns, below, cuts, chain_max } = job;
     let JobBase { owner, dir, target_bytes, start_lsn, redo, flags } = base;
     let pages = Pages::new(Points::new(&io, &dir, owner, below), redo());
     let mut merge = DeltaMerge::new(&io, &dir, owner, inputs, Key::MIN..Key::MAX);
-    let bounds = (start_lsn, lsns.start);
+    let bounds = Bounds { start: start_lsn, below: lsns.start, chain_max };
     let mut out = Output::new(&io, OutputJob { dir, owner, target_bytes, lsns, cuts });
     let mut stream = Stream::new(&io, &pages, bounds);
     let mut merged = async {
@@ -180,8 +182,7 @@ struct Window<'a> {
 struct Stream<'a, I: Io> {
     io: &'a I,
     pages: &'a Pages<I>,
-    /// First LSN of images; LSN below which older values are.
-    bounds: (Lsn, Lsn),
+    bounds: Bounds,
     /// The key that values come of.
     group: Option<Group>,
     /// Of a key whose first values have gone their way: what its next image is made from.
@@ -190,7 +191,7 @@ struct Stream<'a, I: Io> {
 }
 
 impl<'a, I: Io> Stream<'a, I> {
-    fn new(io: &'a I, pages: &'a Pages<I>, bounds: (Lsn, Lsn)) -> Self {
+    fn new(io: &'a I, pages: &'a Pages<I>, bounds: Bounds) -> Self {
         Stream { io, pages, bounds, group: None, chain: None, window: Window::default() }
     }
 
@@ -220,8 +221,9 @@ impl<'a, I: Io> Stream<'a, I> {
         let Some(group) = self.group.take() else { return Ok(()) };
         let Group { key, mut values, bytes } = group;
         if key.kind() != KeyKind::Metadata {
-            let chain = self.chain.get_or_insert_default();
-            values = chain.extend(self.pages, key, values, self.bounds, is_last).await;
+            let bounds = self.bounds;
+            let chain = self.chain.get_or_insert_with(|| Chain::new(bounds));
+            values = chain.extend(self.pages, key, values, is_last).await;
         }
         out.put(Group { key, values, bytes }).await?;
         self.group = (!is_last).then(|| Group::new(key));
@@ -235,7 +237,7 @@ impl<'a, I: Io> Stream<'a, I> {
             self.chain = None;
         }
         let Some(group) = self.group.take() else { return Ok(()) };
-        let needs_work = may_need_image(group.key, group.values.len());
+        let needs_work = self.bounds.may_need_image(group.key, group.values.len());
         if !needs_work && self.window.groups.is_empty() {
             return Ok(out.put(group).await?);
         }
@@ -244,7 +246,7 @@ impl<'a, I: Io> Stream<'a, I> {
         self.window.groups.push_back(Box::pin(async move {
             let Group { key, values, bytes } = group;
             let values = match needs_work {
-                true => Chain::default().extend(pages, key, values, bounds, true).await,
+                true => Chain::new(bounds).extend(pages, key, values, true).await,
                 false => values,
             };
             Group { key, values, bytes }

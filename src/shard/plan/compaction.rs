@@ -37,9 +37,9 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use crate::base::{Key, KeyRange, Lsn, LsnRange};
 use crate::limits::{
-    COMPACT_DEPTH_MAX, COMPACT_IMAGE_OVERDUE_PERCENT, COMPACT_L0_DEPTH_MILLI,
-    COMPACT_L1_INPUT_BYTES_MAX, COMPACT_LEVELS_MAX, COMPACT_ROW_FACTOR, COMPACT_ROWS_MAX,
-    COMPACT_SPARSE_FACTOR, L0_LAYERS_URGENT,
+    COMPACT_CHAIN_MAX, COMPACT_CHAIN_MIN, COMPACT_DEPTH_MAX, COMPACT_IMAGE_OVERDUE_PERCENT,
+    COMPACT_L0_RECORDS_MILLI, COMPACT_L1_INPUT_BYTES_MAX, COMPACT_LEVELS_MAX, COMPACT_ROW_FACTOR,
+    COMPACT_ROWS_MAX, COMPACT_SPARSE_FACTOR, L0_LAYERS_URGENT,
 };
 use crate::shard::layer_map::LayerSpan;
 
@@ -89,6 +89,9 @@ pub enum Action {
         inputs: Vec<usize>,
         /// LSN range of the result.
         lsns: LsnRange,
+        /// A page with more records than this gets an image behind them: the more rows are left
+        /// below, the fewer.
+        chain_max: usize,
     },
     /// Makes new image layers of a column.
     MakeImages {
@@ -171,8 +174,8 @@ fn merge_l0(layers: &[PlanLayer], columns: &[Column], config: &PlanConfig) -> Op
     let l0 = |(at, layer): (usize, &PlanLayer)| layer.is_l0().then_some((at, layer.bytes));
     let mut found: Vec<(usize, u64)> = layers.iter().enumerate().filter_map(l0).collect();
     let image_bytes = image_bytes(columns);
-    let depth: u64 = found.iter().map(|(_, bytes)| weight_milli(*bytes, image_bytes)).sum();
-    let is_full = image_bytes > 0 && depth >= COMPACT_L0_DEPTH_MILLI;
+    let bytes: u64 = found.iter().map(|(_, bytes)| bytes).sum();
+    let is_full = image_bytes > 0 && records_milli(bytes, image_bytes) >= COMPACT_L0_RECORDS_MILLI;
     let is_off = config.l0_threshold == usize::MAX;
     if is_off || found.len() < config.l0_threshold.max(1) && !is_full {
         return None;
@@ -197,7 +200,13 @@ fn merge_l0(layers: &[PlanLayer], columns: &[Column], config: &PlanConfig) -> Op
         inputs = whole;
     }
     let lsns = hull(layers, &inputs)?;
-    Some(Action::MergeL0 { inputs, lsns })
+    // Rows are taken whole.
+    let left = rows(layers, columns);
+    let left = left.iter().filter(|row| row.members.first().is_some_and(|at| !inputs.contains(at)));
+    let left: u64 = left.map(|row| weight_milli(row.live_bytes, image_bytes)).sum();
+    let parts = 1 + usize::try_from((left + 500) / 1000).unwrap_or(COMPACT_LEVELS_MAX);
+    let chain_max = (COMPACT_CHAIN_MAX / parts).max(COMPACT_CHAIN_MIN);
+    Some(Action::MergeL0 { inputs, lsns, chain_max })
 }
 
 fn image_bytes(columns: &[Column]) -> u64 {
@@ -281,8 +290,15 @@ fn take_rows(
 /// The share of pages of which a delta layer has records, in thousandths, from its bytes and
 /// those of all the pages' images.
 fn weight_milli(bytes: u64, image_bytes: u64) -> u64 {
+    // A layer with half a record of each page counts as one.
+    records_milli(bytes, image_bytes).saturating_mul(2).min(1000)
+}
+
+/// Records that a delta layer has of each page on average, in thousandths, estimated from its
+/// bytes and those of all the pages' images.
+fn records_milli(bytes: u64, image_bytes: u64) -> u64 {
     let full = u128::from(image_bytes / COMPACT_SPARSE_FACTOR).max(1);
-    u64::try_from((u128::from(bytes) * 1000 / full).min(1000)).unwrap_or(1000)
+    u64::try_from(u128::from(bytes) * 500 / full).unwrap_or(u64::MAX)
 }
 
 /// The keys of some layers as disjoint ranges, in order.

@@ -2,8 +2,10 @@
 //!
 //! Three things can run behind: the checkpoint (frozen layers wait for it), compaction (L0 layers
 //! wait for it), and both on a core of many timelines (memory). Each has a curve that begins at
-//! "no limit" and falls by halves, the steeper the less room there is; the lowest of the three
-//! holds. So the rate settles where as much is taken in as can be written, whatever the device is
+//! "no limit" and falls by halves, the steeper the less room there is; the lowest of them holds.
+//! That of compaction goes by how far a read has to descend: by the number of L0 layers, or by the
+//! records that a page has in them, which in a small database are many in each. What compaction
+//! gets done is measured, so that reads find the same depth however fast or slow it is. So the rate settles where as much is taken in as can be written, whatever the device is
 //! able to do, and nobody has to know that figure.
 //!
 //! All measures are continuous: a layer counts by its fill while it is open, as one when it is
@@ -23,7 +25,8 @@ use std::time::Duration;
 
 use crate::io::Instant;
 use crate::limits::{
-    FROZEN_LAYERS_MAX, INGEST_FAST_BYTES_PER_S, INGEST_FROZEN_MILLI_FREE, INGEST_L0_MILLI_FREE,
+    FROZEN_LAYERS_MAX, INGEST_DEPTH_MILLI_FREE, INGEST_DEPTH_MILLI_FULL, INGEST_DEPTH_MILLI_HALF,
+    INGEST_EVEN_LAYERS, INGEST_EVEN_RECORDS, INGEST_FAST_BYTES_PER_S, INGEST_FROZEN_MILLI_FREE,
     INGEST_MEMORY_PERCENT_FREE, INGEST_PAUSE_MS, INGEST_SLOWEST_LAYER_S, INGEST_STUCK_BYTES_PER_S,
     L0_LAYERS_MAX, MEMORY_OVERDRAFT_PERCENT,
 };
@@ -44,6 +47,8 @@ pub enum Merging {
 pub struct Load {
     /// L0 layers.
     pub l0_count: usize,
+    /// Values that one of them has of each key that is in it, in thousandths.
+    pub layer_records_milli: u64,
     /// Layers in memory that take no more values and are not in files yet.
     pub frozen_count: usize,
     /// The open layer, in thousandths of the size at which it is frozen; 1000 at most.
@@ -54,6 +59,8 @@ pub struct Load {
     pub layer_bytes: u64,
     /// How compaction gets on.
     pub merging: Merging,
+    /// Bytes of WAL per second that it works off, if known.
+    pub merge_bytes_per_s: Option<u64>,
 }
 
 impl Load {
@@ -70,8 +77,38 @@ fn curve(at: u64, free: u64, full: u64, layer_bytes: u64) -> Option<u64> {
     let slowest = (layer_bytes / INGEST_SLOWEST_LAYER_S).clamp(1, INGEST_FAST_BYTES_PER_S);
     let halves = u64::from(INGEST_FAST_BYTES_PER_S.ilog2() - slowest.ilog2());
     let milli = over.saturating_mul(halves * 1000) / full.saturating_sub(free).max(1);
-    let upper = INGEST_FAST_BYTES_PER_S >> (milli / 1000);
-    Some((upper - upper / 2 * (milli % 1000) / 1000).max(slowest))
+    Some(halved(milli).max(slowest))
+}
+
+/// The fastest rate after so many thousandths of halves.
+fn halved(milli: u64) -> u64 {
+    let upper = INGEST_FAST_BYTES_PER_S >> (milli / 1000).min(63);
+    upper - upper / 2 * (milli % 1000) / 1000
+}
+
+/// How far reads must descend: 1000 where WAL is to come in as fast as compaction works it off.
+fn depth_milli(load: &Load) -> u64 {
+    let layers = (load.l0_count as u64).saturating_mul(1000).saturating_add(load.waiting_milli());
+    // One layer must be possible beside that which is being filled, whatever they hold.
+    let most = INGEST_EVEN_RECORDS * 1000 * 3 / 5;
+    let records = load.layer_records_milli.min(most);
+    let by_records = layers.saturating_mul(records) / (INGEST_EVEN_RECORDS * 1000);
+    by_records.max(layers / INGEST_EVEN_LAYERS)
+}
+
+/// The curve of the depth: down to what compaction works off, and from there on by halves.
+fn depth_curve(load: &Load) -> Option<u64> {
+    let (depth, free) = (depth_milli(load), INGEST_DEPTH_MILLI_FREE);
+    let Some(capacity) = load.merge_bytes_per_s else {
+        return curve(depth, free, INGEST_DEPTH_MILLI_FULL, load.layer_bytes);
+    };
+    let over = depth.checked_sub(free).filter(|over| *over > 0)?;
+    let slowest = (load.layer_bytes / INGEST_SLOWEST_LAYER_S).clamp(1, INGEST_FAST_BYTES_PER_S);
+    let capacity = capacity.clamp(1, INGEST_FAST_BYTES_PER_S);
+    let halves = u64::from(INGEST_FAST_BYTES_PER_S.ilog2() - capacity.ilog2());
+    let above = over.min(1000 - free) * halves * 1000 / (1000 - free);
+    let below = depth.saturating_sub(1000).saturating_mul(1000) / INGEST_DEPTH_MILLI_HALF;
+    Some(halved(above.saturating_add(below)).max(slowest))
 }
 
 /// Bytes of WAL per second that may be taken in; `None`: as many as come.
@@ -85,9 +122,7 @@ pub fn limit(load: &Load) -> Option<u64> {
         MEMORY_OVERDRAFT_PERCENT,
         load.layer_bytes,
     );
-    let l0_milli = (load.l0_count as u64).saturating_mul(1000).saturating_add(waiting);
-    let l0_full = (L0_LAYERS_MAX as u64 + layers_max) * 1000;
-    let l0 = curve(l0_milli, INGEST_L0_MILLI_FREE, l0_full, load.layer_bytes);
+    let l0 = depth_curve(load);
     let l0 = match load.merging {
         Merging::Works => l0,
         Merging::Fails => l0.map(|rate| rate.max(INGEST_STUCK_BYTES_PER_S)),
@@ -151,17 +186,18 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
-    use crate::limits::L0_LAYERS_URGENT;
 
     const MIB: u64 = 1 << 20;
 
     const IDLE: Load = Load {
         l0_count: 0,
+        layer_records_milli: 0,
         frozen_count: 0,
         open_milli: 0,
         memory_percent: 0,
         layer_bytes: 256 * MIB,
         merging: Merging::Works,
+        merge_bytes_per_s: None,
     };
 
     fn mib_per_s(load: &Load) -> Option<u64> {
@@ -183,14 +219,37 @@ mod tests {
     }
 
     #[test]
-    fn the_rate_falls_with_l0_layers() {
-        let at = |l0_count| Load { l0_count, ..IDLE };
-        assert_eq!(limit(&at(L0_LAYERS_URGENT + 1)), None);
-        assert_eq!(mib_per_s(&at(8)), Some(402));
-        assert_eq!(mib_per_s(&at(9)), Some(146));
-        assert_eq!(mib_per_s(&at(10)), Some(54));
-        let full = Load { frozen_count: FROZEN_LAYERS_MAX, open_milli: 1000, ..at(10) };
-        assert_eq!(mib_per_s(&full), Some(1));
+    fn the_rate_falls_with_the_depth_of_reads() {
+        let at = |l0_count, layer_records_milli| Load { l0_count, layer_records_milli, ..IDLE };
+        // By layers, by records.
+        assert_eq!(limit(&at(2, 0)), None);
+        assert_eq!(mib_per_s(&at(4, 0)), Some(216));
+        assert_eq!(limit(&at(2, 2_500)), None);
+        assert_eq!(limit(&at(2, 5_000)), limit(&at(4, 0)));
+        assert_eq!(
+            limit(&at(1, 1 << 60)).map(|rate| rate > INGEST_FAST_BYTES_PER_S / 2),
+            Some(true)
+        );
+        let off = Load { merging: Merging::Off, ..at(9, 100_000) };
+        assert_eq!(limit(&off), None);
+        let waiting = Load { open_milli: 1000, ..at(2, 4_000) };
+        assert_eq!(limit(&waiting), limit(&at(3, 4_000)));
+    }
+
+    #[test]
+    fn where_compaction_is_known_its_rate_is_that_of_a_certain_depth() {
+        for speed in [8 * MIB, 64 * MIB, 512 * MIB] {
+            let at = |l0_count, layer_records_milli| {
+                let merge_bytes_per_s = Some(speed);
+                Load { l0_count, layer_records_milli, merge_bytes_per_s, ..IDLE }
+            };
+            assert_eq!(limit(&at(2, 0)), None);
+            assert_eq!(limit(&at(4, 0)), Some(speed));
+            assert_eq!(limit(&at(2, 5_000)), Some(speed));
+            assert!(limit(&at(3, 0)) > Some(speed));
+            assert!(limit(&at(4, 4_000)) < Some(speed / 2));
+            assert_eq!(limit(&at(100, 0)), Some(MIB));
+        }
     }
 
     #[test]
@@ -241,10 +300,26 @@ mod tests {
 
     fn any_load() -> impl Strategy<Value = Load> {
         let merging = prop::sample::select(vec![Merging::Works, Merging::Fails, Merging::Off]);
-        (0usize..20, 0usize..6, 0u64..=1000, 0u64..260, 0u64..u64::MAX, 0u32..64, merging).prop_map(
-            |(l0_count, frozen_count, open_milli, memory_percent, bytes, shift, merging)| {
-                let layer_bytes = bytes >> shift;
-                Load { l0_count, frozen_count, open_milli, memory_percent, layer_bytes, merging }
+        let layers = (0usize..20, 0u64..=10_000, 0usize..6, 0u64..=1000);
+        let merging = (merging, prop::option::of(any::<u64>()));
+        (layers, 0u64..260, 0u64..u64::MAX, 0u32..64, merging).prop_map(
+            |(
+                (l0_count, layer_records_milli, frozen_count, open_milli),
+                memory_percent,
+                bytes,
+                shift,
+                (merging, speed),
+            )| {
+                Load {
+                    l0_count,
+                    layer_records_milli,
+                    frozen_count,
+                    open_milli,
+                    memory_percent,
+                    layer_bytes: bytes >> shift,
+                    merging,
+                    merge_bytes_per_s: speed.map(|speed| speed >> shift),
+                }
             },
         )
     }
@@ -258,6 +333,7 @@ mod tests {
         fn more_load_never_means_a_higher_rate(load in any_load()) {
             let more = [
                 Load { l0_count: load.l0_count + 1, ..load },
+                Load { layer_records_milli: load.layer_records_milli + 1, ..load },
                 Load { frozen_count: load.frozen_count + 1, ..load },
                 Load { open_milli: (load.open_milli + 1).min(1000), ..load },
                 Load { memory_percent: load.memory_percent + 1, ..load },

@@ -52,7 +52,14 @@ fn quantile(distribution: &[f64], share: f64) -> usize {
 
 /// Adds the distribution of the number of layers that a page's read takes blocks of, and that of
 /// the records, when the layers have so many records of each page on average.
-fn note_read(layers_read: &mut Vec<f64>, records_read: &mut Vec<f64>, records: &[f64]) {
+/// `records` are those of a page in files, by layer; `in_memory` those of L0 layers, which are in
+/// memory still.
+fn note_read(
+    layers_read: &mut Vec<f64>,
+    records_read: &mut Vec<f64>,
+    records: &[f64],
+    in_memory: f64,
+) {
     // The image is always read.
     let mut layers = vec![0.0, 1.0];
     for mean in records {
@@ -63,7 +70,7 @@ fn note_read(layers_read: &mut Vec<f64>, records_read: &mut Vec<f64>, records: &
             layers[count] = layers[count] * (1.0 - has) + one_less * has;
         }
     }
-    let mean: f64 = records.iter().sum();
+    let mean: f64 = records.iter().sum::<f64>() + in_memory;
     let mut probability = (-mean).exp();
     let records = (1..200).map(|count| {
         let this = probability;
@@ -140,14 +147,14 @@ impl Model {
         let columns = columns(&self.layers, &self.config);
         let pages = f64::from(self.pages);
         for column in columns.iter().step_by(1 + columns.len() / 8) {
-            // Records of a page in each layer, and in the open layer half of what L0 layers have.
+            // Records of a page in each layer.
             let per_page = |bytes: u64, pages: f64| bytes as f64 / self.record_bytes / pages;
             let share = self.share(&column.keys) as f64;
             let stack = column.stack.iter().map(|(_, bytes)| per_page(*bytes, share));
             let l0 = self.layers.iter().filter(|layer| layer.is_l0());
-            let l0 = l0.map(|layer| per_page(layer.bytes, pages));
-            let records: Vec<f64> = stack.chain(l0).collect();
-            note_read(&mut self.layers_read, &mut self.records_read, &records);
+            let l0: f64 = l0.map(|layer| per_page(layer.bytes, pages)).sum();
+            let records: Vec<f64> = stack.collect();
+            note_read(&mut self.layers_read, &mut self.records_read, &records, l0);
         }
     }
 
@@ -183,7 +190,7 @@ impl Model {
         self.actions += 1;
         let before = self.layers.len();
         let kept = match action {
-            Action::MergeL0 { inputs, lsns } | Action::MergeL1 { inputs, lsns } => {
+            Action::MergeL0 { inputs, lsns, .. } | Action::MergeL1 { inputs, lsns } => {
                 self.merge(inputs, lsns);
                 before - inputs.len()
             }
@@ -322,6 +329,11 @@ fn write_amplification_does_not_grow_with_the_database() {
     }
 }
 
+/// A merge of L0 layers that leaves no rows.
+fn merge_l0(inputs: Vec<usize>, lsns: LsnRange) -> Action {
+    Action::MergeL0 { inputs, lsns, chain_max: COMPACT_CHAIN_MAX }
+}
+
 #[test]
 fn l0_layers_are_merged_from_the_oldest_on() {
     let whole = Key::MIN..Key::MAX;
@@ -333,7 +345,7 @@ fn l0_layers_are_merged_from_the_oldest_on() {
     ];
     assert_eq!(
         plan(&layers, &config(3, 1_000_000, 50)),
-        [Action::MergeL0 { inputs: vec![2, 3, 1], lsns: Lsn(101)..Lsn(401) }]
+        [merge_l0(vec![2, 3, 1], Lsn(101)..Lsn(401))]
     );
     assert!(plan(&layers, &config(4, 1_000_000, 50)).is_empty());
 }
@@ -362,19 +374,21 @@ fn small_rows_are_merged_along_and_large_ones_are_not() {
     let l0 = |from: u64| layer(whole.clone(), from..from + 100, false, 400_000);
     let row = |from: u64, bytes| layer(key(0)..key(100), from..from + 100, false, bytes);
     let inputs = |layers: &[PlanLayer]| match plan(layers, &config(2, 1_000_000, 50)).first() {
-        Some(Action::MergeL0 { inputs, lsns }) => (inputs.clone(), lsns.clone()),
+        Some(Action::MergeL0 { inputs, lsns, chain_max }) => {
+            (inputs.clone(), lsns.clone(), *chain_max)
+        }
         other => panic!("{other:?}"),
     };
     let layers = [image.clone(), row(101, 9_000_000), row(201, 500_000), l0(301), l0(401)];
-    assert_eq!(inputs(&layers), (vec![3, 4, 2], Lsn(201)..Lsn(501)));
+    assert_eq!(inputs(&layers), (vec![3, 4, 2], Lsn(201)..Lsn(501), COMPACT_CHAIN_MIN));
     // Three rows and a new one are too many; the oldest is too large.
     let [a, b, c] = [row(101, 30_000_000), row(201, 4_000_000), row(301, 4_000_000)];
     let layers = [image.clone(), a, b, c, l0(401), l0(501)];
-    assert_eq!(inputs(&layers), (vec![4, 5, 3, 2], Lsn(201)..Lsn(601)));
+    assert_eq!(inputs(&layers), (vec![4, 5, 3, 2], Lsn(201)..Lsn(601), COMPACT_CHAIN_MIN));
     // An image has made the row unnecessary.
     let newer = layer(whole.clone(), 290..291, true, 90_000_000);
     let layers = [image, newer, row(101, 9_000_000), row(201, 500_000), l0(301), l0(401)];
-    assert_eq!(inputs(&layers), (vec![4, 5], Lsn(301)..Lsn(501)));
+    assert_eq!(inputs(&layers), (vec![4, 5], Lsn(301)..Lsn(501), COMPACT_CHAIN_MAX));
 }
 
 #[test]
@@ -387,7 +401,7 @@ fn full_layers_are_merged_though_they_are_few() {
             layer(whole.clone(), 201..301, false, bytes),
         ]
     };
-    let merge = Action::MergeL0 { inputs: vec![1, 2], lsns: Lsn(101)..Lsn(301) };
+    let merge = merge_l0(vec![1, 2], Lsn(101)..Lsn(301));
     assert_eq!(plan(&layers(20_000), &config(6, 1_000_000, 50)), [merge]);
     assert!(plan(&layers(2_000), &config(6, 1_000_000, 50)).is_empty());
 }
@@ -406,7 +420,7 @@ fn images_that_are_overdue_come_before_merges_unless_those_are_urgent() {
     };
     let first = |count| plan(&with_l0(count), &config(3, 1_000_000, 50)).into_iter().next();
     assert!(matches!(first(3), Some(Action::MakeImages { .. })));
-    assert!(matches!(first(6), Some(Action::MergeL0 { .. })));
+    assert!(matches!(first(L0_LAYERS_URGENT as u64), Some(Action::MergeL0 { .. })));
 }
 
 #[test]
@@ -421,6 +435,6 @@ fn an_image_in_the_middle_does_not_hold_up_a_merge() {
     ];
     assert_eq!(
         plan(&layers, &config(3, 1_000_000, 50)),
-        [Action::MergeL0 { inputs: vec![1, 3, 4], lsns: Lsn(101)..Lsn(401) }]
+        [merge_l0(vec![1, 3, 4], Lsn(101)..Lsn(401))]
     );
 }
