@@ -223,7 +223,7 @@ mod tests {
         let at = |l0_count, layer_records_milli| Load { l0_count, layer_records_milli, ..IDLE };
         // By layers, by records.
         assert_eq!(limit(&at(2, 0)), None);
-        assert_eq!(mib_per_s(&at(4, 0)), Some(230));
+        assert_eq!(mib_per_s(&at(4, 0)), Some(216));
         assert_eq!(limit(&at(2, 2_500)), None);
         assert_eq!(limit(&at(2, 5_000)), limit(&at(4, 0)));
         assert_eq!(

@@ -420,7 +420,7 @@ fn images_that_are_overdue_come_before_merges_unless_those_are_urgent() {
     };
     let first = |count| plan(&with_l0(count), &config(3, 1_000_000, 50)).into_iter().next();
     assert!(matches!(first(3), Some(Action::MakeImages { .. })));
-    assert!(matches!(first(6), Some(Action::MergeL0 { .. })));
+    assert!(matches!(first(L0_LAYERS_URGENT as u64), Some(Action::MergeL0 { .. })));
 }
 
 #[test]
