@@ -290,7 +290,12 @@ pub const COMPACT_IMAGE_OVERDUE_PERCENT: u64 = 150;
 pub const COMPACT_DEPTH_MAX: u64 = 3;
 /// A page with more records than this behind its newest base gets an image when it is merged, and
 /// with fewer where other rows are left below: these are shared by all rows.
-pub const COMPACT_CHAIN_MAX: usize = 12;
+pub const COMPACT_CHAIN_MAX: usize = 24;
+/// Less, down to this, by the records that so many L0 layers have of a page, in thousandths of a
+/// layer.
+pub const COMPACT_CHAIN_TIGHT: usize = 12;
+/// See `COMPACT_CHAIN_TIGHT`.
+pub const COMPACT_CHAIN_LAYERS_MILLI: u64 = 2200;
 /// A page with no more than this never gets one.
 pub const COMPACT_CHAIN_MIN: usize = 8;
 /// Within a longer row of records of one page, an image follows on so many bytes of records.

@@ -252,6 +252,13 @@ impl<I: Io> Timeline<I> {
         self.mutable.borrow().layers.l0_count()
     }
 
+    /// Two delta layers that have keys and LSNs in common, described; there must never be any.
+    pub fn overlapping_layers(&self) -> Option<String> {
+        let mutable = self.mutable.borrow();
+        let (one, other) = mutable.layers.overlapping_deltas()?;
+        Some(format!("{one:?} overlaps with {other:?}"))
+    }
+
     pub(super) async fn compaction_loop(self: Rc<Self>) {
         let compaction = &self.compaction;
         compaction.signal.set();
@@ -320,6 +327,7 @@ impl<I: Io> Timeline<I> {
             image_percent: config.compaction_image_percent,
             merge_bytes_max: merge_bytes_max(),
             start_lsn: self.start_lsn(),
+            layer_records_milli: self.compaction.layer_records_milli.get(),
         };
         let actions = plan(&snapshot.plan, &config);
         let merges_l0 = |action: &Action| matches!(action, Action::MergeL0 { .. });

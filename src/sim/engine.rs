@@ -347,6 +347,9 @@ pub(super) async fn check_page(
     outside: &Outside,
     io: &SimIo,
 ) -> Result<(), String> {
+    if let Some(problem) = timeline.overlapping_layers() {
+        return Err(problem);
+    }
     match compare_page(timeline, outside, io).await? {
         Compared::Nothing | Compared::Right => Ok(()),
         Compared::Refused(error) => Err(error.to_string()),

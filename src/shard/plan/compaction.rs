@@ -37,9 +37,10 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use crate::base::{Key, KeyRange, Lsn, LsnRange};
 use crate::limits::{
-    COMPACT_CHAIN_MAX, COMPACT_CHAIN_MIN, COMPACT_DEPTH_MAX, COMPACT_IMAGE_OVERDUE_PERCENT,
-    COMPACT_L0_RECORDS_MILLI, COMPACT_L1_INPUT_BYTES_MAX, COMPACT_LEVELS_MAX, COMPACT_ROW_FACTOR,
-    COMPACT_ROWS_MAX, COMPACT_SPARSE_FACTOR, L0_LAYERS_URGENT,
+    COMPACT_CHAIN_LAYERS_MILLI, COMPACT_CHAIN_MAX, COMPACT_CHAIN_MIN, COMPACT_CHAIN_TIGHT,
+    COMPACT_DEPTH_MAX, COMPACT_IMAGE_OVERDUE_PERCENT, COMPACT_L0_RECORDS_MILLI,
+    COMPACT_L1_INPUT_BYTES_MAX, COMPACT_LEVELS_MAX, COMPACT_ROW_FACTOR, COMPACT_ROWS_MAX,
+    COMPACT_SPARSE_FACTOR, L0_LAYERS_URGENT,
 };
 use crate::shard::layer_map::LayerSpan;
 
@@ -78,6 +79,8 @@ pub struct PlanConfig {
     pub merge_bytes_max: u64,
     /// First LSN at which pages can be rebuilt.
     pub start_lsn: Lsn,
+    /// Values that an L0 layer has of each key that is in it, in thousandths.
+    pub layer_records_milli: u64,
 }
 
 /// Something to do. Layers are named by their place in the list that was planned for.
@@ -205,8 +208,16 @@ fn merge_l0(layers: &[PlanLayer], columns: &[Column], config: &PlanConfig) -> Op
     let left = left.iter().filter(|row| row.members.first().is_some_and(|at| !inputs.contains(at)));
     let left: u64 = left.map(|row| weight_milli(row.live_bytes, image_bytes)).sum();
     let parts = 1 + usize::try_from((left + 500) / 1000).unwrap_or(COMPACT_LEVELS_MAX);
-    let chain_max = (COMPACT_CHAIN_MAX / parts).max(COMPACT_CHAIN_MIN);
+    let chain_max = (chain_total(config) / parts).max(COMPACT_CHAIN_MIN);
     Some(Action::MergeL0 { inputs, lsns, chain_max })
+}
+
+/// Records of a page that all rows together may have. What L0 layers and memory have comes to it:
+/// a few layers, whatever the size of the database, but many records only in a small one.
+fn chain_total(config: &PlanConfig) -> usize {
+    let newer = config.layer_records_milli.saturating_mul(COMPACT_CHAIN_LAYERS_MILLI) / 1_000_000;
+    let newer = usize::try_from(newer).unwrap_or(COMPACT_CHAIN_MAX);
+    COMPACT_CHAIN_MAX.saturating_sub(newer).max(COMPACT_CHAIN_TIGHT)
 }
 
 fn image_bytes(columns: &[Column]) -> u64 {

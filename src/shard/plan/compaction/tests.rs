@@ -249,7 +249,15 @@ impl Model {
 
 fn config(l0_threshold: usize, target_bytes: u64, image_percent: u64) -> PlanConfig {
     let (merge_bytes_max, start_lsn) = (1 << 30, Lsn(0));
-    PlanConfig { l0_threshold, target_bytes, image_percent, merge_bytes_max, start_lsn }
+    let layer_records_milli = 0;
+    PlanConfig {
+        l0_threshold,
+        target_bytes,
+        image_percent,
+        merge_bytes_max,
+        start_lsn,
+        layer_records_milli,
+    }
 }
 
 proptest! {
@@ -380,15 +388,24 @@ fn small_rows_are_merged_along_and_large_ones_are_not() {
         other => panic!("{other:?}"),
     };
     let layers = [image.clone(), row(101, 9_000_000), row(201, 500_000), l0(301), l0(401)];
-    assert_eq!(inputs(&layers), (vec![3, 4, 2], Lsn(201)..Lsn(501), COMPACT_CHAIN_MIN));
+    assert_eq!(inputs(&layers), (vec![3, 4, 2], Lsn(201)..Lsn(501), COMPACT_CHAIN_MAX / 2));
     // Three rows and a new one are too many; the oldest is too large.
     let [a, b, c] = [row(101, 30_000_000), row(201, 4_000_000), row(301, 4_000_000)];
     let layers = [image.clone(), a, b, c, l0(401), l0(501)];
-    assert_eq!(inputs(&layers), (vec![4, 5, 3, 2], Lsn(201)..Lsn(601), COMPACT_CHAIN_MIN));
+    assert_eq!(inputs(&layers), (vec![4, 5, 3, 2], Lsn(201)..Lsn(601), COMPACT_CHAIN_MAX / 2));
     // An image has made the row unnecessary.
     let newer = layer(whole.clone(), 290..291, true, 90_000_000);
     let layers = [image, newer, row(101, 9_000_000), row(201, 500_000), l0(301), l0(401)];
     assert_eq!(inputs(&layers), (vec![4, 5], Lsn(301)..Lsn(501), COMPACT_CHAIN_MAX));
+}
+
+#[test]
+fn rows_may_have_the_fewer_records_the_more_are_in_newer_layers() {
+    let total = |layer_records_milli| {
+        chain_total(&PlanConfig { layer_records_milli, ..config(3, 1_000_000, 50) })
+    };
+    assert_eq!([0, 400, 1_000, 2_500].map(total), [24, 24, 22, 19]);
+    assert_eq!([5_000, 50_000, u64::MAX].map(total), [13, 12, 12]);
 }
 
 #[test]
