@@ -1,7 +1,8 @@
 //! glommio implementation of [`super::Io`]: io_uring and `O_DIRECT`.
 //!
-//! Data goes through the ring. Operations on directories (list, create, remove a tree) are plain
-//! system calls: they are rare, short, and io_uring has no call for some of them.
+//! Data goes through the ring. Operations on directories (list, create) are plain system calls:
+//! they are rare, short, and io_uring has no call for some of them. What is removed may be large,
+//! and goes on a thread of its own.
 
 use std::cell::{Cell, RefCell};
 use std::future::Future;
@@ -186,7 +187,10 @@ impl Io for UringIo {
     }
 
     async fn remove(&self, path: &Path) -> Result<(), IoError> {
-        std::fs::remove_file(path).map_err(|error| os_error("remove", path, &error))
+        // Giving back the blocks of a large file takes the kernel tens of milliseconds.
+        let owned = path.to_owned();
+        let removed = glommio::executor().spawn_blocking(move || std::fs::remove_file(owned)).await;
+        removed.map_err(|error| os_error("remove", path, &error))
     }
 
     async fn create_dir(&self, path: &Path) -> Result<(), IoError> {
