@@ -270,9 +270,8 @@ impl<I: Io> Timeline<I> {
             self.context.counters.layer_bytes.add(desc.file_bytes);
             let (io, dir, cache) =
                 (self.context.io.clone(), &self.context.dir, self.context.cache.clone());
-            let resident = Some(self.context.memory.keep(frozen.clone()));
-            let (name, bytes) = (desc.name, desc.file_bytes);
-            let layer = StoredLayer::with_resident(io, dir, name, bytes, owner, cache, resident);
+            let layer = StoredLayer::new(io, dir, desc.name, desc.file_bytes, owner, cache);
+            layer.stay_in_memory(self.context.memory.keep(frozen.clone()));
             mutable.layers.insert(layer.span(), layer);
             let records = frozen.value_count() * 1000 / frozen.key_count().max(1);
             self.compaction.layer_records_milli.set(records);

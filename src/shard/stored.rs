@@ -1,7 +1,7 @@
 //! A layer file of a timeline, opened when it is first read. One that a checkpoint has written may
 //! be in memory still; then it is read there.
 
-use std::cell::RefCell;
+use std::cell::{OnceCell, RefCell};
 use std::path::{Path, PathBuf};
 use std::rc::Rc;
 use std::sync::Arc;
@@ -24,7 +24,7 @@ pub struct StoredLayer<I: Io> {
     owner: LayerOwner,
     cache: Rc<BlockCache>,
     reader: RefCell<Option<Rc<FileLayer<I>>>>,
-    resident: Option<Rc<Resident>>,
+    resident: OnceCell<Rc<Resident>>,
 }
 
 /// Where a layer is read.
@@ -65,30 +65,23 @@ impl<I: Io> StoredLayer<I> {
         owner: LayerOwner,
         cache: Rc<BlockCache>,
     ) -> Rc<Self> {
-        Self::with_resident(io, dir, name, len, owner, cache, None)
-    }
-
-    /// The same of a layer that is in memory, too.
-    pub fn with_resident(
-        io: I,
-        dir: &Path,
-        name: LayerName,
-        len: u64,
-        owner: LayerOwner,
-        cache: Rc<BlockCache>,
-        resident: Option<Rc<Resident>>,
-    ) -> Rc<Self> {
-        let reader = RefCell::new(None);
+        let (reader, resident) = Default::default();
         Rc::new(StoredLayer { io, dir: dir.to_owned(), name, len, owner, cache, reader, resident })
     }
 
+    /// The layer is in memory, too; said once, before the first read.
+    pub(super) fn stay_in_memory(&self, resident: Rc<Resident>) {
+        let was_said = self.resident.set(resident).is_err();
+        debug_assert!(!was_said, "{} was in memory already", self.name);
+    }
+
     fn in_memory(&self) -> Option<Arc<FrozenLayer>> {
-        self.resident.as_ref().and_then(|resident| resident.layer())
+        self.resident.get().and_then(|resident| resident.layer())
     }
 
     /// Gives up what is in memory of it. Letting go of that takes time.
     pub(super) fn leave_memory(&self) -> Option<Arc<FrozenLayer>> {
-        self.resident.as_ref().and_then(|resident| resident.take())
+        self.resident.get().and_then(|resident| resident.take())
     }
 
     /// What it covers.

@@ -11,8 +11,8 @@
 //! A **column** is a key range whose newest image layer is the same everywhere in it; L1 layers
 //! above that image are stacked on the column. The rules, in order:
 //!
-//! 1. [`Action::MergeL0`]: enough L0 layers become L1 layers: so many of them, or as many as most
-//!    pages have records in. The newest rows of L1 layers are taken along where they are small
+//! 1. [`Action::MergeL0`]: enough L0 layers become L1 layers: so many of them, or as many as hold
+//!    some records of each page together. The newest rows of L1 layers are taken along where they are small
 //!    beside what is merged, or where otherwise there would be too many rows, but not if images
 //!    are due anyway or have made most of a row unnecessary. So what comes in is cut by keys and
 //!    levelled in one go.

@@ -326,14 +326,14 @@ fn write_amplification_does_not_grow_with_the_database() {
         .collect();
     for (factor, model) in curve {
         // Beyond that, three L0 layers together have less than a record of each page.
-        let (amplification_max, layers_max) = if factor <= 8 { (700, 4) } else { (850, 5) };
+        let (amplification_max, layers_max) = (650, if factor <= 8 { 3 } else { 4 });
         let amplification = model.amplification();
         assert!(amplification <= amplification_max, "{factor} times: {amplification} %");
         let (layers, records) =
             (quantile(&model.layers_read, 0.99), quantile(&model.records_read, 0.99));
         assert!(layers <= layers_max && records <= 32, "{factor} times: {layers}, {records}");
         assert!(model.depth_max <= COMPACT_DEPTH_MAX * 1000, "{factor} times: too deep");
-        assert!(model.l0_max <= L0_LAYERS_URGENT, "{factor} times: {} L0", model.l0_max);
+        assert!(model.l0_max <= model.config.l0_threshold, "{factor} times: {} L0", model.l0_max);
     }
 }
 
