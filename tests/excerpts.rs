@@ -167,11 +167,9 @@ fn delta_layers_of_random_inserts_are_smaller() {
 #[test]
 fn delta_layers_of_pgbench_are_smaller() {
     let prepare = |cluster: &PgCluster| cluster.pgbench_init("postgres", 5).unwrap();
-    for (name, setting, least) in
-        [("tpcb-off", "full_page_writes = off", 1.0), ("tpcb-on", "", 0.2)]
-    {
+    for (name, setting) in [("tpcb-off", "full_page_writes = off"), ("tpcb-on", "")] {
         let parts = saved(name, &[setting], prepare, tpcb);
-        assert!(parts.iter().all(|part| *part > least), "{name}: {parts:?}");
+        assert!(parts.iter().all(|part| *part > 0.2), "{name}: {parts:?}");
     }
 }
 
@@ -191,7 +189,7 @@ fn the_judge_sees_mistakes() {
     let root = Root::new("excerpts-judge");
     let settings = ["wal_keep_size = 10GB".to_owned(), "autovacuum = off".to_owned()];
     let mut cluster = PgCluster::init(&root.join("primary"), false, &settings).unwrap();
-    copy(cluster.data(), &root.join("base"));
+    copy(cluster.data(), &root.join("base/data"));
     let from: Lsn =
         control_data(cluster.data(), "Latest checkpoint's REDO location").unwrap().parse().unwrap();
     cluster.start().unwrap();
@@ -211,7 +209,7 @@ fn the_judge_sees_mistakes() {
         redo,
         timeout: Duration::from_secs(60),
     });
-    let base = scan(&root.join("base")).unwrap();
+    let base = scan(&root.join("base/data")).unwrap();
     // By kind: excerpts asked for, mistakes made.
     let made: RefCell<BTreeMap<(u8, u8), (u64, u64)>> = RefCell::new(BTreeMap::new());
     let judged = |bytes: &[u8], rel: RelTag, block: BlockNumber| {
