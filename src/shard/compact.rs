@@ -313,6 +313,18 @@ impl<I: Io> Timeline<I> {
         Snapshot { plan, stored }
     }
 
+    fn plan_config(&self) -> PlanConfig {
+        let config = self.context.config.get();
+        PlanConfig {
+            l0_threshold: config.compaction_threshold,
+            target_bytes: config.compaction_target_bytes,
+            image_percent: config.compaction_image_percent,
+            merge_bytes_max: merge_bytes_max(),
+            start_lsn: self.start_lsn(),
+            layer_records_milli: self.compaction.layer_records_milli.get(),
+        }
+    }
+
     /// Plans, and carries out one action; false if there is nothing to do.
     pub(super) async fn compact_once(&self) -> Result<bool, CompactError> {
         let _turn = self.compaction.turn.acquire().await;
@@ -320,15 +332,7 @@ impl<I: Io> Timeline<I> {
             return Ok(false);
         }
         let snapshot = self.snapshot();
-        let config = self.context.config.get();
-        let config = PlanConfig {
-            l0_threshold: config.compaction_threshold,
-            target_bytes: config.compaction_target_bytes,
-            image_percent: config.compaction_image_percent,
-            merge_bytes_max: merge_bytes_max(),
-            start_lsn: self.start_lsn(),
-            layer_records_milli: self.compaction.layer_records_milli.get(),
-        };
+        let config = self.plan_config();
         let actions = plan(&snapshot.plan, &config);
         let merges_l0 = |action: &Action| matches!(action, Action::MergeL0 { .. });
         if self.l0_count() >= L0_LAYERS_MAX.max(config.l0_threshold)
