@@ -189,7 +189,7 @@ impl Config {
             return fail("image_layer_bytes", "must be from 1048576 (1 MiB) to 1073741824 (1 GiB)");
         }
         if !(1..=L0_LAYERS_URGENT as u64).contains(&self.compaction_threshold) {
-            return fail("compaction_threshold", "must be from 1 to 6");
+            return fail("compaction_threshold", "must be from 1 to 8");
         }
         if !(1024 * 1024..=1 << 30).contains(&self.compaction_target_bytes) {
             let problem = "must be from 1048576 (1 MiB) to 1073741824 (1 GiB)";

@@ -281,7 +281,7 @@ pub const COMPACT_L0_RECORDS_MILLI: u64 = 1200;
 pub const COMPACT_ROWS_MAX: u64 = 3;
 /// A merge of L0 layers takes the next row of L1 layers along if it is at most so many times as
 /// large as all that is merged already.
-pub const COMPACT_ROW_FACTOR: u64 = 3;
+pub const COMPACT_ROW_FACTOR: u64 = 1;
 /// Images come before merges of L0 layers where the deltas have grown to so many percent of what
 /// they are due at.
 pub const COMPACT_IMAGE_OVERDUE_PERCENT: u64 = 150;
@@ -290,14 +290,14 @@ pub const COMPACT_IMAGE_OVERDUE_PERCENT: u64 = 150;
 pub const COMPACT_DEPTH_MAX: u64 = 3;
 /// A page with more records than this behind its newest base gets an image when it is merged, and
 /// with fewer where other rows are left below: these are shared by all rows.
-pub const COMPACT_CHAIN_MAX: usize = 24;
+pub const COMPACT_CHAIN_MAX: usize = 72;
 /// Less, down to this, by the records that so many L0 layers have of a page, in thousandths of a
 /// layer.
-pub const COMPACT_CHAIN_TIGHT: usize = 12;
+pub const COMPACT_CHAIN_TIGHT: usize = 8;
 /// See `COMPACT_CHAIN_TIGHT`.
-pub const COMPACT_CHAIN_LAYERS_MILLI: u64 = 2200;
+pub const COMPACT_CHAIN_LAYERS_MILLI: u64 = 16_000;
 /// A page with no more than this never gets one.
-pub const COMPACT_CHAIN_MIN: usize = 8;
+pub const COMPACT_CHAIN_MIN: usize = 4;
 /// Within a longer row of records of one page, an image follows on so many bytes of records.
 pub const COMPACT_HISTORY_IMAGE_BYTES: usize = 32 * 1024;
 /// Stored bytes of a delta layer that hold one record of every page of a range count as one

@@ -103,11 +103,9 @@ const SECONDS: &[(&str, &str, Seconds)] = &[
 const GAUGES: &[(&str, &str, Number)] = &[
     ("connections_open", "Connections open", |m| m.connections_open),
     ("memory_used_bytes", "Memory of open and frozen layers", |m| m.memory_used_bytes),
-    (
-        "memory_resident_bytes",
-        "Memory of layers that have become files and stay for reads",
-        |m| m.memory_resident_bytes,
-    ),
+    ("memory_resident_bytes", "Memory of layers that have become files and stay for reads", |m| {
+        m.memory_resident_bytes
+    }),
     ("redo_children_alive", "Wal-redo processes that run now", |m| m.redo_children_alive),
 ];
 
