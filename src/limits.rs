@@ -444,6 +444,22 @@ pub const REDO_FAILED_FILES_MAX: usize = 64;
 /// Largest input of failed redo that is kept, in bytes.
 pub const REDO_FAILED_BYTES_MAX: usize = 16 * 1024 * 1024;
 
+/// Bytes that are read from a process in one go.
+pub const REDO_INPUT_BYTES: usize = 64 * 1024;
+/// Size of the pipe for its replies, in bytes.
+pub const REDO_PIPE_BYTES: i32 = 128 * 1024;
+/// An executor waits so long for an answer that it expects at once; then a thread goes on. Until
+/// then the CPU is the process's, which would compete for it anyway.
+pub const REDO_INLINE_WAIT: std::time::Duration = std::time::Duration::from_micros(50);
+/// Requests that an executor sends to a process in one go: their answers come within that time.
+pub const REDO_INLINE_REQUESTS: usize = 4;
+/// Records in those.
+pub const REDO_INLINE_RECORDS: usize = 32;
+/// Bytes of those: they fit into a pipe.
+pub const REDO_INLINE_BYTES: usize = 32 * 1024;
+/// While its tenant asks again within this time, a process keeps it until the end of its slice.
+pub const REDO_QUIET: std::time::Duration = std::time::Duration::from_millis(1);
+
 const _: () = assert!(REDO_SPARES < REDO_PROCESSES_MAX);
 const _: () = assert!(REDO_FAILED_BYTES_MAX > REDO_RECORD_BYTES_MAX);
 // Base backups.
