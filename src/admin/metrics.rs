@@ -118,6 +118,12 @@ const GAUGES: &[(&str, &str, Number)] = &[
     ("page_requests_in_flight", "Page service requests being worked on", |m| {
         m.page_requests_in_flight
     }),
+    ("memory_used_bytes", "Memory of open and frozen layers", |m| m.memory_used_bytes),
+    (
+        "memory_resident_bytes",
+        "Memory of layers that have become files and stay for reads",
+        |m| m.memory_resident_bytes,
+    ),
     ("redo_children_alive", "Wal-redo processes that run now", |m| m.redo_children_alive),
 ];
 

@@ -209,6 +209,10 @@ pub struct CoreMetrics {
     pub connections_moved: u64,
     /// Gauge.
     pub connections_open: u64,
+    /// Gauge: bytes of open and frozen layers.
+    pub memory_used_bytes: u64,
+    /// Gauge: bytes of layers that have become files and stay in memory for reads.
+    pub memory_resident_bytes: u64,
     pub get_page_requests: u64,
     pub get_page_seconds: f64,
     /// GetPage requests that were answered without waiting.
