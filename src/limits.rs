@@ -488,3 +488,35 @@ pub const BENCH_DEPTH_MAX: usize = 1024;
 pub const BENCH_DRAIN: std::time::Duration = std::time::Duration::from_secs(10);
 /// Pause between two looks at a node's milestones.
 pub const BENCH_LOOK: std::time::Duration = std::time::Duration::from_millis(100);
+// Fairness between the tenants of a core.
+
+/// Pages that each tenant may have between two looks at all sockets before it has to stand in
+/// line, and that are admitted from the line between two such looks.
+pub const FAIR_TICK_PAGES: u64 = PAGE_REQUESTS_CONCURRENT_MAX as u64;
+/// So long after one look at all sockets there has been another one, whoever asked for it.
+pub const FAIR_TICK_MAX: std::time::Duration =
+    std::time::Duration::from_micros(4 * PREEMPT_INTERVAL_US);
+/// The timer that makes an executor look at all sockets. glommio does not wait for one that has run
+/// out before it is first asked.
+pub const FAIR_TICK_PAUSE: std::time::Duration = std::time::Duration::from_micros(10);
+/// Pages of one turn of a tenant.
+pub const FAIR_QUANTUM_PAGES: u64 = 16;
+/// So many requests that came together are such that somebody waits for; more are read-ahead.
+pub const FAIR_FOREGROUND_REQUESTS_MAX: usize = 4;
+/// Pages that somebody waits for which go before a batch of read-ahead has its turn.
+pub const FAIR_FOREGROUND_PAGES: u64 = 8 * FAIR_QUANTUM_PAGES;
+/// A tenant has the core for itself when no other one has sent a request for so long.
+pub const FAIR_ALONE_AFTER: std::time::Duration = std::time::Duration::from_secs(1);
+/// Tenants that are kept in mind though they want nothing.
+pub const FAIR_TENANTS_KEPT: usize = 256;
+/// A tenant that was quiet may send so much of its requests per second at once.
+pub const QUOTA_BURST: std::time::Duration = std::time::Duration::from_millis(100);
+/// Requests per second of a tenant on one core, unless its settings say otherwise.
+pub const QUOTA_REQUESTS_PER_S: u64 = 500_000;
+/// Bytes of pages of a tenant that one core works on at once, unless its settings say otherwise.
+pub const QUOTA_BYTES_IN_FLIGHT: u64 = 16 * 1024 * 1024;
+/// Buffers for replies that a core keeps for the next connection that has something to say.
+pub const REPLY_BUFFERS_SPARE_MAX: usize = 16;
+
+const _: () = assert!(FAIR_TICK_PAGES >= FAIR_QUANTUM_PAGES);
+const _: () = assert!(QUOTA_BYTES_IN_FLIGHT >= FAIR_TICK_PAGES * 8192);

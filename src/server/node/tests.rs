@@ -485,6 +485,8 @@ fn who_does_not_start_up_is_sent_away() {
         core: 0,
         cores: 1,
         counters: Counters::default(),
+        admission: Rc::default(),
+        buffers: Buffers::default(),
         stop,
         now: monotonic,
         sleep: |_| std::future::ready(()).boxed_local(),
