@@ -172,6 +172,9 @@ pub const HEARTBEATS_UNANSWERED_MAX: u64 = 16_000;
 /// Executors check so often whether a task has run for its slice.
 pub const PREEMPT_INTERVAL_US: u64 = 250;
 
+/// Length of a turn of a serving executor, for the kernel's scheduler.
+pub const SERVE_SLICE_US: u64 = 100;
+
 /// How long connections get to end at shutdown.
 pub const CONNECTION_DRAIN_MS_MAX: u64 = 5_000;
 

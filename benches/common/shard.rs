@@ -24,6 +24,7 @@ use pgstrata::redo::child::{ChildRedo, ChildSettings};
 use pgstrata::redo::native::run::NativeRedo;
 use pgstrata::redo::{Redo, RedoMaker, RedoSettings};
 use pgstrata::server::mesh::{Progress, Pulse, beat};
+use pgstrata::server::priority;
 use pgstrata::shard::background;
 use pgstrata::shard::control::{CoreControl, CoreMetrics, CreateTimeline, TimelineSource};
 use pgstrata::shard::follow::Connector;
@@ -154,14 +155,6 @@ fn executor() -> LocalExecutorBuilder {
         .preempt_timer(Duration::from_micros(PREEMPT_INTERVAL_US))
 }
 
-/// As in a node: the background executor gets what the other leaves.
-#[allow(unsafe_code, reason = "setpriority has no safe wrapper")]
-fn lower_priority() {
-    // SAFETY: the call takes three numbers and touches no memory; `0` names the calling thread.
-    let result = unsafe { nix::libc::setpriority(nix::libc::PRIO_PROCESS, 0, 10) };
-    assert_eq!(result, 0, "setpriority");
-}
-
 /// Runs `story` on an executor of CPU 0, with the heartbeat of a node.
 pub fn on_executor<T, F>(story: impl FnOnce() -> F + Send + 'static) -> Result<T>
 where
@@ -225,7 +218,7 @@ where
     let ticked = done.clone();
     let ticks = thread::spawn(move || tick_until(ticked, pulses));
     let runner = executor().spawn(move || async move {
-        lower_priority();
+        priority::lower();
         background_progress.begin().await;
         start_beat(background_progress);
         let work = std::pin::pin!(runner.run(UringIo::new(Some(of_background))));
@@ -236,6 +229,7 @@ where
     let (data_dir, backup) = (dir.to_owned(), recorded.backup.join("data"));
     let from = recorded.start()?;
     let serve = executor().spawn(move || async move {
+        priority::shorten_turns();
         serve_progress.begin().await;
         start_beat(serve_progress);
         let gate = Rc::new(Cell::new(false));

@@ -19,4 +19,5 @@ pub mod node;
 pub mod page_protocol;
 pub mod page_service;
 pub mod pq;
+pub mod priority;
 pub mod router;

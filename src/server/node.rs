@@ -33,6 +33,7 @@ use crate::server::counters::Counters;
 use crate::server::listener;
 use crate::server::mesh::{Control, Mesh, Message, Progress, Pulse, beat};
 use crate::server::page_service::Service;
+use crate::server::priority;
 use crate::shard::control::{CoreControl, CoreMetrics};
 use crate::shard::reader::PageBackend;
 
@@ -236,15 +237,6 @@ fn start_beat(progress: Progress) {
     }
 }
 
-#[allow(unsafe_code, reason = "setpriority has no safe wrapper")]
-fn lower_priority() {
-    // SAFETY: the call takes three numbers and touches no memory; `0` names the calling thread.
-    let result = unsafe { nix::libc::setpriority(nix::libc::PRIO_PROCESS, 0, 10) };
-    if result != 0 {
-        tracing::warn!("the background executor keeps normal priority");
-    }
-}
-
 /// Looks at every executor's progress for ever, and wakes those that stand still.
 async fn beat_all(mut pulses: Vec<Pulse>) {
     let period = Duration::from_millis(HEARTBEAT_INTERVAL_MS);
@@ -432,7 +424,7 @@ async fn start_background(
 }
 
 async fn run_background(queue: Receiver<Job>, progress: Progress, mut guard: Guard) {
-    lower_priority();
+    priority::lower();
     progress.begin().await;
     start_beat(progress.clone());
     let running = Rc::new(Cell::new(0_usize));
@@ -460,6 +452,7 @@ async fn run_core<S: CoreService>(
     started: Sender<Result<(), String>>,
     mut guard: Guard,
 ) {
+    priority::shorten_turns();
     progress.begin().await;
     start_beat(progress.clone());
     let (core, cores) = (context.core, context.cores);

@@ -185,7 +185,10 @@ impl Life {
     fn make_branch(&self) {
         let lsn = self.some_lsn();
         let mut branches = self.model.branches.borrow_mut();
-        if branches.len() < 3 && self.timeline.check_holdable(lsn).is_ok() {
+        // A real branch has its ancestor's journal synced first; without that a restart may find
+        // less than the branch point.
+        let is_durable = lsn <= self.timeline.lsns().journal;
+        if branches.len() < 3 && is_durable && self.timeline.check_holdable(lsn).is_ok() {
             branches.insert(lsn);
         }
     }
