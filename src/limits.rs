@@ -472,3 +472,7 @@ pub const BENCH_DEPTH_MAX: usize = 1024;
 pub const BENCH_DRAIN: std::time::Duration = std::time::Duration::from_secs(10);
 /// Pause between two looks at a node's milestones.
 pub const BENCH_LOOK: std::time::Duration = std::time::Duration::from_millis(100);
+// Front end.
+
+/// Pause between two looks of the admin API at a timeline that it waits for, in milliseconds.
+pub const ADMIN_LOOK_MS: u64 = 20;
