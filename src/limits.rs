@@ -139,7 +139,7 @@ pub const PAGE_REQUESTS_CONCURRENT_MAX: usize = 32;
 pub const CONNECTION_STATEMENTS_MAX: usize = 64;
 
 /// Connections that one core serves at once.
-pub const CONNECTIONS_PER_CORE_MAX: usize = 10_000;
+pub const CONNECTIONS_PER_CORE_MAX: usize = 20_000;
 
 /// A connection that has not finished its start-up by then is closed.
 pub const CONNECTION_STARTUP_MS_MAX: u64 = 60_000;
@@ -147,8 +147,9 @@ pub const CONNECTION_STARTUP_MS_MAX: u64 = 60_000;
 /// A connection on which nothing comes in for so long is closed.
 pub const CONNECTION_IDLE_MS_MAX: u64 = 600_000;
 
-/// A client that takes no byte of its replies for so long is cut off.
-pub const CONNECTION_WRITE_MS_MAX: u64 = 60_000;
+/// A client that takes no byte of its replies for so long is cut off; sooner in unit tests, which
+/// wait for it.
+pub const CONNECTION_WRITE_MS_MAX: u64 = if cfg!(test) { 3_000 } else { 60_000 };
 
 /// Times that a connection may be handed on without serving a command. Owners do not change while
 /// the node runs, so one is the most that is ever needed.
@@ -476,3 +477,5 @@ pub const BENCH_LOOK: std::time::Duration = std::time::Duration::from_millis(100
 
 /// Pause between two looks of the admin API at a timeline that it waits for, in milliseconds.
 pub const ADMIN_LOOK_MS: u64 = 20;
+/// Buffers for replies that a core keeps for the next connection that has something to say.
+pub const REPLY_BUFFERS_SPARE_MAX: usize = 16;

@@ -8,6 +8,7 @@
 //!    page requests that travel inside it.
 //! 2. [`router`] (pure) says which core owns a tenant shard.
 
+pub mod buffers;
 pub mod counters;
 pub mod listener;
 pub mod mesh;
@@ -16,3 +17,4 @@ pub mod page_protocol;
 pub mod page_service;
 pub mod pq;
 pub mod router;
+pub mod socket;

@@ -27,10 +27,12 @@ use crate::limits::{
     BACKGROUND_JOBS_MAX, CONNECTION_DRAIN_MS_MAX, EXECUTOR_START_MS_MAX, EXECUTOR_STARTS_MAX,
     HEARTBEAT_INTERVAL_MS, PREEMPT_INTERVAL_US,
 };
+use crate::server::buffers::Buffers;
 use crate::server::counters::Counters;
 use crate::server::listener;
 use crate::server::mesh::{Control, Mesh, Message, Progress, Pulse, beat};
 use crate::server::page_service::Service;
+use crate::server::socket;
 use crate::shard::control::{CoreControl, CoreMetrics};
 use crate::shard::reader::PageBackend;
 
@@ -94,6 +96,8 @@ pub struct CoreContext {
     pub config: Arc<Config>,
     /// The core's background executor.
     pub background: BackgroundSpawner,
+    /// What TLS is set up with, where it is.
+    pub tls: Option<Arc<rustls::ServerConfig>>,
 }
 
 /// One core's shards.
@@ -273,6 +277,7 @@ impl Node {
     /// See [`NodeError`]; nothing is left running.
     pub async fn start<S: CoreService>(config: Arc<Config>) -> Result<Node, NodeError> {
         let cpus = cpus(&config);
+        let tls = socket::load(&config).map_err(NodeError::Listen)?;
         let (mesh, inboxes) = Mesh::new(cpus.len());
         let (died_sender, died) = async_channel::bounded(2 * cpus.len());
         // Hearts beat from before the first executor exists: an executor may fall asleep while it
@@ -296,8 +301,8 @@ impl Node {
             let (jobs, queue) = async_channel::bounded(BACKGROUND_JOBS_MAX);
             node.jobs.push(jobs.clone());
             let background = BackgroundSpawner { jobs };
-            let config = config.clone();
-            let context = CoreContext { core, cores: cpus.len(), cpu, config, background };
+            let (config, tls) = (config.clone(), tls.clone());
+            let context = CoreContext { core, cores: cpus.len(), cpu, config, background, tls };
             let (started, is_started) = async_channel::bounded(1);
             let guard = || Guard { core, died: died_sender.clone(), asked: false };
             let serve = started_executor(|claim| {
@@ -460,7 +465,7 @@ async fn run_core<S: CoreService>(
 ) {
     progress.begin().await;
     start_beat(progress.clone());
-    let (core, cores) = (context.core, context.cores);
+    let (core, cores, tls) = (context.core, context.cores, context.tls.clone());
     let backend = match S::start(context).await {
         Ok(backend) => Rc::new(backend),
         Err(problem) => {
@@ -470,10 +475,11 @@ async fn run_core<S: CoreService>(
         }
     };
     let (stopper, stop) = async_channel::bounded::<()>(1);
-    let counters = Counters::default();
+    let (counters, buffers) = (Counters::default(), Buffers::default());
     let sleep = |time| glommio::timer::sleep(time).boxed_local();
     let now = monotonic;
-    let service = Rc::new(Service { backend, core, cores, counters, stop, now, sleep });
+    let service =
+        Rc::new(Service { backend, core, cores, counters, buffers, tls, stop, now, sleep });
     let _ = started.try_send(Ok(()));
     drop(started);
     while let Ok(message) = inbox.recv().await {

@@ -1,6 +1,6 @@
 //! One connection, from its first byte to its end.
 //!
-//! 1. Start-up: requests for encryption are declined, everybody is welcome.
+//! 1. Start-up: TLS begins where it is set up and asked for, everybody is welcome.
 //! 2. Commands, by simple or extended query. A command that names a tenant of another core ends
 //!    the work here: [`End::Move`] carries everything that the other core must know.
 //! 3. Page stream: all requests that one arrival of bytes brought are worked on at once (up to
@@ -13,34 +13,39 @@
 //! Time-outs are the stream's: an idle or stuck peer shows as [`ErrorKind::TimedOut`].
 
 use std::collections::BTreeMap;
+use std::future::poll_fn;
 use std::io::{Error, ErrorKind};
 use std::pin::pin;
 use std::rc::Rc;
+use std::sync::Arc;
 use std::time::Duration;
 
 use async_channel::Receiver;
 use bytes::{Bytes, BytesMut};
 use futures_util::future::{Either, LocalBoxFuture, select};
 use futures_util::stream::FuturesOrdered;
-use futures_util::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt, StreamExt};
+use futures_util::{AsyncWriteExt, StreamExt};
 
 use self::lease::describe;
 use self::request::{ANY_HEADER, Reply, handle};
 use crate::base::{Kind, Lsn, TenantShardId, TimelineId};
 use crate::limits::{
-    CONNECTION_HOPS_MAX, CONNECTION_READ_BYTES, CONNECTION_REPLY_BYTES_MAX,
-    CONNECTION_STARTUP_MS_MAX, CONNECTION_STATEMENTS_MAX, PAGE_REQUESTS_CONCURRENT_MAX,
+    CONNECTION_HOPS_MAX, CONNECTION_REPLY_BYTES_MAX, CONNECTION_STATEMENTS_MAX,
+    PAGE_REQUESTS_CONCURRENT_MAX,
 };
+use crate::server::buffers::Buffers;
 use crate::server::counters::{Counters, count};
 use crate::server::page_protocol::{Version, encode_error, encode_response};
-use crate::server::pq::{self, Command, Message, Severity, SqlState, Startup, Target};
+use crate::server::pq::{self, Command, Message, Severity, SqlState, Target};
 use crate::server::router;
+use crate::server::socket::Stream;
 use crate::shard::base_backup::BackupRequest;
 use crate::shard::reader::{PageBackend, ReadError};
 
 mod backup;
 mod lease;
 mod request;
+mod start_up;
 
 /// A connection between two waits: what a core must know to go on with it.
 #[derive(Default)]
@@ -105,6 +110,10 @@ pub struct Service<B> {
     pub cores: usize,
     /// The core's counters.
     pub counters: Counters,
+    /// The core's buffers.
+    pub buffers: Buffers,
+    /// What TLS is set up with, where it is.
+    pub tls: Option<Arc<rustls::ServerConfig>>,
     /// Closed when the node shuts down.
     pub stop: Receiver<()>,
     /// The monotonic clock.
@@ -146,10 +155,10 @@ fn shutdown() -> Fault {
 /// Serves a connection until it ends or has to move.
 pub async fn serve<S, B>(stream: &mut S, session: Session, service: &Service<B>) -> End
 where
-    S: AsyncRead + AsyncWrite + Unpin,
+    S: Stream,
     B: PageBackend,
 {
-    let mut connection = Conn { stream, session, service, chunk: vec![0; CONNECTION_READ_BYTES] };
+    let mut connection = Conn { stream, session, service };
     match connection.run().await {
         Ok(None) => End::Closed,
         Ok(Some(target)) => End::Move { target, session: Box::new(connection.session) },
@@ -172,7 +181,6 @@ struct Conn<'a, S, B> {
     stream: &'a mut S,
     session: Session,
     service: &'a Service<B>,
-    chunk: Vec<u8>,
 }
 
 /// What a message at the command level leads to.
@@ -184,7 +192,7 @@ enum Next {
 
 impl<S, B> Conn<'_, S, B>
 where
-    S: AsyncRead + AsyncWrite + Unpin,
+    S: Stream,
     B: PageBackend,
 {
     /// Returns the core to move to, or `None` at an orderly end.
@@ -233,46 +241,6 @@ where
         Ok(owner)
     }
 
-    /// Who sends its start-up packet byte by byte is never idle, and has no more time for it.
-    async fn start_up_in_time(&mut self) -> Result<bool, Fault> {
-        let deadline = (self.service.sleep)(Duration::from_millis(CONNECTION_STARTUP_MS_MAX));
-        let start_up = pin!(self.start_up());
-        match select(start_up, deadline).await {
-            Either::Left((started, _)) => started,
-            Either::Right(_) => {
-                let text = "the connection did not start up in time".to_owned();
-                Err(Fault::Fatal(SqlState::PROTOCOL_VIOLATION, text))
-            }
-        }
-    }
-
-    /// False when the connection is over.
-    async fn start_up(&mut self) -> Result<bool, Fault> {
-        loop {
-            match pq::decode_startup(&mut self.session.unread)? {
-                None => {
-                    self.flush().await?;
-                    if !self.read().await? {
-                        return Ok(false);
-                    }
-                }
-                Some(Startup::Ssl | Startup::GssEncryption) => {
-                    pq::put_no_encryption(&mut self.session.unwritten);
-                }
-                Some(Startup::Cancel) => return Ok(false),
-                Some(Startup::Session { parameters, negotiate }) => {
-                    let out = &mut self.session.unwritten;
-                    if negotiate {
-                        pq::put_negotiate_version(out, &parameters);
-                    }
-                    pq::put_welcome(out);
-                    self.session.started = true;
-                    return Ok(true);
-                }
-            }
-        }
-    }
-
     /// The next message, after everything that is ready was written; `None` at the end of input.
     async fn next_message(&mut self) -> Result<Option<Message>, Fault> {
         loop {
@@ -289,14 +257,12 @@ where
     /// Waits for bytes; false at the end of input. The end of a connection in the middle of a
     /// message is an end like any other.
     async fn read(&mut self) -> Result<bool, Fault> {
-        let read = pin!(self.stream.read(&mut self.chunk));
+        let Session { unread, unwritten, .. } = &mut self.session;
+        let (stream, buffers) = (&mut *self.stream, &self.service.buffers);
+        let read = pin!(poll_fn(|context| buffers.poll_read(stream, context, unread, unwritten)));
         let stop = pin!(self.service.stop.recv());
         match select(read, stop).await {
-            Either::Left((Ok(length), _)) => {
-                let bytes = self.chunk.get(..length).unwrap_or_default();
-                self.session.unread.extend_from_slice(bytes);
-                Ok(length > 0)
-            }
+            Either::Left((Ok(length), _)) => Ok(length > 0),
             Either::Left((Err(error), _)) => Err(error.into()),
             Either::Right(_) => Err(shutdown()),
         }
@@ -304,8 +270,11 @@ where
 
     async fn flush(&mut self) -> Result<(), Fault> {
         if !self.session.unwritten.is_empty() {
-            let written = self.stream.write_all(&self.session.unwritten).await;
+            let mut written = self.stream.write_all(&self.session.unwritten).await;
             self.session.unwritten.clear();
+            if written.is_ok() {
+                written = self.stream.flush().await;
+            }
             // After a write that failed the position in the stream is unknown: nothing more can
             // be said, a time-out included.
             written.map_err(Fault::Io)?;
