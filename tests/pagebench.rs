@@ -403,6 +403,8 @@ fn pagebench_runs_unchanged() {
         assert!(info.current_logical_size_is_accurate);
         let blocks: u64 = of_files.values().map(|blocks| u64::from(*blocks)).sum();
         assert_eq!(info.current_logical_size, blocks * 8192);
+        // What is in memory keeps a timeline open.
+        node.admin().unwrap().checkpoint(id.shard(), id.timeline()).unwrap();
         sizes_of_closed(&mut http, &path, blocks * 8192);
 
         // A body that is late is no request of its own, on GET and on DELETE.

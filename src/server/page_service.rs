@@ -214,7 +214,10 @@ where
                         }
                     }
                     Work::Lease(lsn) => self.lease(wanted, lsn).await?,
-                    Work::Backup(request, gzip) => self.backup(wanted, request, gzip).await?,
+                    // In memory of its own: every connection would have room for it.
+                    Work::Backup(request, gzip) => {
+                        Box::pin(self.backup(wanted, request, gzip)).await?;
+                    }
                 }
                 continue;
             }
