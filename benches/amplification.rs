@@ -210,6 +210,15 @@ fn report(times: u64, load: &Load, told: &Told) {
         l0 + l1 + images + index,
         l0 + l1 + images + index + journal,
     );
+    println!(
+        "    {} merges of L0, {} of L1, {} image jobs; {} pages rebuilt, {:.2} for each page of the \
+         table",
+        since(|m| m.compaction_l0_merges),
+        since(|m| m.compaction_l1_merges),
+        since(|m| m.compaction_image_jobs),
+        since(|m| m.compaction_pages),
+        since(|m| m.compaction_pages) / f64::from(load.blocks),
+    );
     let layers = end.read_layers.since(&begin.read_layers);
     let records = end.read_records.since(&begin.read_records);
     println!(

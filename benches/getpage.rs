@@ -1,7 +1,8 @@
 //! GetPage per second of one core, against an echo server with replies of the same size.
 //!
 //! Server on CPU 0, client on CPU 1. The echo server is this program again: one glommio executor
-//! that answers every request by 8,213 bytes. See `docs/benchmarks.md`.
+//! that answers every request by 8,213 bytes. Then the latency of single requests of one tenant,
+//! while another one floods the same core and while none does. See `docs/benchmarks.md`.
 
 #![allow(
     clippy::disallowed_methods,
@@ -35,6 +36,7 @@ use pgstrata::shard::reader::RequestLsn;
 
 const SERVER_CPU: usize = 0;
 const ECHO: &str = "--echo-server";
+const FLOOD: &str = "--flood";
 /// A `CopyData` message with a request of version 2.
 const REQUEST_BYTES: usize = 39;
 /// What the echo server answers.
@@ -42,7 +44,12 @@ const ECHO_BYTES: usize = 8_213;
 /// What the node answers: `CopyData` header, tag, page.
 const PAGE_BYTES: usize = 5 + 1 + 8192;
 const TENANT: TenantId = TenantId([1; 16]);
+const QUIET_TENANT: TenantId = TenantId([3; 16]);
 const TIMELINE: TimelineId = TimelineId([2; 16]);
+/// Connections of the flood, and requests under way on each.
+const FLOOD_SHAPE: (usize, usize) = (64, 64);
+/// Pause between two requests of the tenant that does not flood.
+const QUIET_PAUSE: Duration = Duration::from_millis(1);
 const PATIENCE: Duration = Duration::from_secs(60);
 /// Connections, and requests under way on each.
 const SHAPES: [(usize, usize); 4] = [(1, 1), (16, 1), (1, 16), (16, 16)];
@@ -189,16 +196,22 @@ struct Client {
 
 impl Client {
     fn connect(server: &Server, number: usize) -> Result<Client> {
-        let mut stream = TcpStream::connect(&server.address)?;
+        let tenant = (server.reply_bytes == PAGE_BYTES).then_some(TENANT);
+        Client::open(&server.address, tenant, number)
+    }
+
+    /// A page stream of a tenant, or a connection to the echo server.
+    fn open(address: &str, tenant: Option<TenantId>, number: usize) -> Result<Client> {
+        let mut stream = TcpStream::connect(address)?;
         stream.set_nodelay(true)?;
         stream.set_read_timeout(Some(PATIENCE))?;
-        if server.reply_bytes == PAGE_BYTES {
+        if let Some(tenant) = tenant {
             let mut out = BytesMut::new();
             let start_up = b"user\0benchmark\0\0";
             out.put_u32(start_up.len() as u32 + 8);
             out.put_u32(3 << 16);
             out.put_slice(start_up);
-            let command = format!("pagestream_v2 {TENANT} {TIMELINE}\0");
+            let command = format!("pagestream_v2 {tenant} {TIMELINE}\0");
             out.put_u8(b'Q');
             out.put_u32(command.len() as u32 + 4);
             out.put_slice(command.as_bytes());
@@ -319,13 +332,17 @@ fn measure(
 struct Loaded {
     images: Vec<u8>,
     records: Vec<u8>,
+    /// Images of the tenant that does not flood.
+    quiet: Vec<u8>,
 }
 
 fn load(primary: &PgCluster, admin: &AdminClient) -> Result<Loaded> {
-    let tenant = TenantShardId::unsharded(TENANT);
+    let [tenant, quiet] = [TENANT, QUIET_TENANT].map(TenantShardId::unsharded);
     let source = TimelineSource::Primary { conninfo: primary.conninfo(), slot: None };
     admin.create_timeline(tenant, TIMELINE, &source)?;
     let imported = wait_until_active(admin, tenant, TIMELINE, |_| ())?;
+    admin.create_timeline(quiet, TIMELINE, &source)?;
+    let quiet = wait_until_active(admin, quiet, TIMELINE, |_| ())?;
     for _ in 0..UPDATES {
         // The first row of each page; there is room for its versions.
         primary.psql(
@@ -351,7 +368,94 @@ fn load(primary: &PgCluster, admin: &AdminClient) -> Result<Loaded> {
         return Err(format!("relation file '{path}'").into());
     };
     let node = RelNode { spc: 1663, db, rel };
-    Ok(Loaded { images: requests(node, imported.start_lsn), records: requests(node, lsn) })
+    Ok(Loaded {
+        images: requests(node, imported.start_lsn),
+        records: requests(node, lsn),
+        quiet: requests(node, quiet.start_lsn),
+    })
+}
+
+/// The flood, a process of its own: requests come by standard input; it goes on until it is killed.
+fn flood() -> Result<()> {
+    let address = std::env::args().nth(2).ok_or("the address is missing")?;
+    let mut requests = Vec::new();
+    std::io::stdin().read_to_end(&mut requests)?;
+    let (connections, depth) = FLOOD_SHAPE;
+    let mut clients = (0..connections)
+        .map(|number| Client::open(&address, Some(TENANT), number))
+        .collect::<Result<Vec<_>>>()?;
+    println!("ready");
+    loop {
+        drive(&mut clients, &requests, PAGE_BYTES, depth, Duration::from_secs(3600))?;
+    }
+}
+
+/// Starts the flood, on the client's CPU and at low priority: its work on replies must not hold up
+/// the other client, which is measured.
+fn start_flood(node: &Server, requests: &[u8]) -> Result<Server> {
+    let mut command = Command::new("nice");
+    command.args(["-n", "19"]).arg(std::env::current_exe()?).args([FLOOD, &node.address]);
+    let mut child = command.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn()?;
+    child.stdin.take().ok_or("stdin")?.write_all(requests)?;
+    let mut output = BufReader::new(child.stdout.take().ok_or("stdout")?);
+    let flood = Server { child, address: String::new(), reply_bytes: PAGE_BYTES };
+    let mut line = String::new();
+    output.read_line(&mut line)?;
+    match line.trim() {
+        "ready" => Ok(flood),
+        _ => Err("the flood does not start".into()),
+    }
+}
+
+/// Median and 99th percentile of the time from a request to its reply, in microseconds.
+fn latencies(node: &Server, requests: &[u8], time: Duration) -> Result<[f64; 2]> {
+    let mut client = Client::open(&node.address, Some(QUIET_TENANT), 0)?;
+    client.stream.set_nonblocking(false)?;
+    let mut buffer = vec![0; 2 * PAGE_BYTES];
+    let mut all = Vec::new();
+    let begin = Instant::now();
+    while begin.elapsed() < time {
+        std::thread::sleep(QUIET_PAUSE);
+        let start = Instant::now();
+        client.send(requests, 1)?;
+        while client.under_way > 0 {
+            client.receive(&mut buffer, PAGE_BYTES)?;
+        }
+        all.push(start.elapsed().as_secs_f64() * 1e6);
+    }
+    all.sort_by(f64::total_cmp);
+    let at = |percent: usize| all.get(all.len() * percent / 100).copied().unwrap_or(f64::NAN);
+    Ok([at(50), at(99)])
+}
+
+/// What a flood does to another tenant of the same core.
+fn fairness(node: &Server, admin: &AdminClient, loaded: &Loaded) -> Result<()> {
+    let time = Duration::from_millis(sized(500, 4000));
+    let mut rounds: [Rounds; 6] = Default::default();
+    let (mut pages, mut seconds) = (0.0, 0.0);
+    for _ in 0..sized(2, 5) {
+        let alone = latencies(node, &loaded.quiet, time)?;
+        let flood = start_flood(node, &loaded.images)?;
+        std::thread::sleep(time / 5);
+        let (before, begin) = (counter(admin, "pgstrata_get_page_requests")?, Instant::now());
+        let flooded = latencies(node, &loaded.quiet, time)?;
+        pages += counter(admin, "pgstrata_get_page_requests")? - before;
+        seconds += begin.elapsed().as_secs_f64();
+        drop(flood);
+        let ratios = [flooded[0] / alone[0], flooded[1] / alone[1]];
+        let values = [alone[0], alone[1], flooded[0], flooded[1], ratios[0], ratios[1]];
+        rounds.iter_mut().zip(values).for_each(|(round, value)| round.add(value));
+    }
+    let (connections, depth) = FLOOD_SHAPE;
+    println!(
+        "single requests of one tenant; another floods by {connections} connections x {depth}:"
+    );
+    let [p50, p99, flooded_p50, flooded_p99, p50_ratio, p99_ratio] = rounds;
+    println!("  alone    p50 {} us, p99 {} us", p50.text(0), p99.text(0));
+    println!("  flooded  p50 {} us, p99 {} us", flooded_p50.text(0), flooded_p99.text(0));
+    println!("  ratios   p50 {}, p99 {}", p50_ratio.text(2), p99_ratio.text(2));
+    println!("  the flood gets {:.0} pages/s", pages / seconds);
+    Ok(())
 }
 
 /// A counter of the node's metrics page, summed over its lines.
@@ -415,6 +519,7 @@ fn benchmark() -> Result<()> {
         let applied = counter(&admin, "pgstrata_redo_records")? - applied;
         println!("  records per page that went through redo: {:.1}", applied / redone);
     }
+    fairness(&node, &admin, &loaded)?;
     drop((node, echo));
     Ok(())
 }
@@ -422,6 +527,9 @@ fn benchmark() -> Result<()> {
 fn main() -> std::process::ExitCode {
     if std::env::args().nth(1).is_some_and(|mode| mode == ECHO) {
         return common::main(echo_server);
+    }
+    if std::env::args().nth(1).is_some_and(|mode| mode == FLOOD) {
+        return common::main(flood);
     }
     common::main(benchmark)
 }

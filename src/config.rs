@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 
-use crate::limits::{CORES_MAX, L0_LAYERS_URGENT};
+use crate::limits::{CORES_MAX, L0_LAYERS_URGENT, QUOTA_BYTES_IN_FLIGHT, QUOTA_REQUESTS_PER_S};
 
 /// All settings with their defaults.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -54,6 +54,12 @@ pub struct Config {
     /// A timeline that takes in no WAL and is not read is closed after so long, and opened again
     /// when it is next asked for; 0: it stays open.
     pub timeline_idle_s: u64,
+    /// Page requests per second of one tenant that one core takes; 0: any number. Tenants may have
+    /// settings of their own.
+    pub page_requests_per_s: u64,
+    /// Bytes of pages of one tenant that one core works on at once. Tenants may have settings of
+    /// their own.
+    pub page_bytes_in_flight: u64,
     /// Memory of each core for verified blocks of layer files.
     pub block_cache_bytes: u64,
     /// The `postgres` program of PostgreSQL 15 that applies WAL records.
@@ -91,6 +97,8 @@ impl Default for Config {
             pitr_interval_s: 7 * 24 * 3600,
             gc_period_s: 3600,
             timeline_idle_s: 300,
+            page_requests_per_s: QUOTA_REQUESTS_PER_S,
+            page_bytes_in_flight: QUOTA_BYTES_IN_FLIGHT,
             block_cache_bytes: 64 * 1024 * 1024,
             postgres_bin: PathBuf::from("/usr/lib/postgresql/15/bin/postgres"),
             walredo_library: PathBuf::new(),
@@ -199,7 +207,7 @@ impl Config {
             return fail("image_layer_bytes", "must be from 1048576 (1 MiB) to 1073741824 (1 GiB)");
         }
         if !(1..=L0_LAYERS_URGENT as u64).contains(&self.compaction_threshold) {
-            return fail("compaction_threshold", "must be from 1 to 6");
+            return fail("compaction_threshold", "must be from 1 to 8");
         }
         if !(1024 * 1024..=1 << 30).contains(&self.compaction_target_bytes) {
             let problem = "must be from 1048576 (1 MiB) to 1073741824 (1 GiB)";

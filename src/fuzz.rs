@@ -213,8 +213,10 @@ fn page_protocol(input: &[u8]) {
 
 /// What a wal-redo process answers.
 fn redo_reply(input: &[u8]) {
-    let mut buffer = BytesMut::from(input);
-    while let Ok(Some(_)) = decode_reply(&mut buffer) {}
+    let mut rest = input;
+    while let Ok(Some((_, len))) = decode_reply(rest) {
+        rest = rest.get(len..).expect("a reply is within the input");
+    }
 }
 
 /// Runs a target by its name. A name that there is none of is a bug of the caller and panics.

@@ -282,7 +282,7 @@ pub const COMPACT_L0_RECORDS_MILLI: u64 = 1200;
 pub const COMPACT_ROWS_MAX: u64 = 3;
 /// A merge of L0 layers takes the next row of L1 layers along if it is at most so many times as
 /// large as all that is merged already.
-pub const COMPACT_ROW_FACTOR: u64 = 3;
+pub const COMPACT_ROW_FACTOR: u64 = 1;
 /// Images come before merges of L0 layers where the deltas have grown to so many percent of what
 /// they are due at.
 pub const COMPACT_IMAGE_OVERDUE_PERCENT: u64 = 150;
@@ -291,14 +291,14 @@ pub const COMPACT_IMAGE_OVERDUE_PERCENT: u64 = 150;
 pub const COMPACT_DEPTH_MAX: u64 = 3;
 /// A page with more records than this behind its newest base gets an image when it is merged, and
 /// with fewer where other rows are left below: these are shared by all rows.
-pub const COMPACT_CHAIN_MAX: usize = 24;
+pub const COMPACT_CHAIN_MAX: usize = 72;
 /// Less, down to this, by the records that so many L0 layers have of a page, in thousandths of a
 /// layer.
-pub const COMPACT_CHAIN_TIGHT: usize = 12;
+pub const COMPACT_CHAIN_TIGHT: usize = 8;
 /// See `COMPACT_CHAIN_TIGHT`.
-pub const COMPACT_CHAIN_LAYERS_MILLI: u64 = 2200;
+pub const COMPACT_CHAIN_LAYERS_MILLI: u64 = 16_000;
 /// A page with no more than this never gets one.
-pub const COMPACT_CHAIN_MIN: usize = 8;
+pub const COMPACT_CHAIN_MIN: usize = 4;
 /// Within a longer row of records of one page, an image follows on so many bytes of records.
 pub const COMPACT_HISTORY_IMAGE_BYTES: usize = 32 * 1024;
 /// Stored bytes of a delta layer that hold one record of every page of a range count as one
@@ -445,6 +445,22 @@ pub const REDO_FAILED_FILES_MAX: usize = 64;
 /// Largest input of failed redo that is kept, in bytes.
 pub const REDO_FAILED_BYTES_MAX: usize = 16 * 1024 * 1024;
 
+/// Bytes that are read from a process in one go.
+pub const REDO_INPUT_BYTES: usize = 64 * 1024;
+/// Size of the pipe for its replies, in bytes.
+pub const REDO_PIPE_BYTES: i32 = 128 * 1024;
+/// An executor waits so long for an answer that it expects at once; then a thread goes on. Until
+/// then the CPU is the process's, which would compete for it anyway.
+pub const REDO_INLINE_WAIT: std::time::Duration = std::time::Duration::from_micros(50);
+/// Requests that an executor sends to a process in one go: their answers come within that time.
+pub const REDO_INLINE_REQUESTS: usize = 4;
+/// Records in those.
+pub const REDO_INLINE_RECORDS: usize = 32;
+/// Bytes of those: they fit into a pipe.
+pub const REDO_INLINE_BYTES: usize = 32 * 1024;
+/// While its tenant asks again within this time, a process keeps it until the end of its slice.
+pub const REDO_QUIET: std::time::Duration = std::time::Duration::from_millis(1);
+
 const _: () = assert!(REDO_SPARES < REDO_PROCESSES_MAX);
 const _: () = assert!(REDO_FAILED_BYTES_MAX > REDO_RECORD_BYTES_MAX);
 // Base backups.
@@ -479,3 +495,33 @@ pub const BENCH_LOOK: std::time::Duration = std::time::Duration::from_millis(100
 pub const ADMIN_LOOK_MS: u64 = 20;
 /// Buffers for replies that a core keeps for the next connection that has something to say.
 pub const REPLY_BUFFERS_SPARE_MAX: usize = 16;
+// Fairness between the tenants of a core.
+
+/// Pages that each tenant may have between two looks at all sockets before it has to stand in
+/// line, and that are admitted from the line between two such looks.
+pub const FAIR_TICK_PAGES: u64 = PAGE_REQUESTS_CONCURRENT_MAX as u64;
+/// So long after one look at all sockets there has been another one, whoever asked for it.
+pub const FAIR_TICK_MAX: std::time::Duration =
+    std::time::Duration::from_micros(4 * PREEMPT_INTERVAL_US);
+/// The timer that makes an executor look at all sockets. glommio does not wait for one that has run
+/// out before it is first asked.
+pub const FAIR_TICK_PAUSE: std::time::Duration = std::time::Duration::from_micros(10);
+/// Pages of one turn of a tenant.
+pub const FAIR_QUANTUM_PAGES: u64 = 16;
+/// So many requests that came together are such that somebody waits for; more are read-ahead.
+pub const FAIR_FOREGROUND_REQUESTS_MAX: usize = 4;
+/// Pages that somebody waits for which go before a batch of read-ahead has its turn.
+pub const FAIR_FOREGROUND_PAGES: u64 = 8 * FAIR_QUANTUM_PAGES;
+/// A tenant has the core for itself when no other one has sent a request for so long.
+pub const FAIR_ALONE_AFTER: std::time::Duration = std::time::Duration::from_secs(1);
+/// Tenants that are kept in mind though they want nothing.
+pub const FAIR_TENANTS_KEPT: usize = 256;
+/// A tenant that was quiet may send so much of its requests per second at once.
+pub const QUOTA_BURST: std::time::Duration = std::time::Duration::from_millis(100);
+/// Requests per second of a tenant on one core, unless its settings say otherwise.
+pub const QUOTA_REQUESTS_PER_S: u64 = 500_000;
+/// Bytes of pages of a tenant that one core works on at once, unless its settings say otherwise.
+pub const QUOTA_BYTES_IN_FLIGHT: u64 = 16 * 1024 * 1024;
+
+const _: () = assert!(FAIR_TICK_PAGES >= FAIR_QUANTUM_PAGES);
+const _: () = assert!(QUOTA_BYTES_IN_FLIGHT >= FAIR_TICK_PAGES * 8192);

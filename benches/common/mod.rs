@@ -135,8 +135,13 @@ pub fn walredo_library() -> Result<PathBuf> {
     if path.is_file() { Ok(path) } else { Err("run 'make walredo' first".into()) }
 }
 
-/// Runs `benchmark`; an error ends the program with its text.
+/// Runs `benchmark`; an error ends the program with its text. `PGSTRATA_BENCH_LOG` is a filter for
+/// what the shard logs meanwhile, as `pgstrata=debug`.
 pub fn main(benchmark: impl FnOnce() -> Result<()>) -> std::process::ExitCode {
+    if let Ok(filter) = std::env::var("PGSTRATA_BENCH_LOG") {
+        let log = tracing_subscriber::fmt().with_env_filter(filter);
+        log.with_writer(std::io::stderr).init();
+    }
     match benchmark() {
         Ok(()) => std::process::ExitCode::SUCCESS,
         Err(error) => {

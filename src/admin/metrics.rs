@@ -44,6 +44,13 @@ const COUNTERS: &[(&str, &str, Number)] = &[
     ("connections_accepted", "Connections accepted", |m| m.connections_accepted),
     ("connections_moved", "Connections handed to the owning core", |m| m.connections_moved),
     ("get_page_requests", "GetPage requests answered", |m| m.get_page_requests),
+    ("pages_at_once", "GetPage requests answered without waiting", |m| m.pages_at_once),
+    ("page_requests_delayed", "Page service requests that stood in line", |m| {
+        m.page_requests_delayed
+    }),
+    ("page_requests_over_quota", "Of these, how many met a quota of their tenant", |m| {
+        m.page_requests_over_quota
+    }),
     ("other_requests", "Other page service requests answered", |m| m.other_requests),
     ("request_errors", "Page service requests answered by an error", |m| m.request_errors),
     ("wal_bytes_received", "WAL bytes taken in", |m| m.wal_bytes_received),
@@ -85,6 +92,11 @@ const COUNTERS: &[(&str, &str, Number)] = &[
 const SECONDS: &[(&str, &str, Seconds)] = &[
     ("get_page_seconds", "Time spent on GetPage requests", |m| m.get_page_seconds),
     (
+        "page_requests_delayed_seconds",
+        "Time for which batches of page service requests stood in line",
+        |m| m.page_requests_delayed_seconds,
+    ),
+    (
         "ingest_slowed_seconds",
         "Time for which WAL was left with its source, to keep to a rate",
         |m| m.ingest_slowed_seconds,
@@ -102,6 +114,14 @@ const SECONDS: &[(&str, &str, Seconds)] = &[
 
 const GAUGES: &[(&str, &str, Number)] = &[
     ("connections_open", "Connections open", |m| m.connections_open),
+    ("page_requests_waiting", "Page service requests in line", |m| m.page_requests_waiting),
+    ("page_requests_in_flight", "Page service requests being worked on", |m| {
+        m.page_requests_in_flight
+    }),
+    ("memory_used_bytes", "Memory of open and frozen layers", |m| m.memory_used_bytes),
+    ("memory_resident_bytes", "Memory of layers that have become files and stay for reads", |m| {
+        m.memory_resident_bytes
+    }),
     ("redo_children_alive", "Wal-redo processes that run now", |m| m.redo_children_alive),
 ];
 

@@ -263,7 +263,8 @@ pub const RARE_DATABASE: &str = "rare";
 
 /// Kinds of WAL records that [`mixed`] does not bring about, or not reliably: B-tree pages and
 /// whole levels that empty, posting lists that are split and thinned, generic WAL, changes of
-/// BRIN tuples and ranges, locks on versions that another transaction has updated.
+/// BRIN tuples and ranges, locks on versions that another transaction has updated. Pages are
+/// unlinked after a checkpoint, too: then the records have images of their neighbours.
 pub fn rare(primary: &PgCluster) -> Result<(), PgError> {
     primary.psql("postgres", &format!("CREATE DATABASE {RARE_DATABASE}"))?;
     primary.psql(RARE_DATABASE, RARE).map(drop)
@@ -280,6 +281,7 @@ INSERT INTO wide SELECT i, repeat(md5(i::text), 20), i FROM generate_series(2000
 DELETE FROM wide WHERE id <> 22000;
 VACUUM wide; VACUUM wide;
 INSERT INTO wide SELECT i, repeat(md5(i::text), 20), i FROM generate_series(30000, 36000) i;
+CHECKPOINT;
 DELETE FROM wide; VACUUM wide; VACUUM wide;
 INSERT INTO wide SELECT i, repeat(md5(i::text), 20), i FROM generate_series(1, 3000) i;
 CREATE TABLE dup (id int, k int) WITH (autovacuum_enabled = off, fillfactor = 50);

@@ -351,6 +351,12 @@ pub(in crate::redo) struct Seat {
     /// It is in the queue of ready seats, or served.
     scheduled: AtomicBool,
     serving: AtomicBool,
+    /// Its process, while its worker has nothing to do.
+    lent: Queue<Process>,
+    /// It may be borrowed.
+    lends: AtomicBool,
+    /// Tells the worker that the process came back with something to do.
+    nudge: Queue<()>,
     stop: AtomicBool,
     /// Closed when it is stopped and nobody serves it.
     done: Queue<Infallible>,
@@ -378,6 +384,9 @@ impl Seat {
             jobs: Queue::bounded(REDO_QUEUE_REQUESTS),
             scheduled: AtomicBool::new(false),
             serving: AtomicBool::new(false),
+            lent: Queue::bounded(1),
+            lends: AtomicBool::new(false),
+            nudge: Queue::bounded(1),
             stop: AtomicBool::new(false),
             done: Queue::bounded(1),
             pid: AtomicU32::new(0),
@@ -409,6 +418,45 @@ impl Seat {
 
     pub(in crate::redo) fn jobs(&self) -> &Receiver<Job> {
         &self.jobs.take
+    }
+
+    /// The worker lends the process until [`Seat::take_back`].
+    pub(in crate::redo) fn lend(&self, process: Process) {
+        // It is empty: there is one process, and it was not lent.
+        let _ = self.lent.put.try_send(process);
+        self.lends.store(true, Ordering::SeqCst);
+    }
+
+    /// Waits for whoever has borrowed the process, which is not for long.
+    pub(in crate::redo) fn take_back(&self) -> Option<Process> {
+        self.lends.store(false, Ordering::SeqCst);
+        // Never closed, and what is borrowed is given back.
+        self.lent.take.recv_blocking().ok()
+    }
+
+    /// A process is lent, and no requests wait for it.
+    pub(in crate::redo) fn lends(&self) -> bool {
+        self.lends.load(Ordering::SeqCst) && self.jobs.take.is_empty()
+    }
+
+    /// The process, if nobody else has it. It must be given back, and soon.
+    pub(in crate::redo) fn borrow_process(&self) -> Option<Process> {
+        self.lent.take.try_recv().ok()
+    }
+
+    pub(in crate::redo) fn give_back(&self, process: Process) {
+        let has_work = process.sent.is_some();
+        // It came from there.
+        let _ = self.lent.put.try_send(process);
+        if has_work {
+            // One that is full wakes the worker as well.
+            let _ = self.nudge.put.try_send(());
+        }
+    }
+
+    /// Resolves when the process came back with something to do.
+    pub(in crate::redo) fn nudged(&self) -> async_channel::Recv<'_, ()> {
+        self.nudge.take.recv()
     }
 
     pub(in crate::redo) fn is_stopped(&self) -> bool {

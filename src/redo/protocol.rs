@@ -20,7 +20,7 @@
 //! | 1 | error text |
 //! | 2 | pong: `walredo 2 postgres 150000 sandbox seccomp hint-bits on` |
 
-use bytes::{Buf, BufMut, Bytes, BytesMut};
+use bytes::{Buf, BufMut, Bytes};
 
 use super::{RedoError, RedoRequest, RedoSettings};
 use crate::base::page::PAGE_SIZE;
@@ -31,6 +31,10 @@ use crate::limits::{REDO_RECORD_BYTES_MAX, REDO_TEXT_BYTES_MAX};
 pub const PONG_PREFIX: &str = "walredo 2 postgres 15";
 
 const REPLY_HEADER: usize = 5;
+/// Longest reply, in bytes.
+pub const REPLY_BYTES_MAX: usize = REPLY_HEADER + PAGE_SIZE;
+
+const _: () = assert!(REDO_TEXT_BYTES_MAX <= PAGE_SIZE);
 
 /// What the process answered.
 #[derive(Clone, PartialEq, Eq, Debug)]
@@ -123,13 +127,10 @@ pub fn decode_request(bytes: &Bytes) -> Result<RedoRequest, RequestError> {
 /// only sizes are looked at here.
 pub fn encode_request(request: &RedoRequest, out: &mut Vec<u8>) -> Result<(), RedoError> {
     let RedoRequest { rel, block, base, records } = request;
-    let mut begin = Vec::with_capacity(17);
-    begin.put_u8(rel.fork);
-    begin.put_u32(rel.node.spc);
-    begin.put_u32(rel.node.db);
-    begin.put_u32(rel.node.rel);
-    begin.put_u32(*block);
-    put_message(out, b'B', &[&begin]);
+    let bodies: usize = records.iter().map(|(_, record)| record.len() + 13).sum();
+    out.reserve_exact(27 + bodies + base.as_ref().map_or(0, |_| 5 + PAGE_SIZE));
+    let [spc, db, node] = [rel.node.spc, rel.node.db, rel.node.rel].map(u32::to_be_bytes);
+    put_message(out, b'B', &[&[rel.fork], &spc, &db, &node, &block.to_be_bytes()]);
     if let Some(page) = base {
         if page.len() != PAGE_SIZE {
             return Err(RedoError::Refused {
@@ -155,8 +156,8 @@ pub fn encode_request(request: &RedoRequest, out: &mut Vec<u8>) -> Result<(), Re
     Ok(())
 }
 
-/// Takes one reply off the front of `input`; `None` when it is not complete yet.
-pub fn decode_reply(input: &mut BytesMut) -> Result<Option<Reply>, ReplyError> {
+/// The reply at the front of `input`, and its length; `None` when it is not complete yet.
+pub fn decode_reply(input: &[u8]) -> Result<Option<(Reply, usize)>, ReplyError> {
     let Some(&[a, b, c, d, status]) = input.first_chunk::<REPLY_HEADER>() else {
         return Ok(None);
     };
@@ -169,7 +170,8 @@ pub fn decode_reply(input: &mut BytesMut) -> Result<Option<Reply>, ReplyError> {
     if !fits {
         return Err(ReplyError { status, len });
     }
-    let Some(payload) = input.get(REPLY_HEADER..REPLY_HEADER + len) else {
+    let end = REPLY_HEADER + len;
+    let Some(payload) = input.get(REPLY_HEADER..end) else {
         return Ok(None);
     };
     let text = || String::from_utf8_lossy(payload).into_owned();
@@ -178,8 +180,7 @@ pub fn decode_reply(input: &mut BytesMut) -> Result<Option<Reply>, ReplyError> {
         1 => Reply::Error(text()),
         _ => Reply::Pong(text()),
     };
-    input.advance(REPLY_HEADER + len);
-    Ok(Some(reply))
+    Ok(Some((reply, end)))
 }
 
 #[cfg(test)]
@@ -249,21 +250,20 @@ mod tests {
     #[test]
     fn replies_cut_anywhere_and_changed_anywhere() {
         let mut golden = b"\0\0\0\x02\x01no\0\0\0\x02\x02up".to_vec();
-        let mut input = BytesMut::from(&golden[..]);
-        assert_eq!(decode_reply(&mut input), Ok(Some(Reply::Error("no".into()))));
-        assert_eq!(decode_reply(&mut input), Ok(Some(Reply::Pong("up".into()))));
-        assert_eq!(decode_reply(&mut input), Ok(None));
+        assert_eq!(decode_reply(&golden), Ok(Some((Reply::Error("no".into()), 7))));
+        assert_eq!(decode_reply(&golden[7..]), Ok(Some((Reply::Pong("up".into()), 7))));
+        assert_eq!(decode_reply(&golden[14..]), Ok(None));
         for cut in 0..7 {
-            assert_eq!(decode_reply(&mut BytesMut::from(&golden[..cut])), Ok(None));
+            assert_eq!(decode_reply(&golden[..cut]), Ok(None));
         }
         golden = [&b"\0\0\x20\0\0"[..], &[7; PAGE_SIZE]].concat();
-        let whole = decode_reply(&mut BytesMut::from(&golden[..]));
-        assert_eq!(whole, Ok(Some(Reply::Page(Bytes::from(vec![7; PAGE_SIZE])))));
+        let page = Reply::Page(Bytes::from(vec![7; PAGE_SIZE]));
+        assert_eq!(decode_reply(&golden), Ok(Some((page, golden.len()))));
         for at in 0..REPLY_HEADER {
             for bit in 0..8 {
                 let mut bad = golden.clone();
                 bad[at] ^= 1 << bit;
-                assert!(decode_reply(&mut BytesMut::from(&bad[..])).is_err(), "{at} {bit}");
+                assert!(decode_reply(&bad).is_err(), "{at} {bit}");
             }
         }
     }

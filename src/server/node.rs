@@ -27,6 +27,7 @@ use crate::limits::{
     BACKGROUND_JOBS_MAX, CONNECTION_DRAIN_MS_MAX, EXECUTOR_START_MS_MAX, EXECUTOR_STARTS_MAX,
     HEARTBEAT_INTERVAL_MS, PREEMPT_INTERVAL_US,
 };
+use crate::server::admission::Admission;
 use crate::server::buffers::Buffers;
 use crate::server::counters::Counters;
 use crate::server::listener;
@@ -478,8 +479,19 @@ async fn run_core<S: CoreService>(
     let (counters, buffers) = (Counters::default(), Buffers::default());
     let sleep = |time| glommio::timer::sleep(time).boxed_local();
     let now = monotonic;
-    let service =
-        Rc::new(Service { backend, core, cores, counters, buffers, tls, stop, now, sleep });
+    let admission = Admission::start(now, sleep, stop.clone());
+    let service = Rc::new(Service {
+        backend,
+        core,
+        cores,
+        counters,
+        admission,
+        buffers,
+        tls,
+        stop,
+        now,
+        sleep,
+    });
     let _ = started.try_send(Ok(()));
     drop(started);
     while let Ok(message) = inbox.recv().await {
@@ -568,17 +580,20 @@ fn control<S: CoreService>(service: &Rc<Service<S>>, command: Control) {
 
 fn metrics<S: CoreService>(service: &Service<S>) -> CoreMetrics {
     let counters = &service.counters;
-    CoreMetrics {
+    let mut metrics = CoreMetrics {
         core: service.core,
         connections_accepted: counters.accepted.get(),
         connections_moved: counters.moved.get(),
         connections_open: counters.open.get(),
         get_page_requests: counters.get_page_requests.get(),
         get_page_seconds: counters.get_page_time.get().as_secs_f64(),
+        pages_at_once: counters.pages_at_once.get(),
         other_requests: counters.other_requests.get(),
         request_errors: counters.request_errors.get(),
         ..service.backend.metrics()
-    }
+    };
+    service.admission.metrics(&mut metrics);
+    metrics
 }
 
 #[cfg(test)]

@@ -48,6 +48,10 @@ use crate::shard::reader::RequestLsn;
 /// Bytes of a PostgreSQL page.
 pub const PAGE_BYTES: usize = 8192;
 
+/// Bytes of a reply to GetPage beside the page, at most: `CopyData`'s type and length, tag, echo of
+/// header and body.
+pub const REPLY_OVERHEAD_BYTES_MAX: usize = 5 + 1 + 24 + 17;
+
 const TAG_EXISTS: u8 = 0;
 const TAG_NBLOCKS: u8 = 1;
 const TAG_GET_PAGE: u8 = 2;
@@ -373,6 +377,9 @@ pub fn encode_response(version: Version, request: &Request, answer: &Answer, out
         return encode_error(version, &request.header, text, out);
     }
     assert!(fits(&request.query, answer), "the answer is of the query's kind");
+    if let Answer::GetPage(page) = answer {
+        return encode_page(version, request, page, out);
+    }
     out.put_u8(match answer {
         Answer::Exists(_) => TAG_REPLY_EXISTS,
         Answer::Nblocks(_) => TAG_REPLY_NBLOCKS,
@@ -388,11 +395,7 @@ pub fn encode_response(version: Version, request: &Request, answer: &Answer, out
     match answer {
         Answer::Exists(exists) => out.put_u8(u8::from(*exists)),
         Answer::Nblocks(blocks) => out.put_u32(*blocks),
-        Answer::GetPage(page) => {
-            assert_eq!(page.len(), PAGE_BYTES, "a page has the length of a page");
-            out.put_slice(page);
-        }
-        Answer::Error(_) => {}
+        Answer::GetPage(_) | Answer::Error(_) => {}
         Answer::DbSize(bytes) => out.put_i64(*bytes),
         Answer::GetSlruSegment(pages) => {
             let blocks = pages.len() / PAGE_BYTES;
@@ -402,6 +405,21 @@ pub fn encode_response(version: Version, request: &Request, answer: &Answer, out
             out.put_slice(pages);
         }
     }
+}
+
+/// Appends the reply to a request for a page: as [`encode_response`].
+///
+/// # Panics
+/// The request is another one, or the page has not the length of a page: bugs of the caller.
+pub fn encode_page(version: Version, request: &Request, page: &[u8], out: &mut BytesMut) {
+    assert!(matches!(request.query, Query::GetPage { .. }), "a page was asked for");
+    assert_eq!(page.len(), PAGE_BYTES, "a page has the length of a page");
+    out.put_u8(TAG_REPLY_GET_PAGE);
+    if version == Version::V3 {
+        put_header(version, &request.header, out);
+        put_query(&request.query, out);
+    }
+    out.put_slice(page);
 }
 
 /// Appends an error reply to `out`, for a request of which only the header is known. NUL

@@ -3,9 +3,7 @@
 //! 1. Start-up: TLS begins where it is set up and asked for, everybody is welcome.
 //! 2. Commands, by simple or extended query. A command that names a tenant of another core ends
 //!    the work here: [`End::Move`] carries everything that the other core must know.
-//! 3. Page stream: all requests that one arrival of bytes brought are worked on at once (up to
-//!    [`PAGE_REQUESTS_CONCURRENT_MAX`]); replies go out in order, as many in one write as are
-//!    ready, and none waits for a later one.
+//! 3. Page stream: see `stream`.
 //!
 //! Errors: a request that fails is answered with an error reply, and the stream goes on. A
 //! message out of place ends the stream, bytes that are no messages end the connection.
@@ -21,21 +19,17 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use async_channel::Receiver;
-use bytes::{Bytes, BytesMut};
+use bytes::BytesMut;
+use futures_util::AsyncWriteExt;
 use futures_util::future::{Either, LocalBoxFuture, select};
-use futures_util::stream::FuturesOrdered;
-use futures_util::{AsyncWriteExt, StreamExt};
 
 use self::lease::describe;
-use self::request::{ANY_HEADER, Reply, handle};
 use crate::base::{Kind, Lsn, TenantShardId, TimelineId};
-use crate::limits::{
-    CONNECTION_HOPS_MAX, CONNECTION_REPLY_BYTES_MAX, CONNECTION_STATEMENTS_MAX,
-    PAGE_REQUESTS_CONCURRENT_MAX,
-};
+use crate::limits::{CONNECTION_HOPS_MAX, CONNECTION_REPLY_BYTES_MAX, CONNECTION_STATEMENTS_MAX};
+use crate::server::admission::Admission;
 use crate::server::buffers::Buffers;
-use crate::server::counters::{Counters, count};
-use crate::server::page_protocol::{Version, encode_error, encode_response};
+use crate::server::counters::Counters;
+use crate::server::page_protocol::Version;
 use crate::server::pq::{self, Command, Message, Severity, SqlState, Target};
 use crate::server::router;
 use crate::server::socket::Stream;
@@ -46,6 +40,7 @@ mod backup;
 mod lease;
 mod request;
 mod start_up;
+mod stream;
 
 /// A connection between two waits: what a core must know to go on with it.
 #[derive(Default)]
@@ -110,6 +105,8 @@ pub struct Service<B> {
     pub cores: usize,
     /// The core's counters.
     pub counters: Counters,
+    /// Who may work on page requests.
+    pub admission: Rc<Admission>,
     /// The core's buffers.
     pub buffers: Buffers,
     /// What TLS is set up with, where it is.
@@ -436,118 +433,11 @@ where
         Ok(None)
     }
 
-    /// Serves a page stream; false when the connection is over, true when the stream alone is.
-    ///
-    /// The timeline is looked up for every batch of requests: one that is idle may be closed
-    /// between two of them, and is opened again then.
-    async fn open_stream(&mut self, wanted: Wanted, version: Version) -> Result<bool, Fault> {
-        if self.find(&wanted).await?.is_none() {
-            return Ok(true);
-        }
-        pq::put_copy_both(&mut self.session.unwritten);
-        loop {
-            let (batch, stopper) = self.take_requests()?;
-            if !batch.is_empty() {
-                let Some(timeline) = self.find(&wanted).await? else { return Ok(true) };
-                self.answer(version, &timeline, batch).await?;
-            }
-            match stopper {
-                None => {
-                    self.flush().await?;
-                    if !self.read().await? {
-                        return Ok(false);
-                    }
-                }
-                // The batch is full; there may be more.
-                Some(Message::Flush | Message::Sync) => {}
-                Some(Message::Terminate) => return Ok(false),
-                Some(other) => {
-                    let text = format!("unexpected message {} during COPY", other.name());
-                    self.end_with_error(&wanted, SqlState::PROTOCOL_VIOLATION, &text);
-                    return Ok(true);
-                }
-            }
-        }
-    }
-
     /// Ends a command with an error.
     fn end_with_error(&mut self, wanted: &Wanted, state: SqlState, text: &str) {
         self.error_of_command(wanted.simple, state, text);
         if wanted.simple {
             self.ready_after_command();
         }
-    }
-
-    /// The requests that are there, up to a full batch or the first other message. `Flush` and
-    /// `Sync` mean nothing within COPY (drivers send them with the command that opened it), so
-    /// `Flush` also stands for "the batch is full".
-    fn take_requests(&mut self) -> Result<(Vec<Bytes>, Option<Message>), Fault> {
-        let mut batch = Vec::new();
-        while batch.len() < PAGE_REQUESTS_CONCURRENT_MAX {
-            match pq::decode_message(&mut self.session.unread) {
-                Ok(Some(Message::CopyData(bytes))) => batch.push(bytes),
-                Ok(other) => return Ok((batch, other)),
-                // What came before the broken message is still answered.
-                Err(_) if !batch.is_empty() => break,
-                Err(error) => return Err(error.into()),
-            }
-        }
-        Ok((batch, Some(Message::Flush)))
-    }
-
-    async fn answer(
-        &mut self,
-        version: Version,
-        timeline: &B::Timeline,
-        batch: Vec<Bytes>,
-    ) -> Result<(), Fault> {
-        let service = self.service;
-        let mut answers: FuturesOrdered<_> =
-            batch.iter().map(|message| handle(service, timeline, version, message)).collect();
-        let mut stop = pin!(service.stop.recv());
-        loop {
-            let ready = futures_util::poll!(answers.next());
-            let answer = match ready {
-                std::task::Poll::Ready(answer) => answer,
-                std::task::Poll::Pending => {
-                    self.flush().await?;
-                    match select(answers.next(), stop.as_mut()).await {
-                        Either::Left((answer, _)) => answer,
-                        Either::Right(_) => return Err(shutdown()),
-                    }
-                }
-            };
-            match answer {
-                None => return Ok(()),
-                Some(reply) => self.put_reply(version, reply)?,
-            }
-            if self.session.unwritten.len() > CONNECTION_REPLY_BYTES_MAX {
-                self.flush().await?;
-            }
-        }
-    }
-
-    fn put_reply(&mut self, version: Version, reply: Reply) -> Result<(), Fault> {
-        let out = &mut self.session.unwritten;
-        match reply {
-            Reply::Answer(request, answer) => {
-                pq::put_message(out, b'd', |out| encode_response(version, &request, &answer, out));
-            }
-            Reply::Malformed(error) => {
-                count(&self.service.counters.request_errors);
-                let text = error.to_string();
-                // Without a header a version-3 client could not tell what this answers.
-                let header = match (version, error.header) {
-                    (_, Some(header)) => header,
-                    (Version::V2, None) => ANY_HEADER,
-                    (Version::V3, None) => {
-                        return Err(Fault::Fatal(SqlState::PROTOCOL_VIOLATION, text));
-                    }
-                };
-                pq::put_message(out, b'd', |out| encode_error(version, &header, &text, out));
-            }
-            Reply::Shutdown => return Err(shutdown()),
-        }
-        Ok(())
     }
 }

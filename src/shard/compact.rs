@@ -375,7 +375,7 @@ impl<I: Io> Timeline<I> {
                 merged_bytes = snapshot.l0_wal_bytes(&inputs);
             }
             Action::MergeL1 { inputs, lsns } => {
-                self.merge(&snapshot, &inputs, lsns, COMPACT_CHAIN_MAX).await?;
+                self.merge(&snapshot, &inputs, lsns, COMPACT_CHAIN_MAX / 2).await?;
                 self.context.counters.merges_l1.add(1);
             }
             Action::MakeImages { keys, lsn, base, deltas } => {

@@ -211,8 +211,24 @@ pub struct CoreMetrics {
     pub connections_moved: u64,
     /// Gauge.
     pub connections_open: u64,
+    /// Gauge: bytes of open and frozen layers.
+    pub memory_used_bytes: u64,
+    /// Gauge: bytes of layers that have become files and stay in memory for reads.
+    pub memory_resident_bytes: u64,
     pub get_page_requests: u64,
     pub get_page_seconds: f64,
+    /// GetPage requests that were answered without waiting.
+    pub pages_at_once: u64,
+    /// Requests that stand in line; gauge.
+    pub page_requests_waiting: u64,
+    /// Requests that are being worked on; gauge.
+    pub page_requests_in_flight: u64,
+    /// Requests that stood in line.
+    pub page_requests_delayed: u64,
+    /// Time for which batches of requests did.
+    pub page_requests_delayed_seconds: f64,
+    /// Requests that had to because of their tenant's quota.
+    pub page_requests_over_quota: u64,
     pub other_requests: u64,
     pub request_errors: u64,
     pub wal_bytes_received: u64,

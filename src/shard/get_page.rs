@@ -21,7 +21,7 @@ use super::branch::{Older, below_branch_point};
 use super::compact::{Planted, planted};
 use super::layer_map::LayerSpan;
 use super::leases::LeaseError;
-use super::reader::{ReadError, RequestLsn, TimelineReader};
+use super::reader::{PageQuota, ReadError, RequestLsn, TimelineReader};
 use super::stored::StoredLayer;
 use super::timeline::Timeline;
 use crate::base::page::PAGE_SIZE;
@@ -397,6 +397,10 @@ impl<I: Io> TimelineReader for Timeline<I> {
         }
         let result = self.page(Key::rel_block(rel, block), lsn).await;
         self.noted(self.still_retained(lsn, result))
+    }
+
+    fn quota(&self) -> PageQuota {
+        self.context.config.get().page_quota
     }
 
     async fn rel_exists(&self, rel: RelTag, lsn: RequestLsn) -> Result<bool, ReadError> {

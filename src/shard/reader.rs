@@ -7,6 +7,7 @@ use bytes::Bytes;
 use super::base_backup::{BackupError, BackupRequest, BackupSink};
 use super::leases::LeaseError;
 use crate::base::{BlockNumber, Kind, Lsn, RelTag, SlruKind, TenantShardId, TimelineId, Timestamp};
+use crate::limits::{QUOTA_BYTES_IN_FLIGHT, QUOTA_REQUESTS_PER_S};
 use crate::redo::RedoError;
 
 /// The pair of LSNs that a page request carries (facts of the page service protocol).
@@ -144,6 +145,21 @@ impl ReadError {
     }
 }
 
+/// What the requests of one tenant may take of one core.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct PageQuota {
+    /// Requests per second; 0: any number.
+    pub requests_per_s: u64,
+    /// Bytes of pages that are worked on at once.
+    pub bytes_in_flight: u64,
+}
+
+impl Default for PageQuota {
+    fn default() -> Self {
+        PageQuota { requests_per_s: QUOTA_REQUESTS_PER_S, bytes_in_flight: QUOTA_BYTES_IN_FLIGHT }
+    }
+}
+
 /// A timeline as the page service sees it.
 #[allow(async_fn_in_trait, reason = "executors are single-threaded: no Send bound is wanted")]
 pub trait TimelineReader: 'static {
@@ -154,6 +170,16 @@ pub trait TimelineReader: 'static {
         block: BlockNumber,
         lsn: RequestLsn,
     ) -> Result<Bytes, ReadError>;
+    /// The same page, if it can be had without waiting and without a fault: all that it takes is
+    /// in memory. `None` says nothing.
+    fn page_at_once(&self, rel: RelTag, block: BlockNumber, lsn: RequestLsn) -> Option<Bytes> {
+        let _ = (rel, block, lsn);
+        None
+    }
+    /// What the timeline's tenant may have, at the moment.
+    fn quota(&self) -> PageQuota {
+        PageQuota::default()
+    }
     /// Does the fork exist?
     async fn rel_exists(&self, rel: RelTag, lsn: RequestLsn) -> Result<bool, ReadError>;
     /// Size of the fork in blocks; 0 if it does not exist.

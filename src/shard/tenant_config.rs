@@ -5,6 +5,7 @@
 
 use serde::{Deserialize, Serialize};
 
+use super::reader::PageQuota;
 use super::timeline::TimelineConfig;
 use crate::base::Kind;
 
@@ -36,6 +37,12 @@ pub struct TenantConfig {
     /// See [`TimelineConfig::gc_period_s`].
     #[serde(skip_serializing_if = "Option::is_none")]
     pub gc_period_s: Option<u64>,
+    /// See [`PageQuota::requests_per_s`].
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub page_requests_per_s: Option<u64>,
+    /// See [`PageQuota::bytes_in_flight`].
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub page_bytes_in_flight: Option<u64>,
 }
 
 /// Why settings of a tenant cannot be used.
@@ -102,6 +109,12 @@ impl TenantConfig {
             gc_horizon_bytes: self.gc_horizon_bytes.unwrap_or(node.gc_horizon_bytes),
             pitr_interval_s: self.pitr_interval_s.unwrap_or(node.pitr_interval_s),
             gc_period_s: self.gc_period_s.unwrap_or(node.gc_period_s),
+            page_quota: PageQuota {
+                requests_per_s: self.page_requests_per_s.unwrap_or(node.page_quota.requests_per_s),
+                bytes_in_flight: self
+                    .page_bytes_in_flight
+                    .unwrap_or(node.page_quota.bytes_in_flight),
+            },
             ..node
         }
     }
@@ -115,6 +128,8 @@ impl TenantConfig {
             gc_horizon_bytes: Some(config.gc_horizon_bytes),
             pitr_interval_s: Some(config.pitr_interval_s),
             gc_period_s: Some(config.gc_period_s),
+            page_requests_per_s: Some(config.page_quota.requests_per_s),
+            page_bytes_in_flight: Some(config.page_quota.bytes_in_flight),
         }
     }
 
@@ -157,6 +172,7 @@ mod tests {
         pitr_interval_s: 2,
         gc_period_s: 3,
         timeline_idle_ms: 4,
+        page_quota: PageQuota { requests_per_s: 5, bytes_in_flight: 6 },
     };
 
     #[test]
@@ -164,6 +180,8 @@ mod tests {
         let config = TenantConfig { checkpoint_timeout_s: Some(5), ..TenantConfig::default() };
         assert_eq!(config.over(NODE), TimelineConfig { checkpoint_timeout_s: 5, ..NODE });
         assert_eq!(TenantConfig::effective(NODE).over(config.over(NODE)), NODE);
+        let quota = TenantConfig { page_requests_per_s: Some(0), ..config }.over(NODE).page_quota;
+        assert_eq!(quota, PageQuota { requests_per_s: 0, ..NODE.page_quota });
         assert_eq!(TenantConfig::decode(&config.encode()), Ok(config));
     }
 

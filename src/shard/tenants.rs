@@ -384,6 +384,8 @@ impl<I: Io, C: Connector> CoreControl for Rc<Shard<I, C>> {
             ingest_stopped_seconds: counters.ingest_stopped_us.get() as f64 / 1e6,
             index_bytes_written: counters.index_bytes.get(),
             l0_layers_max: counters.l0_layers.get(),
+            memory_used_bytes: self.memory.used_bytes(),
+            memory_resident_bytes: self.memory.resident_bytes(),
             read_layers: counters.read_layers.get(),
             read_records: counters.read_records.get(),
             ..CoreMetrics::default()

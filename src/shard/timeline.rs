@@ -22,6 +22,7 @@ use super::layer_map::LayerMap;
 use super::lsns::{Advance, LsnWaiters, Lsns};
 use super::memory::{MemoryBudget, Share};
 use super::metrics::Counters;
+use super::reader::PageQuota;
 use super::sizes::Sizes;
 use super::stored::StoredLayer;
 use super::turn::Turn;
@@ -64,6 +65,8 @@ pub struct TimelineConfig {
     /// A timeline that takes in no WAL and is not used is closed after so many milliseconds; 0:
     /// it stays open. Of the node alone.
     pub timeline_idle_ms: u64,
+    /// What page requests of the tenant may take of a core.
+    pub page_quota: PageQuota,
 }
 
 impl From<&Config> for TimelineConfig {
@@ -80,6 +83,10 @@ impl From<&Config> for TimelineConfig {
             pitr_interval_s: config.pitr_interval_s,
             gc_period_s: config.gc_period_s,
             timeline_idle_ms: config.timeline_idle_s.saturating_mul(1000),
+            page_quota: PageQuota {
+                requests_per_s: config.page_requests_per_s,
+                bytes_in_flight: config.page_bytes_in_flight,
+            },
         }
     }
 }

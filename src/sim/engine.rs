@@ -28,7 +28,7 @@ use crate::shard::gc::GcRequest;
 use crate::shard::index::{
     ClusterIdentity, INDEX_FILE, INDEX_VERSION, IndexLayer, TimelineIndex, WalSourceConfig,
 };
-use crate::shard::reader::{PageBackend, ReadError, RequestLsn, TimelineReader};
+use crate::shard::reader::{PageBackend, PageQuota, ReadError, RequestLsn, TimelineReader};
 use crate::shard::tenants::{Shard, ShardContext};
 use crate::shard::timeline::{Timeline, TimelineConfig};
 use crate::wal::checkpoint::CHECKPOINT_BYTES;
@@ -261,6 +261,7 @@ pub(super) async fn start_shard(io: &SimIo, outside: &Rc<Outside>) -> Result<Sim
             pitr_interval_s: 0,
             gc_period_s: outside.gc_period_s.get(),
             timeline_idle_ms: outside.timeline_idle_ms.get(),
+            page_quota: PageQuota::default(),
         },
         block_cache_bytes: {
             let by_chance = (io.random_u64() % (1 << 20)) as usize;

@@ -46,6 +46,8 @@ const SETTINGS: TenantConfig = TenantConfig {
     gc_horizon_bytes: None,
     pitr_interval_s: Some(77),
     gc_period_s: None,
+    page_requests_per_s: None,
+    page_bytes_in_flight: None,
 };
 
 fn branch(timeline: TimelineId, ancestor: TimelineId, lsn: Option<Lsn>) -> Change {

@@ -11,16 +11,19 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
-use bytes::BytesMut;
+use bytes::Bytes;
 use nix::fcntl::{FcntlArg, OFlag, fcntl};
-use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll, ppoll};
+use nix::sys::time::TimeSpec;
 
+use super::inline::Sent;
 use super::{Counters, add};
 use crate::base::{BlockNumber, RelTag};
-use crate::limits::{REDO_POLL, REDO_START_TIMEOUT, REDO_TEXT_BYTES_MAX};
+use crate::limits::{REDO_INPUT_BYTES, REDO_PIPE_BYTES, REDO_POLL};
+use crate::limits::{REDO_START_TIMEOUT, REDO_TEXT_BYTES_MAX};
 use crate::redo::RedoSettings;
 use crate::redo::pool::PoolSettings;
-use crate::redo::protocol::{self, PONG_PREFIX, Reply};
+use crate::redo::protocol::{self, PONG_PREFIX, REPLY_BYTES_MAX, Reply};
 
 /// User and group that the process becomes when the node runs as root: `nobody`.
 const UNPRIVILEGED_ID: u32 = 65534;
@@ -38,13 +41,17 @@ pub(in crate::redo) enum Trouble {
     Stop,
 }
 
+/// What has come is not the answer that was asked for.
+#[derive(Debug)]
+pub(super) struct NotPlain;
+
 /// See the module's text. None of the pipes blocks.
 pub(in crate::redo) struct Process {
     child: Child,
     stdin: ChildStdin,
     stdout: ChildStdout,
     stderr: ChildStderr,
-    input: BytesMut,
+    input: Input,
     log_line: Vec<u8>,
     scratch: Option<PathBuf>,
     /// Whose records it replays; nobody's while it is a spare.
@@ -53,9 +60,39 @@ pub(in crate::redo) struct Process {
     pub(super) page: Option<(RelTag, BlockNumber)>,
     /// Time with requests under way.
     pub(super) busy: Duration,
+    /// What it was sent by somebody who did not wait for all of the answers.
+    pub(in crate::redo) sent: Option<Sent>,
     /// How it had ended.
     ended: Option<String>,
     counters: Arc<Counters>,
+}
+
+/// Bytes that were read and not yet taken.
+struct Input {
+    buffer: Box<[u8]>,
+    start: usize,
+    end: usize,
+}
+
+impl Input {
+    fn new() -> Self {
+        Input { buffer: vec![0; REDO_INPUT_BYTES].into(), start: 0, end: 0 }
+    }
+
+    fn bytes(&self) -> &[u8] {
+        self.buffer.get(self.start..self.end).unwrap_or_default()
+    }
+
+    /// Room for at least the rest of a reply.
+    fn room(&mut self) -> &mut [u8] {
+        if self.start == self.end {
+            (self.start, self.end) = (0, 0);
+        } else if self.buffer.len() - self.end < REPLY_BYTES_MAX {
+            self.buffer.copy_within(self.start..self.end, 0);
+            (self.start, self.end) = (0, self.end - self.start);
+        }
+        self.buffer.get_mut(self.end..).unwrap_or_default()
+    }
 }
 
 static SCRATCH_NUMBER: AtomicU64 = AtomicU64::new(0);
@@ -116,7 +153,7 @@ impl Process {
 
     /// True if it has sent more than was taken.
     pub(super) fn has_input(&self) -> bool {
-        !self.input.is_empty()
+        !self.input.bytes().is_empty()
     }
 
     fn pong(
@@ -148,9 +185,10 @@ impl Process {
     ) -> Result<Reply, Trouble> {
         let deadline = Instant::now() + timeout;
         loop {
-            if let Some(reply) = protocol::decode_reply(&mut self.input)
+            if let Some((reply, len)) = protocol::decode_reply(self.input.bytes())
                 .map_err(|error| Trouble::Process(error.to_string()))?
             {
+                self.input.start += len;
                 return Ok(reply);
             }
             if stop() {
@@ -222,17 +260,20 @@ impl Process {
             stdin,
             stdout,
             stderr,
-            input: BytesMut::new(),
+            input: Input::new(),
             log_line: Vec::new(),
             scratch: Some(scratch),
             tenant: tenant.to_owned(),
             page: None,
             busy: Duration::ZERO,
+            sent: None,
             ended: None,
             counters: counters.clone(),
         };
         let fds = [process.stdin.as_fd(), process.stdout.as_fd(), process.stderr.as_fd()];
         let blocking = fds.into_iter().find_map(|fd| set_nonblocking(fd).err());
+        // So that many pages fit. Where the kernel does not allow it, they need more turns.
+        let _ = fcntl(process.stdout.as_fd(), FcntlArg::F_SETPIPE_SZ(REDO_PIPE_BYTES));
         match blocking {
             None => Ok(process),
             Some(error) => {
@@ -242,14 +283,53 @@ impl Process {
         }
     }
 
-    /// Waits until a pipe is ready, at most [`REDO_POLL`], and moves what can be moved.
+    /// The answer of a page or a pong, if that is what has come; `Err`: it is something else,
+    /// which is left for [`Process::reply`].
+    pub(super) fn plain_reply(&mut self, is_ping: bool) -> Result<Option<Bytes>, NotPlain> {
+        let bytes = self.input.bytes();
+        let status = if is_ping { 2 } else { 0 };
+        if bytes.get(4).is_some_and(|found| *found != status) {
+            return Err(NotPlain);
+        }
+        let Some((reply, len)) = protocol::decode_reply(bytes).map_err(|_| NotPlain)? else {
+            return Ok(None);
+        };
+        let answer = match reply {
+            Reply::Page(page) => page,
+            Reply::Pong(text) => text.into(),
+            Reply::Error(_) => return Err(NotPlain),
+        };
+        self.input.start += len;
+        Ok(Some(answer))
+    }
+
+    /// Waits until there is output, at most `wait`, and reads it.
+    pub(super) fn read_within(&mut self, wait: Duration) -> Result<(), String> {
+        let mut fds = [
+            PollFd::new(self.stdout.as_fd(), PollFlags::POLLIN),
+            PollFd::new(self.stderr.as_fd(), PollFlags::POLLIN),
+        ];
+        match ppoll(&mut fds, Some(TimeSpec::from_duration(wait)), None) {
+            Ok(_) | Err(nix::errno::Errno::EINTR) => {}
+            Err(error) => return Err(format!("poll: {error}")),
+        }
+        let [has_reply, has_log] = fds.map(|fd| fd.any().unwrap_or(true));
+        if has_log {
+            self.read_log();
+        }
+        if has_reply { self.read_replies() } else { Ok(()) }
+    }
+
+    /// Writes what the pipe takes, waits until a pipe is ready, at most [`REDO_POLL`], and reads
+    /// from those that are. Three system calls for a short request and its reply: they are a good
+    /// part of what it costs.
     fn move_bytes(&mut self, frames: &[u8], written: &mut usize) -> Result<(), String> {
-        let rest = frames.get(*written..).unwrap_or_default();
+        self.write(frames, written)?;
         let mut fds = vec![
             PollFd::new(self.stdout.as_fd(), PollFlags::POLLIN),
             PollFd::new(self.stderr.as_fd(), PollFlags::POLLIN),
         ];
-        if !rest.is_empty() {
+        if *written < frames.len() {
             fds.push(PollFd::new(self.stdin.as_fd(), PollFlags::POLLOUT));
         }
         let wait = PollTimeout::try_from(REDO_POLL).unwrap_or(PollTimeout::ZERO);
@@ -257,28 +337,38 @@ impl Process {
             Ok(_) | Err(nix::errno::Errno::EINTR) => {}
             Err(error) => return Err(format!("poll: {error}")),
         }
-        self.read_log();
-        self.read_replies()?;
-        if !rest.is_empty() {
-            match self.stdin.write(rest) {
-                Ok(count) => *written += count,
-                Err(error) if is_transient(&error) => {}
-                // What it said before it died comes first; the end of its output follows.
-                Err(_) if !self.input.is_empty() => {}
-                Err(error) => {
-                    return self.read_replies().map_err(|end| format!("{end} ({error})"));
-                }
+        // The end of a pipe counts as well.
+        let ready = |fd: usize| fds.get(fd).and_then(PollFd::any).unwrap_or(true);
+        let (has_reply, has_log) = (ready(0), ready(1));
+        if has_log {
+            self.read_log();
+        }
+        if has_reply { self.read_replies() } else { Ok(()) }
+    }
+
+    /// Writes what the pipe takes of the rest of `frames`.
+    pub(super) fn write(&mut self, frames: &[u8], written: &mut usize) -> Result<(), String> {
+        let rest = frames.get(*written..).unwrap_or_default();
+        if rest.is_empty() {
+            return Ok(());
+        }
+        match self.stdin.write(rest) {
+            Ok(count) => *written += count,
+            Err(error) if is_transient(&error) => {}
+            // What it said before it died comes first; the end of its output follows.
+            Err(_) if self.has_input() => {}
+            Err(error) => {
+                return self.read_replies().map_err(|end| format!("{end} ({error})"));
             }
         }
         Ok(())
     }
 
     fn read_replies(&mut self) -> Result<(), String> {
-        let mut piece = [0; 64 * 1024];
-        match self.stdout.read(&mut piece) {
+        match self.stdout.read(self.input.room()) {
             Ok(0) => Err("it ended".into()),
             Ok(count) => {
-                self.input.extend_from_slice(piece.get(..count).unwrap_or_default());
+                self.input.end += count;
                 Ok(())
             }
             Err(error) if is_transient(&error) => Ok(()),

@@ -7,14 +7,16 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::task::{Context, Poll, Wake, Waker};
 use std::thread::Thread;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
+use bytes::Bytes;
 use nix::sched::{CpuSet, sched_setaffinity};
 use nix::unistd::Pid;
 
+use super::inline::Sent;
 use super::process::{Process, Trouble};
 use super::{Answer, Job, add};
-use crate::limits::{REDO_BATCH_BYTES, REDO_BATCH_REQUESTS, REDO_PROCESS_BUSY_MAX};
+use crate::limits::{REDO_BATCH_BYTES, REDO_BATCH_REQUESTS, REDO_PROCESS_BUSY_MAX, REDO_QUIET};
 use crate::redo::RedoError;
 use crate::redo::failed::{self, Failed};
 use crate::redo::pool::{Seat, Shared};
@@ -34,8 +36,29 @@ pub(in crate::redo) struct Worker<'a> {
     shared: &'a Arc<Shared>,
     seat: &'a Arc<Seat>,
     waiting: VecDeque<Job>,
+    /// What somebody else has sent of the first of these.
+    begun: Option<Batch>,
     process: Option<Process>,
     begin: Instant,
+}
+
+/// The first requests that wait, on their way.
+struct Batch {
+    frames: Bytes,
+    written: usize,
+    requests: usize,
+}
+
+/// Answers a request.
+pub(super) fn answer(shared: &Shared, seat: &Seat, job: Job, answer: Answer) {
+    let counters = &shared.counters;
+    add(&counters.requests, 1);
+    add(&counters.records, job.records);
+    add(&counters.errors, u64::from(answer.is_err()));
+    add(&seat.requests, 1);
+    seat.last_us.store(shared.now_us().max(1), Ordering::Relaxed);
+    // The caller may be gone; that is its right.
+    let _ = job.answer.send(answer);
 }
 
 /// Wakes the thread from `park`.
@@ -49,8 +72,8 @@ impl Wake for Unpark {
 
 impl<'a> Worker<'a> {
     pub(in crate::redo) fn new(shared: &'a Arc<Shared>, seat: &'a Arc<Seat>) -> Self {
-        let (waiting, process, begin) = (VecDeque::new(), None, Instant::now());
-        Worker { shared, seat, waiting, process, begin }
+        let (waiting, begun, process) = (VecDeque::new(), None, None);
+        Worker { shared, seat, waiting, begun, process, begin: Instant::now() }
     }
 
     fn is_stopped(&self) -> bool {
@@ -66,7 +89,9 @@ impl<'a> Worker<'a> {
             if !gives_up {
                 self.take_waiting();
             }
-            self.waiting.retain(|job| !job.answer.is_canceled());
+            if self.begun.is_none() {
+                self.waiting.retain(|job| !job.answer.is_canceled());
+            }
             if self.waiting.is_empty() {
                 if gives_up || self.process.is_none() || !self.wait() {
                     break;
@@ -101,14 +126,37 @@ impl<'a> Worker<'a> {
         }
     }
 
-    /// Waits for a request. False if the process is to be given up: it was idle for too long, or
-    /// others need one, or this is the end.
+    /// Waits for a request, with the process lent meanwhile. False if it is to be given up: it was
+    /// idle for too long, or others need one, or this is the end.
     fn wait(&mut self) -> bool {
+        let Some(process) = self.process.take() else { return false };
+        self.seat.lend(process);
+        let stays = self.wait_for_request();
+        self.process = self.seat.take_back();
+        let Some(Sent { jobs, frames, written }) =
+            self.process.as_mut().and_then(|process| process.sent.take())
+        else {
+            return stays;
+        };
+        // What they have sent must be seen to first, whatever comes next.
+        self.begun = Some(Batch { frames, written, requests: jobs.len() });
+        jobs.into_iter().rev().for_each(|job| self.waiting.push_front(job));
+        true
+    }
+
+    /// Time since the process answered, in microseconds.
+    fn quiet_us(&self) -> u64 {
+        self.shared.now_us().saturating_sub(self.seat.last_us.load(Ordering::Relaxed))
+    }
+
+    fn wait_for_request(&mut self) -> bool {
         let waker = Waker::from(Arc::new(Unpark(std::thread::current())));
         let mut context = Context::from_waker(&waker);
-        let deadline = Instant::now() + self.shared.settings.idle;
+        let idle = self.shared.settings.idle;
+        let begin = Instant::now();
         let jobs = self.seat.jobs().clone();
         let mut job = pin!(jobs.recv());
+        let mut nudged = pin!(self.seat.nudged());
         let mut asked = pin!(self.shared.asked_to_give_up());
         loop {
             match job.as_mut().poll(&mut context) {
@@ -119,8 +167,18 @@ impl<'a> Worker<'a> {
                 Poll::Ready(Err(_)) => return false,
                 Poll::Pending => {}
             }
+            if nudged.as_mut().poll(&mut context).is_ready() {
+                return true;
+            }
             if self.shared.others_wait() {
-                return false;
+                let slice_ends = self.begin.elapsed() >= self.shared.settings.slice;
+                if slice_ends || self.quiet_us() >= REDO_QUIET.as_micros() as u64 {
+                    return false;
+                }
+                // Another worker may be asked meanwhile.
+                asked.set(self.shared.asked_to_give_up());
+                std::thread::park_timeout(REDO_QUIET);
+                continue;
             }
             match asked.as_mut().poll(&mut context) {
                 // It may be an old one: others may have been served meanwhile.
@@ -131,7 +189,8 @@ impl<'a> Worker<'a> {
                 Poll::Ready(Err(_)) => return false,
                 Poll::Pending => {}
             }
-            let left = deadline.saturating_duration_since(Instant::now());
+            let quiet = begin.elapsed().min(Duration::from_micros(self.quiet_us()));
+            let left = idle.saturating_sub(quiet);
             if left.is_zero() {
                 return false;
             }
@@ -141,15 +200,9 @@ impl<'a> Worker<'a> {
 
     /// Answers the request whose turn it is.
     fn answer(&mut self, answer: Answer) {
-        let Some(job) = self.waiting.pop_front() else { return };
-        let counters = &self.shared.counters;
-        add(&counters.requests, 1);
-        add(&counters.records, job.records);
-        add(&counters.errors, u64::from(answer.is_err()));
-        add(&self.seat.requests, 1);
-        self.seat.last_us.store(self.shared.now_us().max(1), Ordering::Relaxed);
-        // The caller may be gone; that is its right.
-        let _ = job.answer.send(answer);
+        if let Some(job) = self.waiting.pop_front() {
+            self::answer(self.shared, self.seat, job, answer);
+        }
     }
 
     /// A process that is bound to the tenant.
@@ -178,24 +231,32 @@ impl<'a> Worker<'a> {
         Ok(())
     }
 
-    /// Sends a batch and takes in its replies.
-    fn exchange(&mut self) -> Result<(), Trouble> {
+    /// What is sent next.
+    fn batch(&mut self) -> Result<Batch, Trouble> {
         self.start_process()?;
         if self.process.as_ref().is_some_and(Process::has_input) {
             return Err(Trouble::Process("it answered more than it was asked".into()));
         }
         let alone = self.waiting.front().is_some_and(|job| job.failures > 0);
         let mut frames = Vec::new();
-        let mut left = 0;
+        let mut requests = 0;
         for job in self.waiting.iter().take(if alone { 1 } else { REDO_BATCH_REQUESTS }) {
-            if left > 0 && frames.len() + job.frames.len() > REDO_BATCH_BYTES {
+            if requests > 0 && frames.len() + job.frames.len() > REDO_BATCH_BYTES {
                 break;
             }
             frames.extend_from_slice(&job.frames);
-            left += 1;
+            requests += 1;
         }
-        let mut written = 0;
-        while left > 0 {
+        Ok(Batch { frames: frames.into(), written: 0, requests })
+    }
+
+    /// Sends a batch and takes in its replies.
+    fn exchange(&mut self) -> Result<(), Trouble> {
+        let Batch { frames, mut written, requests } = match self.begun.take() {
+            Some(begun) => begun,
+            None => self.batch()?,
+        };
+        for _ in 0..requests {
             let is_ping = self.waiting.front().is_some_and(|job| job.records == 0);
             match self.next_reply(&frames, &mut written)? {
                 Reply::Page(page) if !is_ping => self.answer(Ok(page)),
@@ -205,7 +266,6 @@ impl<'a> Worker<'a> {
                     return Err(Trouble::Process("it answered out of turn".into()));
                 }
             }
-            left -= 1;
         }
         Ok(())
     }
@@ -270,7 +330,7 @@ impl<'a> Worker<'a> {
             tenant: self.seat.tenant.clone(),
             redo: self.seat.redo,
             problem: problem.to_owned(),
-            frames: job.frames.clone().into(),
+            frames: job.frames.clone(),
         };
         match failed::keep(dir, &input) {
             Ok(Some(path)) => tracing::warn!(tenant = %self.seat.tenant, rel = %job.rel,

@@ -1,6 +1,7 @@
 //! Hand-made records. That the pages are equal is proved on real WAL (`tests/native_redo.rs`).
 
 use std::rc::Rc;
+use std::sync::MutexGuard;
 
 use futures_lite::future::block_on;
 
@@ -8,7 +9,7 @@ use super::*;
 use crate::base::page::{PAGE_SIZE, Page, page_lsn};
 use crate::base::{Lsn, RelNode};
 use crate::redo::child::ChildRedo;
-use crate::redo::child::tests::{insert, settings};
+use crate::redo::child::tests::{insert, lock, settings};
 use crate::redo::native::apply_bytes;
 use crate::redo::record::tests::record;
 use crate::redo::{Redo, RedoError, RedoRequest, RedoSettings};
@@ -186,11 +187,19 @@ fn with<'a>(whole: &'a [u8], change: impl FnOnce(&mut Record<'a>)) -> Bytes {
 }
 
 /// Native redo and the wal-redo process, one record on one page.
-struct Both(Rc<ChildRedo>);
+struct Both(Rc<ChildRedo>, MutexGuard<'static, ()>);
+
+impl Drop for Both {
+    fn drop(&mut self) {
+        // Other tests count the processes of the whole program.
+        block_on(self.0.shutdown());
+    }
+}
 
 impl Both {
     fn new() -> Both {
-        Both(Rc::new(ChildRedo::new(settings(false))))
+        let alone = lock();
+        Both(Rc::new(ChildRedo::new(settings(false))), alone)
     }
 
     fn native(block: u32, base: &Bytes, record: &Bytes) -> Option<Bytes> {

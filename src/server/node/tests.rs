@@ -548,6 +548,7 @@ fn who_does_not_start_up_is_sent_away() {
         core: 0,
         cores: 1,
         counters: Counters::default(),
+        admission: Rc::default(),
         buffers: Buffers::default(),
         tls: None,
         stop,

@@ -1,0 +1,274 @@
+//! Against a real PostgreSQL, and against a script that behaves badly.
+
+use std::os::unix::fs::PermissionsExt;
+use std::path::Path;
+use std::sync::atomic::Ordering;
+use std::time::Duration;
+
+use futures_lite::future::block_on;
+use futures_util::future::join_all;
+use futures_util::poll;
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+
+use super::*;
+use crate::redo::child::tests::{ask, children, heap_page, insert, inserts, lock, settings};
+use crate::redo::child::{ChildRedo, ChildSettings};
+use crate::redo::{Redo, RedoError, RedoRequest, protocol};
+
+/// The first insert into a page.
+fn first(block: u32) -> RedoRequest {
+    ask(0, block, None, vec![(0x1008, insert(block, 1, true, block))])
+}
+
+fn inline(redo: &ChildRedo) -> u64 {
+    redo.counters().inline.load(Ordering::SeqCst)
+}
+
+fn failures(redo: &ChildRedo) -> u64 {
+    redo.counters().failures.load(Ordering::SeqCst)
+}
+
+fn pid(redo: &ChildRedo) -> Pid {
+    Pid::from_raw(redo.status().unwrap().pid as i32)
+}
+
+/// Waits until the worker has nothing to do.
+fn until_lent(redo: &ChildRedo) {
+    let begin = Instant::now();
+    while !redo.seat.lends() {
+        assert!(begin.elapsed() < Duration::from_secs(60), "the process is not lent");
+        std::thread::sleep(Duration::from_millis(1));
+    }
+}
+
+/// A process that is up, and lent.
+fn started(settings: ChildSettings) -> ChildRedo {
+    let redo = ChildRedo::new(settings);
+    block_on(redo.redo(first(1))).unwrap();
+    until_lent(&redo);
+    redo
+}
+
+/// Polls so often that the request is with the process, which does not answer.
+async fn send<F: Future + Unpin>(redo: &ChildRedo, request: &mut F) {
+    assert!(poll!(&mut *request).is_pending());
+    assert!(poll!(&mut *request).is_pending());
+    assert!(redo.near.jobs.borrow().is_empty());
+}
+
+#[test]
+fn short_requests_need_no_thread_and_others_have_one() {
+    let _lock = lock();
+    let redo = started(settings(false));
+    let pid = pid(&redo);
+    // A machine that is busy may be slow at times.
+    for n in 0..200 {
+        let page = block_on(redo.redo(first(n))).unwrap();
+        assert_eq!(heap_page(&page), (1, n));
+    }
+    block_on(redo.ping()).unwrap();
+    until_lent(&redo);
+    let alone = inline(&redo);
+    assert!((100..=201).contains(&alone), "{alone} of 201");
+    let requests = (0..300u16).map(|n| {
+        let records = if n % 7 == 0 { 100 } else { n % 9 + 1 };
+        redo.redo(ask(0, u32::from(n), None, inserts(u32::from(n), records)))
+    });
+    for (n, page) in block_on(join_all(requests)).into_iter().enumerate() {
+        let records = if n % 7 == 0 { 100 } else { n % 9 + 1 };
+        assert_eq!(heap_page(&page.unwrap()).0, records, "{n}");
+    }
+    let counters = redo.counters();
+    assert_eq!(counters.requests.load(Ordering::SeqCst), 502);
+    assert_eq!((failures(&redo), counters.errors.load(Ordering::SeqCst)), (0, 0));
+    assert_eq!(self::pid(&redo), pid);
+    assert!(block_on(redo.shutdown()));
+    assert_eq!(children(), Vec::<u32>::new());
+}
+
+#[test]
+fn many_go_in_one_write_and_what_is_too_much_does_not() {
+    let near = Near::default();
+    let job = |records: u64, bytes: usize| {
+        let (answer, reply) = futures_channel::oneshot::channel();
+        let rel = crate::base::RelNode { spc: 1, db: 2, rel: 3 }.fork(0);
+        let frames = vec![bytes as u8; bytes].into();
+        (Job { frames, records, rel, block: 0, answer, failures: 0 }, reply)
+    };
+    let mut replies = Vec::new();
+    let mut put = |records, bytes| {
+        let (job, reply) = job(records, bytes);
+        near.jobs.borrow_mut().push_back(job);
+        replies.push(reply);
+    };
+    (0..10).for_each(|_| put(2, 100));
+    put(20, 100);
+    put(20, 100);
+    put(1, REDO_INLINE_BYTES - 50);
+    put(1, 100);
+    // Its caller has gone.
+    drop(replies.remove(3));
+    let sizes: Vec<_> = std::iter::from_fn(|| near.batch())
+        .map(|sent| (sent.jobs.len(), sent.frames.len()))
+        .collect();
+    let long = REDO_INLINE_BYTES - 50;
+    let expected = [(4, 400), (4, 400), (2, 200), (1, 100), (1, long), (1, 100)];
+    assert_eq!(sizes, expected);
+}
+
+#[test]
+fn a_process_that_hangs_or_dies_is_left_to_the_worker() {
+    let _lock = lock();
+    let redo = started(ChildSettings { timeout: Duration::from_secs(2), ..settings(false) });
+    let hung = pid(&redo);
+    kill(hung, Signal::SIGSTOP).unwrap();
+    block_on(async {
+        let mut waiting = redo.redo(first(5));
+        let begin = Instant::now();
+        send(&redo, &mut waiting).await;
+        assert!(begin.elapsed() < Duration::from_secs(1), "it blocks its thread");
+        let (one, two) = futures_util::join!(waiting, redo.redo(first(6)));
+        assert_eq!((heap_page(&one.unwrap()), heap_page(&two.unwrap())), ((1, 5), (1, 6)));
+    });
+    assert!(!Path::new(&format!("/proc/{hung}")).exists());
+    assert_eq!(failures(&redo), 1);
+    for n in 2..5 {
+        until_lent(&redo);
+        kill(pid(&redo), Signal::SIGKILL).unwrap();
+        std::thread::sleep(Duration::from_millis(20));
+        let pages = block_on(join_all([7, 8].map(|block| redo.redo(first(block)))));
+        let pages: Vec<_> = pages.into_iter().map(|page| heap_page(&page.unwrap())).collect();
+        assert_eq!(pages, [(1, 7), (1, 8)]);
+        assert_eq!(failures(&redo), n);
+    }
+    // Line pointer 5 of an empty page, and others around it in the same write.
+    until_lent(&redo);
+    let base = Some(block_on(redo.redo(first(9))).unwrap());
+    until_lent(&redo);
+    let refused = ask(0, 9, base, vec![(0x3000, insert(9, 5, false, 1))]);
+    let answers = block_on(join_all([first(2), refused, first(3)].map(|r| redo.redo(r))));
+    assert_eq!(heap_page(answers[0].as_ref().unwrap()), (1, 2));
+    assert!(matches!(&answers[1], Err(RedoError::Refused { .. })), "{answers:?}");
+    assert_eq!(heap_page(answers[2].as_ref().unwrap()), (1, 3));
+    assert_eq!(failures(&redo), 4);
+    assert!(block_on(redo.shutdown()));
+    assert_eq!(children(), Vec::<u32>::new());
+}
+
+#[test]
+fn callers_may_go_away_at_any_time() {
+    let _lock = lock();
+    let redo = started(settings(false));
+    let pid = pid(&redo);
+    block_on(async {
+        for round in 0..20 {
+            let mut requests: Vec<_> = (0..12).map(|n| redo.redo(first(n))).collect();
+            for request in &mut requests {
+                let _ = poll!(request);
+            }
+            // Those that are left see to themselves.
+            let kept = requests.split_off(round % 12);
+            drop(requests);
+            for (page, n) in join_all(kept).await.into_iter().zip(round as u32 % 12..) {
+                assert_eq!(heap_page(&page.unwrap()), (1, n));
+            }
+        }
+        until_lent(&redo);
+        // Now with the request at the process.
+        kill(pid, Signal::SIGSTOP).unwrap();
+        let mut waiting = redo.redo(first(5));
+        send(&redo, &mut waiting).await;
+        drop(waiting);
+        let mut next = redo.redo(first(6));
+        assert!(poll!(&mut next).is_pending());
+        kill(pid, Signal::SIGCONT).unwrap();
+        assert_eq!(heap_page(&next.await.unwrap()), (1, 6));
+    });
+    // None of those that were given up is kept for ever.
+    until_lent(&redo);
+    for _ in 0..3 * REDO_QUEUE_REQUESTS {
+        block_on(async { drop(poll!(&mut redo.redo(first(1)))) });
+    }
+    assert!(redo.near.jobs.borrow().len() <= REDO_QUEUE_REQUESTS);
+    assert_eq!(heap_page(&block_on(redo.redo(first(4))).unwrap()), (1, 4));
+    assert_eq!((self::pid(&redo), failures(&redo)), (pid, 0));
+    assert!(block_on(redo.shutdown()));
+}
+
+#[test]
+fn the_end_comes_with_requests_under_way() {
+    let _lock = lock();
+    for is_sent in [true, false] {
+        let redo = started(settings(false));
+        kill(pid(&redo), Signal::SIGSTOP).unwrap();
+        block_on(async {
+            let mut near: Vec<_> = (0..3).map(|n| redo.redo(first(n))).collect();
+            for request in &mut near {
+                assert!(poll!(request).is_pending());
+            }
+            if is_sent {
+                send_first(&redo, &mut near[0]).await;
+            }
+            assert!(redo.shutdown().await);
+            assert!(!redo.shutdown().await);
+            let answers = join_all(near).await;
+            assert!(answers.iter().all(|a| *a == Err(RedoError::Shutdown)), "{answers:?}");
+            assert_eq!(redo.redo(first(1)).await, Err(RedoError::Shutdown));
+        });
+        assert_eq!(children(), Vec::<u32>::new());
+        assert_eq!(redo.counters().alive.load(Ordering::SeqCst), 0);
+    }
+}
+
+/// After the first poll: it takes the others along.
+async fn send_first<F: Future + Unpin>(redo: &ChildRedo, request: &mut F) {
+    assert!(poll!(&mut *request).is_pending());
+    assert!(redo.near.jobs.borrow().is_empty());
+}
+
+/// What comes of itself is no answer: the process is replaced, and the request tried again.
+#[test]
+fn nonsense_is_found_out() {
+    let _lock = lock();
+    let dir = std::env::temp_dir().join(format!("pgstrata-inline-{}", std::process::id()));
+    std::fs::create_dir_all(&dir).unwrap();
+    std::fs::set_permissions(&dir, PermissionsExt::from_mode(0o755)).unwrap();
+    let mut frames = Vec::new();
+    protocol::encode_request(&first(1), &mut frames).unwrap();
+    let pong = "walredo 2 postgres 150000 sandbox seccomp hint-bits off";
+    let page = "printf '\\000\\000\\040\\000\\000'; head -c 8192 /dev/zero";
+    let nonsense = [
+        // A status that there is none of, text instead of a page, and two pages for one request.
+        "printf '\\000\\000\\000\\002\\007no'".to_owned(),
+        "printf '\\000\\000\\000\\002\\002up'".to_owned(),
+        format!("{page}; {page}"),
+    ];
+    for (n, nonsense) in nonsense.iter().enumerate() {
+        let fake = dir.join(format!("postgres-{n}"));
+        let script = format!(
+            "#!/bin/sh\npong() {{ head -c $1 >/dev/null; printf '\\000\\000\\000\\0{:o}\\002{pong}'; }}\n\
+             pong 5\npong 6\nhead -c {} >/dev/null\n{page}\nsleep 0.2\n{nonsense}\ncat >/dev/null\n",
+            pong.len(),
+            frames.len(),
+        );
+        std::fs::write(&fake, script).unwrap();
+        std::fs::set_permissions(&fake, PermissionsExt::from_mode(0o755)).unwrap();
+        let mut settings = settings(false);
+        (settings.postgres_bin, settings.walredo_so) = (fake, "".into());
+        let redo = started(settings);
+        let pid = pid(&redo);
+        std::thread::sleep(Duration::from_millis(600));
+        if n == 2 {
+            // The first of the pages is taken for the answer; the other is one too many.
+            assert_eq!(block_on(redo.redo(first(1))).unwrap(), vec![0; 8192]);
+            until_lent(&redo);
+        }
+        assert_eq!(block_on(redo.redo(first(1))).unwrap(), vec![0; 8192]);
+        assert_ne!(self::pid(&redo), pid, "{n}");
+        assert_eq!(failures(&redo), 1, "{n}");
+        assert!(block_on(redo.shutdown()));
+    }
+    std::fs::remove_dir_all(&dir).unwrap();
+    assert_eq!(children(), Vec::<u32>::new());
+}
