@@ -44,7 +44,6 @@ const COUNTERS: &[(&str, &str, Number)] = &[
     ("connections_accepted", "Connections accepted", |m| m.connections_accepted),
     ("connections_moved", "Connections handed to the owning core", |m| m.connections_moved),
     ("get_page_requests", "GetPage requests answered", |m| m.get_page_requests),
-    ("pages_at_once", "GetPage requests answered without waiting", |m| m.pages_at_once),
     ("page_requests_delayed", "Page service requests that stood in line", |m| {
         m.page_requests_delayed
     }),
@@ -85,6 +84,7 @@ const COUNTERS: &[(&str, &str, Number)] = &[
     ("redo_pages_native", "Pages rebuilt without a wal-redo process", |m| m.redo_pages_native),
     ("redo_records_native", "WAL records applied natively", |m| m.redo_records_native),
     ("redo_misfits", "Records that did not fit their page natively", |m| m.redo_misfits),
+    ("redo_inline", "Requests to wal-redo processes without a thread between", |m| m.redo_inline),
     ("redo_children_started", "Wal-redo processes started", |m| m.redo_children_started),
     ("redo_failures", "Wal-redo processes that failed", |m| m.redo_failures),
 ];

@@ -187,6 +187,7 @@ impl RedoFactory for ChildFactory {
         }
         let pool = self.pool.counters();
         let seconds = |micros: &AtomicU64| micros.load(Ordering::Relaxed) as f64 / 1e6;
+        metrics.redo_inline += pool.inline.load(Ordering::Relaxed);
         metrics.redo_children_started += pool.started.load(Ordering::Relaxed);
         metrics.redo_children_alive += pool.alive.load(Ordering::Relaxed);
         metrics.redo_failures += pool.failures.load(Ordering::Relaxed);

@@ -16,8 +16,6 @@ pub struct Counters {
     pub get_page_requests: Cell<u64>,
     /// Time spent in them.
     pub get_page_time: Cell<Duration>,
-    /// Of these, how many were answered without waiting.
-    pub pages_at_once: Cell<u64>,
     /// Other requests.
     pub other_requests: Cell<u64>,
     /// Requests answered with an error.
@@ -26,10 +24,5 @@ pub struct Counters {
 
 /// Adds one to a counter.
 pub(crate) fn count(counter: &Cell<u64>) {
-    add(counter, 1);
-}
-
-/// Adds to a counter.
-pub(crate) fn add(counter: &Cell<u64>, amount: u64) {
-    counter.set(counter.get().wrapping_add(amount));
+    counter.set(counter.get().wrapping_add(1));
 }

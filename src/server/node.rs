@@ -587,7 +587,6 @@ fn metrics<S: CoreService>(service: &Service<S>) -> CoreMetrics {
         connections_open: counters.open.get(),
         get_page_requests: counters.get_page_requests.get(),
         get_page_seconds: counters.get_page_time.get().as_secs_f64(),
-        pages_at_once: counters.pages_at_once.get(),
         other_requests: counters.other_requests.get(),
         request_errors: counters.request_errors.get(),
         ..service.backend.metrics()

@@ -377,9 +377,6 @@ pub fn encode_response(version: Version, request: &Request, answer: &Answer, out
         return encode_error(version, &request.header, text, out);
     }
     assert!(fits(&request.query, answer), "the answer is of the query's kind");
-    if let Answer::GetPage(page) = answer {
-        return encode_page(version, request, page, out);
-    }
     out.put_u8(match answer {
         Answer::Exists(_) => TAG_REPLY_EXISTS,
         Answer::Nblocks(_) => TAG_REPLY_NBLOCKS,
@@ -395,7 +392,11 @@ pub fn encode_response(version: Version, request: &Request, answer: &Answer, out
     match answer {
         Answer::Exists(exists) => out.put_u8(u8::from(*exists)),
         Answer::Nblocks(blocks) => out.put_u32(*blocks),
-        Answer::GetPage(_) | Answer::Error(_) => {}
+        Answer::GetPage(page) => {
+            assert_eq!(page.len(), PAGE_BYTES, "a page has the length of a page");
+            out.put_slice(page);
+        }
+        Answer::Error(_) => {}
         Answer::DbSize(bytes) => out.put_i64(*bytes),
         Answer::GetSlruSegment(pages) => {
             let blocks = pages.len() / PAGE_BYTES;
@@ -405,21 +406,6 @@ pub fn encode_response(version: Version, request: &Request, answer: &Answer, out
             out.put_slice(pages);
         }
     }
-}
-
-/// Appends the reply to a request for a page: as [`encode_response`].
-///
-/// # Panics
-/// The request is another one, or the page has not the length of a page: bugs of the caller.
-pub fn encode_page(version: Version, request: &Request, page: &[u8], out: &mut BytesMut) {
-    assert!(matches!(request.query, Query::GetPage { .. }), "a page was asked for");
-    assert_eq!(page.len(), PAGE_BYTES, "a page has the length of a page");
-    out.put_u8(TAG_REPLY_GET_PAGE);
-    if version == Version::V3 {
-        put_header(version, &request.header, out);
-        put_query(&request.query, out);
-    }
-    out.put_slice(page);
 }
 
 /// Appends an error reply to `out`, for a request of which only the header is known. NUL

@@ -265,25 +265,17 @@ pub fn decode_message(buffer: &mut BytesMut) -> Result<Option<Message>, PqError>
         .map_err(|problem| PqError::MessageLayout { tag, problem })
 }
 
-/// The `CopyData` message at the front of `buffer`, if that is one and is all there: its payload,
-/// and the length of the whole message.
-pub fn peek_copy_data(buffer: &[u8]) -> Option<(&[u8], usize)> {
+/// What is behind the `CopyData` message at the front of `buffer`, if that is one and is all there.
+fn skip_copy_data(buffer: &[u8]) -> Option<&[u8]> {
     let rest = buffer.strip_prefix(b"d")?;
     let size = peek_u32(rest)? as usize;
-    if !(LENGTH_BYTES..=CLIENT_MESSAGE_BYTES_MAX).contains(&size) {
-        return None;
-    }
-    Some((rest.get(LENGTH_BYTES..size)?, 1 + size))
+    let is_possible = (LENGTH_BYTES..=CLIENT_MESSAGE_BYTES_MAX).contains(&size);
+    is_possible.then_some(rest)?.get(size..)
 }
 
 /// How many messages at the front of `buffer` are `CopyData` and all there.
 pub fn copy_data_count(buffer: &[u8]) -> usize {
-    let (mut rest, mut count) = (buffer, 0);
-    while let Some((_, length)) = peek_copy_data(rest) {
-        rest = rest.get(length..).unwrap_or_default();
-        count += 1;
-    }
-    count
+    std::iter::successors(Some(buffer), |rest| skip_copy_data(rest)).count() - 1
 }
 
 fn decode_body(tag: u8, body: Bytes) -> Result<Message, &'static str> {

@@ -44,8 +44,8 @@ use crate::base::{Key, KeyRange, Lsn, LsnRange};
 use crate::io::{Io, durable};
 use crate::layers::{LayerDesc, LayerName, LayerOwner};
 use crate::limits::{
-    COMPACT_CHAIN_MAX, COMPACT_L0_INPUT_BYTES_MAX, COMPACT_REMOVE_POLL_MS, COMPACT_RETRY_MS_MAX,
-    COMPACT_RETRY_MS_MIN, L0_LAYERS_MAX, L0_LAYERS_URGENT, L0_MERGE_FAILURES_MAX,
+    COMPACT_L0_INPUT_BYTES_MAX, COMPACT_REMOVE_POLL_MS, COMPACT_RETRY_MS_MAX, COMPACT_RETRY_MS_MIN,
+    L0_LAYERS_MAX, L0_LAYERS_URGENT, L0_MERGE_FAILURES_MAX,
 };
 
 mod chain;
@@ -374,8 +374,8 @@ impl<I: Io> Timeline<I> {
                 self.context.counters.merges_l0.add(1);
                 merged_bytes = snapshot.l0_wal_bytes(&inputs);
             }
-            Action::MergeL1 { inputs, lsns } => {
-                self.merge(&snapshot, &inputs, lsns, COMPACT_CHAIN_MAX / 2).await?;
+            Action::MergeL1 { inputs, lsns, chain_max } => {
+                self.merge(&snapshot, &inputs, lsns, chain_max).await?;
                 self.context.counters.merges_l1.add(1);
             }
             Action::MakeImages { keys, lsn, base, deltas } => {

@@ -217,8 +217,6 @@ pub struct CoreMetrics {
     pub memory_resident_bytes: u64,
     pub get_page_requests: u64,
     pub get_page_seconds: f64,
-    /// GetPage requests that were answered without waiting.
-    pub pages_at_once: u64,
     /// Requests that stand in line; gauge.
     pub page_requests_waiting: u64,
     /// Requests that are being worked on; gauge.
@@ -278,6 +276,8 @@ pub struct CoreMetrics {
     pub redo_pages_native: u64,
     pub redo_records_native: u64,
     pub redo_misfits: u64,
+    /// Requests to wal-redo processes that went there without a thread in between.
+    pub redo_inline: u64,
     pub redo_children_started: u64,
     /// Gauge.
     pub redo_children_alive: u64,

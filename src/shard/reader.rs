@@ -170,12 +170,6 @@ pub trait TimelineReader: 'static {
         block: BlockNumber,
         lsn: RequestLsn,
     ) -> Result<Bytes, ReadError>;
-    /// The same page, if it can be had without waiting and without a fault: all that it takes is
-    /// in memory. `None` says nothing.
-    fn page_at_once(&self, rel: RelTag, block: BlockNumber, lsn: RequestLsn) -> Option<Bytes> {
-        let _ = (rel, block, lsn);
-        None
-    }
     /// What the timeline's tenant may have, at the moment.
     fn quota(&self) -> PageQuota {
         PageQuota::default()

@@ -44,6 +44,8 @@ pub mod file_data;
 #[cfg(test)]
 mod gc_tests;
 #[cfg(test)]
+mod idle_tests;
+#[cfg(test)]
 mod incident_tests;
 mod io;
 #[cfg(test)]

@@ -187,19 +187,22 @@ fn with<'a>(whole: &'a [u8], change: impl FnOnce(&mut Record<'a>)) -> Bytes {
 }
 
 /// Native redo and the wal-redo process, one record on one page.
-struct Both(Rc<ChildRedo>, MutexGuard<'static, ()>);
+struct Both {
+    process: Rc<ChildRedo>,
+    /// Other tests count the processes of the whole program.
+    _alone: MutexGuard<'static, ()>,
+}
 
 impl Drop for Both {
     fn drop(&mut self) {
-        // Other tests count the processes of the whole program.
-        block_on(self.0.shutdown());
+        block_on(self.process.shutdown());
     }
 }
 
 impl Both {
     fn new() -> Both {
-        let alone = lock();
-        Both(Rc::new(ChildRedo::new(settings(false))), alone)
+        let _alone = lock();
+        Both { process: Rc::new(ChildRedo::new(settings(false))), _alone }
     }
 
     fn native(block: u32, base: &Bytes, record: &Bytes) -> Option<Bytes> {
@@ -211,7 +214,12 @@ impl Both {
 
     fn child(&self, block: u32, base: &Bytes, record: &Bytes) -> Result<Bytes, RedoError> {
         let records = vec![(Lsn(0x9000), record.clone())];
-        block_on(self.0.redo(RedoRequest { rel: REL, block, base: Some(base.clone()), records }))
+        block_on(self.process.redo(RedoRequest {
+            rel: REL,
+            block,
+            base: Some(base.clone()),
+            records,
+        }))
     }
 }
 

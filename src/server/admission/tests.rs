@@ -53,12 +53,9 @@ fn no<T>() -> Result<T, ReadError> {
 
 impl TimelineReader for Pages {
     async fn get_page(&self, _: RelTag, _: BlockNumber, _: RequestLsn) -> Result<Bytes, ReadError> {
-        no()
-    }
-    fn page_at_once(&self, _: RelTag, _: BlockNumber, _: RequestLsn) -> Option<Bytes> {
         static PAGE: [u8; PAGE_BYTES] = [5; PAGE_BYTES];
         self.served.set(self.served.get() + 1);
-        Some(Bytes::from_static(&PAGE))
+        Ok(Bytes::from_static(&PAGE))
     }
     fn quota(&self) -> PageQuota {
         self.quota.get()

@@ -1,17 +1,12 @@
 //! A page stream: requests in, replies out, in the same order.
 //!
 //! Requests that came in together are worked on together, up to [`PAGE_REQUESTS_CONCURRENT_MAX`]
-//! at once, once the core's [`admission`](crate::server::admission) lets them in.
-//!
-//! 1. As long as pages can be had at once, because all that they take is in memory, each goes from
-//!    the cache straight into the buffer of replies: no task, no future, one copy.
-//! 2. The first request that has to wait, and what came after it, is worked on together. Replies go
-//!    out in order, as many in one write as are ready, and none waits for a later one.
+//! at once, once the core's [`admission`](crate::server::admission) lets them in. Replies go out in
+//! order, as many in one write as are ready, and none waits for a later one.
 
 use std::pin::pin;
-use std::rc::Rc;
 
-use bytes::{Buf, Bytes};
+use bytes::Bytes;
 use futures_util::StreamExt;
 use futures_util::future::{Either, select};
 use futures_util::stream::FuturesOrdered;
@@ -20,12 +15,10 @@ use super::request::{ANY_HEADER, Reply, handle};
 use super::{Conn, Fault, Wanted, shutdown};
 use crate::limits::{CONNECTION_REPLY_BYTES_MAX, PAGE_REQUESTS_CONCURRENT_MAX};
 use crate::server::admission::Permit;
-use crate::server::counters::add;
 use crate::server::counters::count;
 use crate::server::fair::{Ask, Class};
 use crate::server::page_protocol::{
-    PAGE_BYTES, Query, REPLY_OVERHEAD_BYTES_MAX, Version, decode_request, encode_error,
-    encode_page, encode_response,
+    PAGE_BYTES, REPLY_OVERHEAD_BYTES_MAX, Version, encode_error, encode_response,
 };
 use crate::server::pq::{self, Message, SqlState};
 use crate::server::socket::Stream;
@@ -108,63 +101,15 @@ where
         }
     }
 
-    /// Answers the next `requests` messages, which are whole.
+    /// Answers the next `requests` messages, which are whole, all of them at once.
     async fn answer(
         &mut self,
         version: Version,
-        timeline: &Rc<B::Timeline>,
+        timeline: &B::Timeline,
         requests: usize,
     ) -> Result<(), Fault> {
         let room = requests.saturating_mul(PAGE_BYTES + REPLY_OVERHEAD_BYTES_MAX);
         self.session.unwritten.reserve(room);
-        let answered = self.answer_at_once(version, timeline, requests);
-        if answered < requests {
-            self.answer_together(version, timeline, requests - answered).await?;
-        }
-        if self.session.unwritten.len() > CONNECTION_REPLY_BYTES_MAX {
-            self.flush().await?;
-        }
-        Ok(())
-    }
-
-    /// Answers requests for pages up to the first one that has to wait, or that is another or a
-    /// malformed one; returns how many.
-    fn answer_at_once(
-        &mut self,
-        version: Version,
-        timeline: &B::Timeline,
-        requests: usize,
-    ) -> usize {
-        let counters = &self.service.counters;
-        let start = (self.service.now)();
-        let mut answered = 0;
-        while answered < requests {
-            let Some((message, length)) = pq::peek_copy_data(&self.session.unread) else { break };
-            let Ok(request) = decode_request(version, message) else { break };
-            let Query::GetPage { rel, block } = request.query else { break };
-            let page = timeline.page_at_once(rel, block, request.header.lsn);
-            let Some(page) = page.filter(|page| page.len() == PAGE_BYTES) else { break };
-            self.session.unread.advance(length);
-            let out = &mut self.session.unwritten;
-            pq::put_message(out, b'd', |out| encode_page(version, &request, &page, out));
-            answered += 1;
-        }
-        if answered > 0 {
-            let spent = (self.service.now)().saturating_sub(start);
-            counters.get_page_time.set(counters.get_page_time.get() + spent);
-            add(&counters.get_page_requests, answered as u64);
-            add(&counters.pages_at_once, answered as u64);
-        }
-        answered
-    }
-
-    /// Answers requests that may have to wait, all of them at once.
-    async fn answer_together(
-        &mut self,
-        version: Version,
-        timeline: &B::Timeline,
-        requests: usize,
-    ) -> Result<(), Fault> {
         let batch = self.take_requests(requests)?;
         let service = self.service;
         let mut answers: FuturesOrdered<_> =
@@ -195,11 +140,10 @@ where
     /// The next requests, which are all there.
     fn take_requests(&mut self, requests: usize) -> Result<Vec<Bytes>, Fault> {
         let mut batch = Vec::with_capacity(requests);
-        while batch.len() < requests {
-            match pq::decode_message(&mut self.session.unread)? {
-                Some(Message::CopyData(bytes)) => batch.push(bytes),
-                _ => break,
-            }
+        while batch.len() < requests
+            && let Some(Message::CopyData(bytes)) = pq::decode_message(&mut self.session.unread)?
+        {
+            batch.push(bytes);
         }
         Ok(batch)
     }

@@ -12,10 +12,10 @@
 //! above that image are stacked on the column. The rules, in order:
 //!
 //! 1. [`Action::MergeL0`]: enough L0 layers become L1 layers: so many of them, or as many as hold
-//!    some records of each page together. The newest rows of L1 layers are taken along where they are small
-//!    beside what is merged, or where otherwise there would be too many rows, but not if images
-//!    are due anyway or have made most of a row unnecessary. So what comes in is cut by keys and
-//!    levelled in one go.
+//!    some records of each page together. The newest rows of L1 layers are taken along where they
+//!    are small beside what is merged, or where otherwise there would be too many rows, but not if
+//!    images are due anyway or have made most of a row unnecessary. So what comes in is cut by keys
+//!    and levelled in one go.
 //! 2. [`Action::MakeImages`]: the layers stacked on a column have grown to a given part of the
 //!    column's image, so a new image costs at most the inverse of that part for each byte that
 //!    was merged. Half of it is enough where rule 3 would apply but finds nothing. Before rule 1,
@@ -113,6 +113,8 @@ pub enum Action {
         inputs: Vec<usize>,
         /// LSN range of the result.
         lsns: LsnRange,
+        /// As in a merge of L0; another row is left below, mostly.
+        chain_max: usize,
     },
 }
 
@@ -151,7 +153,7 @@ pub fn plan(layers: &[PlanLayer], config: &PlanConfig) -> Vec<Action> {
         return actions;
     }
     let deep = || columns.iter().filter(|column| column.is_deep());
-    actions.extend(deep().find_map(|column| merge_l1(layers, column)));
+    actions.extend(deep().find_map(|column| merge_l1(layers, column, config)));
     if actions.is_empty() {
         // Where no few layers can be merged, images cost least.
         let images = deep().filter_map(|column| make_images(layers, column, config, percent / 2));
@@ -457,7 +459,7 @@ fn make_images(
     Some((percent, Action::MakeImages { keys, lsn, base: column.image, deltas }))
 }
 
-fn merge_l1(layers: &[PlanLayer], column: &Column) -> Option<Action> {
+fn merge_l1(layers: &[PlanLayer], column: &Column, config: &PlanConfig) -> Option<Action> {
     // The newest layers, as long as the next is not much larger than those before it together.
     let mut inputs: Vec<usize> = Vec::new();
     let mut total = 0u64;
@@ -478,7 +480,8 @@ fn merge_l1(layers: &[PlanLayer], column: &Column) -> Option<Action> {
         let fits = |whole: &Vec<usize>| (2..=COMPACT_LEVELS_MAX).contains(&levels(layers, whole));
         if let Some(whole) = whole.filter(fits).filter(|whole| is_mergeable(layers, whole)) {
             let lsns = hull(layers, &whole)?;
-            return Some(Action::MergeL1 { inputs: whole, lsns });
+            let chain_max = (chain_total(config) / 2).max(COMPACT_CHAIN_MIN);
+            return Some(Action::MergeL1 { inputs: whole, lsns, chain_max });
         }
         inputs.pop();
     }

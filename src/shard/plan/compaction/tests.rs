@@ -190,7 +190,7 @@ impl Model {
         self.actions += 1;
         let before = self.layers.len();
         let kept = match action {
-            Action::MergeL0 { inputs, lsns, .. } | Action::MergeL1 { inputs, lsns } => {
+            Action::MergeL0 { inputs, lsns, .. } | Action::MergeL1 { inputs, lsns, .. } => {
                 self.merge(inputs, lsns);
                 before - inputs.len()
             }
