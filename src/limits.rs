@@ -489,12 +489,16 @@ pub const BENCH_DEPTH_MAX: usize = 1024;
 pub const BENCH_DRAIN: std::time::Duration = std::time::Duration::from_secs(10);
 /// Pause between two looks at a node's milestones.
 pub const BENCH_LOOK: std::time::Duration = std::time::Duration::from_millis(100);
+
 // Front end.
 
+/// What clients can bring about is in the log once in so long.
+pub const LOG_AGAIN_AFTER: std::time::Duration = std::time::Duration::from_secs(1);
 /// Pause between two looks of the admin API at a timeline that it waits for, in milliseconds.
 pub const ADMIN_LOOK_MS: u64 = 20;
 /// Buffers for replies that a core keeps for the next connection that has something to say.
 pub const REPLY_BUFFERS_SPARE_MAX: usize = 16;
+
 // Fairness between the tenants of a core.
 
 /// Pages that each tenant may have between two looks at all sockets before it has to stand in

@@ -15,7 +15,7 @@ mod common;
 use std::io::{Read, Write};
 use std::net::{Shutdown, TcpStream};
 use std::path::Path;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use common::*;
@@ -32,6 +32,12 @@ const ATTACKERS: u64 = 4;
 const SLOW_SENDERS: usize = 64;
 /// What a node may have grown by at the end: pieces that its allocator keeps.
 const RSS_SLACK_KIB: u64 = 16 * 1024;
+/// How long a client in order may wait for a page meanwhile: a hundred times and more what it waits
+/// when it is alone, for all threads of attackers may run on the core that serves it.
+const MEDIAN_US_MAX: u64 = 20_000;
+const P99_US_MAX: u64 = 250_000;
+/// What others say wrong is no news for the operator.
+const LOG_BYTES_MAX: usize = 4096;
 const TIME_MAX: Duration = Duration::from_secs(60);
 
 /// What the open descriptors of a process stand for, without files of its data directory: those
@@ -162,8 +168,7 @@ fn commands(rng: &mut Rng, target: &Target) -> Script {
             continue;
         }
         for _ in 0..rng.u8(0..6) {
-            let mut name = words(rng, 8);
-            name.push(0);
+            let name = [&words(rng, 8)[..], b"\0"].concat();
             match rng.u8(0..8) {
                 0 => put(b'P', &[&name[..], &words(rng, 90), b"\0\0\0"].concat()),
                 1 => put(b'B', &[&name[..], &name, &noise(rng, 0..40)].concat()),
@@ -383,24 +388,32 @@ impl Drop for Finish<'_> {
     }
 }
 
+/// In microseconds.
+type Latencies = hdrhistogram::Histogram<u64>;
+
 /// A client in order: every page that it gets is right.
-fn steady(client: &mut PageClient, rel: RelTag, fork: &ForkFiles, done: &AtomicBool) -> Steady {
-    let mut seen = Steady { pages: 0, longest: Duration::ZERO };
+fn steady(client: &mut PageClient, rel: RelTag, fork: &ForkFiles, done: &AtomicBool) -> Latencies {
+    let mut seen = Latencies::new(3).unwrap();
     while !done.load(Ordering::Acquire) {
         let block = fastrand::u32(0..fork.blocks);
         let begin = Instant::now();
         let answer = client.ask(Query::GetPage { rel, block }).unwrap();
-        seen.longest = seen.longest.max(begin.elapsed());
+        seen.record(begin.elapsed().as_micros() as u64).unwrap();
         let Answer::GetPage(page) = answer else { panic!("{answer:?}") };
         assert_eq!(page, fork.page(block).unwrap().unwrap());
-        seen.pages += 1;
     }
     seen
 }
 
-struct Steady {
-    pages: u64,
-    longest: Duration,
+fn percentiles(of: &Latencies) -> String {
+    let ms = |quantile| of.value_at_quantile(quantile) as f64 / 1e3;
+    format!(
+        "{} pages: half within {:.2} ms, 99 % within {:.1} ms, all within {:.0} ms",
+        of.len(),
+        ms(0.5),
+        ms(0.99),
+        of.max() as f64 / 1e3
+    )
 }
 
 /// The status line of the reply to `request`.
@@ -464,6 +477,69 @@ fn attack_admin(node: &DemoNode, id: Id) {
     }
 }
 
+/// What was sent, and what was seen meanwhile.
+struct Attacked {
+    messages: u64,
+    connections: u64,
+    floods: u64,
+    rss_peak_kib: u64,
+    steady: Latencies,
+}
+
+/// All kinds of attackers at once, and a client in order among them.
+fn attack_all(
+    node: &DemoNode,
+    target: &Target,
+    wanted: u64,
+    (rel, fork): (RelTag, &ForkFiles),
+    client: &mut PageClient,
+) -> Attacked {
+    let pid = node.pid().unwrap();
+    let done = AtomicBool::new(false);
+    std::thread::scope(|scope| {
+        let steady = scope.spawn(|| steady(client, rel, fork, &done));
+        scope.spawn(|| send_slowly(target, &done));
+        let floods = scope.spawn(|| flood(target, (rel, fork.blocks), &done));
+        // Also when an attack fails: the scope waits for the others.
+        let _finish = Finish(&done);
+        let attackers: Vec<_> = (1..=ATTACKERS)
+            .map(|seed| scope.spawn(move || attack(target, seed, wanted.div_ceil(ATTACKERS))))
+            .collect();
+        attack_admin(node, target.id);
+        let mut rss_peak_kib = 0;
+        while attackers.iter().any(|attacker| !attacker.is_finished()) {
+            rss_peak_kib = rss_peak_kib.max(rss_kib(pid));
+            std::thread::sleep(Duration::from_millis(50));
+        }
+        let (mut messages, mut connections) = (0, 0);
+        for attacker in attackers {
+            let sent = attacker.join().unwrap();
+            messages += sent.0;
+            connections += sent.1;
+        }
+        done.store(true, Ordering::Release);
+        let (steady, floods) = (steady.join().unwrap(), floods.join().unwrap());
+        Attacked { messages, connections, floods, rss_peak_kib, steady }
+    })
+}
+
+/// What the same client gets when nobody else is there.
+fn alone(client: &mut PageClient, rel: RelTag, fork: &ForkFiles) -> Latencies {
+    let enough = AtomicBool::new(false);
+    std::thread::scope(|scope| {
+        let alone = scope.spawn(|| steady(client, rel, fork, &enough));
+        std::thread::sleep(Duration::from_secs(1));
+        enough.store(true, Ordering::Release);
+        alone.join().unwrap()
+    })
+}
+
+fn corpus() -> Vec<Vec<u8>> {
+    let kept = Path::new(env!("CARGO_MANIFEST_DIR")).join("test_data/fuzz/page_protocol");
+    let kept = std::fs::read_dir(kept).unwrap().map(|entry| entry.unwrap().path());
+    kept.map(|path| std::fs::read(path).unwrap()).collect()
+}
+
 #[test]
 fn garbage_hurts_nobody() {
     let wanted = std::env::var("HOSTILE_MESSAGES").map_or(20_000, |text| text.parse().unwrap());
@@ -481,46 +557,21 @@ fn garbage_hurts_nobody() {
     let files = scan(cluster.data()).unwrap();
     let (rel, fork) = files.forks.iter().max_by_key(|(_, fork)| fork.blocks).unwrap();
     let data = std::fs::canonicalize(node.data_dir()).unwrap();
-    let kept = Path::new(env!("CARGO_MANIFEST_DIR")).join("test_data/fuzz/page_protocol");
-    let kept = std::fs::read_dir(kept).unwrap().map(|entry| entry.unwrap().path());
-    let corpus: Vec<Vec<u8>> = kept.map(|path| std::fs::read(path).unwrap()).collect();
-    let target = Target { address: node.page_address(), id, lsn: lsn.0, corpus };
+    let target = Target { address: node.page_address(), id, lsn: lsn.0, corpus: corpus() };
     // What a node takes once is taken before the count.
     attack(&target, 0, wanted / 20);
     let (before, rss_before) = (open_files(pid, &data), rss_kib(pid));
-    let done = AtomicBool::new(false);
-    let (messages, connections) = (AtomicU64::new(0), AtomicU64::new(0));
+    println!("the good client alone: {}", percentiles(&alone(&mut client, *rel, fork)));
     let begin = Instant::now();
-    let mut peak = 0;
-    let (steady, floods) = std::thread::scope(|scope| {
-        let steady = scope.spawn(|| steady(&mut client, *rel, fork, &done));
-        scope.spawn(|| send_slowly(&target, &done));
-        let floods = scope.spawn(|| flood(&target, (*rel, fork.blocks), &done));
-        // Also when an attack fails: the scope waits for the others.
-        let _finish = Finish(&done);
-        let attackers: Vec<_> = (0..ATTACKERS)
-            .map(|nth| {
-                let (target, messages, connections) = (&target, &messages, &connections);
-                scope.spawn(move || {
-                    let sent = attack(target, nth + 1, wanted.div_ceil(ATTACKERS));
-                    messages.fetch_add(sent.0, Ordering::Relaxed);
-                    connections.fetch_add(sent.1, Ordering::Relaxed);
-                })
-            })
-            .collect();
-        attack_admin(&node, id);
-        while attackers.iter().any(|attacker| !attacker.is_finished()) {
-            peak = peak.max(rss_kib(pid));
-            std::thread::sleep(Duration::from_millis(50));
-        }
-        attackers.into_iter().for_each(|attacker| attacker.join().unwrap());
-        done.store(true, Ordering::Release);
-        (steady.join().unwrap(), floods.join().unwrap())
-    });
+    let seen = attack_all(&node, &target, wanted, (*rel, fork), &mut client);
     let spent = begin.elapsed().as_secs_f64();
-    let messages = messages.into_inner();
-    assert!(messages >= wanted);
-    assert!(steady.pages > 100, "the good client was held up");
+    assert!(seen.messages >= wanted);
+    let quantile = |quantile| seen.steady.value_at_quantile(quantile);
+    assert!(
+        !seen.steady.is_empty() && quantile(0.5) <= MEDIAN_US_MAX && quantile(0.99) <= P99_US_MAX,
+        "the good client was held up: {}",
+        percentiles(&seen.steady)
+    );
     assert_eq!(node.pid(), Some(pid));
     is_equal(&node, id, lsn, cluster.data(), false);
     until("the end of the descriptors and the memory of connections", || {
@@ -529,17 +580,21 @@ fn garbage_hurts_nobody() {
         after.iter().all(|kind| count(&after, kind) <= count(&before, kind))
             && rss_kib(pid) <= rss_before + RSS_SLACK_KIB
     });
-    let files = open_files(pid, &data).len();
-    println!(
-        "{messages} messages on {} connections and {floods} floods in {spent:.0} s; descriptors \
-         {} before, {files} after; RSS {rss_before} KiB before, {peak} at most, {} after; the good \
-         client read {} pages, none longer than {:.0} ms",
-        connections.into_inner(),
-        before.len(),
-        rss_kib(pid),
-        steady.pages,
-        steady.longest.as_secs_f64() * 1e3,
-    );
     let log = std::fs::read_to_string(node.log_path()).unwrap();
+    println!(
+        "{} messages on {} connections and {} floods in {spent:.1} s; descriptors {} before, {} \
+         after; RSS {rss_before} KiB before, {} at most, {} after; {} bytes of log; the good client \
+         read {}",
+        seen.messages,
+        seen.connections,
+        seen.floods,
+        before.len(),
+        open_files(pid, &data).len(),
+        seen.rss_peak_kib,
+        rss_kib(pid),
+        log.len(),
+        percentiles(&seen.steady),
+    );
     assert!(!log.contains("panic"), "{}", log_tail(&node));
+    assert!(log.len() <= LOG_BYTES_MAX, "{} bytes of log: {}", log.len(), log_tail(&node));
 }

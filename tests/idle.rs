@@ -18,7 +18,7 @@ use pgstrata::cli::pg::StopMode;
 use pgstrata::cli::verify_files::{ForkFiles, scan};
 
 /// What a connection may take of the node's memory, the kernel's part apart.
-const BYTES_PER_CONNECTION_MAX: u64 = 12 * 1024;
+const BYTES_PER_CONNECTION_MAX: u64 = 6 * 1024;
 
 fn rss_bytes(node: &DemoNode) -> u64 {
     let path = format!("/proc/{}/status", node.pid().unwrap());

@@ -44,7 +44,9 @@ pub async fn accept<B: PageBackend>(listener: TcpListener, service: Rc<Service<B
             }
             futures_util::future::Either::Left((Err(error), _)) => {
                 // Out of file descriptors, or the client is gone already.
-                tracing::warn!("cannot accept a connection: {error}");
+                if let Some(kept_back) = service.counters.refusals_told.pass((service.now)()) {
+                    tracing::warn!(kept_back, "cannot accept a connection: {error}");
+                }
                 glommio::timer::sleep(Duration::from_millis(20)).await;
             }
             futures_util::future::Either::Right(_) => return,
@@ -67,7 +69,7 @@ fn run<B: PageBackend>(
 ) {
     let open = &service.counters.open;
     if open.get() >= CONNECTIONS_PER_CORE_MAX as u64 {
-        refuse(socket);
+        refuse(socket, &service);
         return;
     }
     open.set(open.get() + 1);
@@ -104,9 +106,11 @@ fn run<B: PageBackend>(
 }
 
 /// Says why, as PostgreSQL does. The few bytes always fit into a new socket's buffer.
-fn refuse(mut socket: Socket<TcpStream>) {
+fn refuse<B: PageBackend>(mut socket: Socket<TcpStream>, service: &Service<B>) {
     let text = format!("too many connections: this core serves {CONNECTIONS_PER_CORE_MAX}");
-    tracing::warn!("{text}");
+    if let Some(kept_back) = service.counters.refusals_told.pass((service.now)()) {
+        tracing::warn!(kept_back, "{text}");
+    }
     let mut out = BytesMut::new();
     put_error(&mut out, Severity::Fatal, SqlState::TOO_MANY_CONNECTIONS, &text);
     let limit = Duration::from_millis(CONNECTION_WRITE_MS_MAX);
