@@ -341,7 +341,7 @@ fn base_backup(node: &DemoNode, (tenant, timeline): &(String, String), lsn: Lsn,
 }
 
 #[test]
-fn pagebench_runs_unchanged() {
+fn the_exchanges_of_pagebench_are_answered() {
     let root = Root::new("pagebench");
     let mut cluster = root.cluster("primary", false);
     cluster.pgbench_init("postgres", 2).unwrap();

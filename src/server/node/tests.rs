@@ -467,9 +467,11 @@ fn slow_readers_are_held_back_and_dropped_when_they_stop() {
         };
         let (_stuck, stuck_writer) = ask(0).await.unwrap();
         let (mut slow, slow_writer) = ask(1).await.unwrap();
+        // Three times as long as a client may take nothing: the kernel finds room for some more
+        // after it has said that there is none, so the time begins twice.
         let reader = tokio::task::spawn_blocking(move || {
             let mut piece = vec![0; 1 << 20];
-            for _ in 0..12 {
+            for _ in 0..24 {
                 slow.0.read_exact(&mut piece).unwrap();
                 std::thread::sleep(Duration::from_millis(CONNECTION_WRITE_MS_MAX / 8));
             }
