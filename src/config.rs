@@ -60,6 +60,9 @@ pub struct Config {
     /// Bytes of pages of one tenant that one core works on at once. Tenants may have settings of
     /// their own.
     pub page_bytes_in_flight: u64,
+    /// Space of removed files that is kept for new ones, of the whole node: freeing space can hold
+    /// up the device.
+    pub spare_bytes: u64,
     /// Memory of each core for verified blocks of layer files.
     pub block_cache_bytes: u64,
     /// The `postgres` program of PostgreSQL 15 that applies WAL records.
@@ -99,6 +102,7 @@ impl Default for Config {
             timeline_idle_s: 300,
             page_requests_per_s: QUOTA_REQUESTS_PER_S,
             page_bytes_in_flight: QUOTA_BYTES_IN_FLIGHT,
+            spare_bytes: 1024 * 1024 * 1024,
             block_cache_bytes: 64 * 1024 * 1024,
             postgres_bin: PathBuf::from("/usr/lib/postgresql/15/bin/postgres"),
             walredo_library: PathBuf::new(),

@@ -92,7 +92,9 @@ pub const LAYER_BLOCK_BYTES_TARGET: usize = 16 * 1024;
 /// Largest raw size of a data block: one block around the largest value.
 pub const LAYER_BLOCK_BYTES_MAX: usize = WAL_RECORD_BYTES_MAX + 256;
 /// Size of the writes that a layer file is made with.
-pub const LAYER_WRITE_BYTES: usize = 1024 * 1024;
+/// Reads that come in meanwhile wait for one of them, so they are small; several at once reach the
+/// device's rate.
+pub const LAYER_WRITE_BYTES: usize = 256 * 1024;
 /// Largest single read of a layer file; more is read in several.
 pub const LAYER_READ_BYTES_MAX: usize = 1024 * 1024;
 /// What is read at the end of a layer file when it is opened: footer, and mostly index and filter.
@@ -529,3 +531,14 @@ pub const QUOTA_BYTES_IN_FLIGHT: u64 = 16 * 1024 * 1024;
 
 const _: () = assert!(FAIR_TICK_PAGES >= FAIR_QUANTUM_PAGES);
 const _: () = assert!(QUOTA_BYTES_IN_FLIGHT >= FAIR_TICK_PAGES * 8192);
+
+// Space of removed files.
+
+/// Smaller files are removed at once.
+pub const SPARE_BYTES_MIN: u64 = 1024 * 1024;
+/// So much is given back to the file system at a time.
+pub const SPARE_TRIM_BYTES: u64 = 1024 * 1024;
+/// Pause after that.
+pub const SPARE_TRIM_PAUSE_MS: u64 = 20;
+
+const _: () = assert!(SPARE_TRIM_BYTES.is_multiple_of(crate::io::ALIGNMENT as u64));

@@ -79,7 +79,7 @@ fn owner() -> LayerOwner {
 
 /// Bytes of the file that a merge writes of these values.
 async fn merged(io: &SimIo, dir: &Path, frozen: &FrozenLayer, short: bool) -> u64 {
-    let writer = DeltaWriter::create(io, dir, owner(), frozen.lsns().clone()).await.unwrap();
+    let writer = DeltaWriter::create(io, dir, owner(), frozen.lsns().clone(), 0).await.unwrap();
     let mut writer = writer.pack_tightly();
     for (key, lsn, value) in frozen.entries() {
         let value = if short { stored_form(key, value) } else { value };

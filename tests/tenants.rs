@@ -101,7 +101,7 @@ async fn make_tenant(io: &UringIo, tenants: &Path, number: u32) {
 
 fn make_tenants(data: PathBuf) {
     let executor = LocalExecutorBuilder::new(Placement::Unbound).spawn(move || async move {
-        let io = UringIo::new();
+        let io = UringIo::new(None);
         let tenants = data.join("tenants");
         for dir in [&data, &tenants] {
             io.create_dir(dir).await.unwrap();

@@ -59,7 +59,7 @@ async fn device(io: &UringIo, path: &Path, len: usize) -> Result<f64> {
 async fn images(io: &UringIo, dir: &Path, pages: &[Bytes], count: usize) -> Result<f64> {
     let owner = LayerOwner { shard: TENANT, timeline: TIMELINE };
     let begin = Instant::now();
-    let mut writer = ImageWriter::create(io, dir, owner, Lsn(100)).await?;
+    let mut writer = ImageWriter::create(io, dir, owner, Lsn(100), 0).await?;
     let rel = RelNode { spc: 1663, db: 5, rel: 16384 }.fork(0);
     for (block, page) in (0..count as u32).zip(pages.iter().cycle()) {
         writer.add(Key::rel_block(rel, block), &Value::Image(page.clone())).await?;
@@ -73,7 +73,7 @@ async fn images(io: &UringIo, dir: &Path, pages: &[Bytes], count: usize) -> Resu
 /// Runs both in turns and prints rates and ratio.
 pub fn compare(dir: PathBuf) -> Result<()> {
     let executor = LocalExecutorBuilder::new(Placement::Fixed(0)).spawn(move || async move {
-        let io = UringIo::new();
+        let io = UringIo::new(None);
         let mut random = 1u64;
         let mut noise = || {
             random = random.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1);

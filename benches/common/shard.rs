@@ -17,6 +17,7 @@ use pgstrata::base::lsn::Lsn;
 use pgstrata::base::{TenantId, TenantShardId, TimelineId};
 use pgstrata::cli::pg::bin_dir;
 use pgstrata::config::Config;
+use pgstrata::io::spares::Spares;
 use pgstrata::io::uring::UringIo;
 use pgstrata::limits::{HEARTBEAT_INTERVAL_MS, PREEMPT_INTERVAL_US};
 use pgstrata::redo::child::{ChildRedo, ChildSettings};
@@ -207,6 +208,10 @@ where
     F: Future<Output = Result<T>> + 'static,
 {
     fs::create_dir_all(dir)?;
+    let spares = Spares::new(&dir.join("spare"), Config::default().spare_bytes);
+    spares.prepare()?;
+    let spares = Arc::new(spares);
+    let of_background = spares.clone();
     // A model on a smaller scale has less memory, too.
     let defaults = Config::default();
     let scale = (defaults.checkpoint_distance_bytes / config.checkpoint_distance_bytes).max(1);
@@ -223,7 +228,7 @@ where
         lower_priority();
         background_progress.begin().await;
         start_beat(background_progress);
-        let work = std::pin::pin!(runner.run(UringIo::new()));
+        let work = std::pin::pin!(runner.run(UringIo::new(Some(of_background))));
         let end = std::pin::pin!(until(seen));
         select(work, end).await;
     });
@@ -234,7 +239,7 @@ where
         serve_progress.begin().await;
         start_beat(serve_progress);
         let gate = Rc::new(Cell::new(false));
-        let io = UringIo::new();
+        let io = UringIo::new(Some(spares));
         let context = ShardContext {
             core: 0,
             io: io.clone(),

@@ -11,7 +11,7 @@ use tokio::signal::unix::{SignalKind, signal};
 use tracing_subscriber::EnvFilter;
 
 use super::admin_client::CommandError;
-use super::service::{NodeShard, REDO_DIR, find_library};
+use super::service::{NodeShard, REDO_DIR, find_library, spares};
 use crate::admin::{AdminState, serve as serve_admin};
 use crate::config::Config;
 use crate::server::node::Node;
@@ -45,7 +45,7 @@ pub fn serve(args: ServeArgs) -> Result<(), CommandError> {
         .into());
     }
     raise_file_limit();
-    let _lock = prepare(&config.data_dir)?;
+    let _lock = prepare(&config)?;
     config.data_dir = std::fs::canonicalize(&config.data_dir)?;
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     runtime.block_on(run(Arc::new(config)))
@@ -61,7 +61,8 @@ fn raise_file_limit() {
 }
 
 /// Creates the data directory if need be, and takes it for this process.
-fn prepare(dir: &Path) -> Result<Flock<File>, CommandError> {
+fn prepare(config: &Config) -> Result<Flock<File>, CommandError> {
+    let dir = config.data_dir.as_path();
     let fail = |what: &str, error: std::io::Error| format!("{what} {}: {error}", dir.display());
     if !dir.is_dir() {
         std::fs::DirBuilder::new()
@@ -103,6 +104,8 @@ fn prepare(dir: &Path) -> Result<Flock<File>, CommandError> {
         std::fs::remove_dir_all(&redo)?;
     }
     std::fs::DirBuilder::new().mode(0o711).create(&redo)?;
+    let prepared = spares(config).prepare();
+    prepared.map_err(|error| fail("cannot use the space of removed files in", error))?;
     Ok(lock)
 }
 

@@ -3,6 +3,7 @@
 use std::cell::RefCell;
 use std::path::{Path, PathBuf};
 use std::rc::Rc;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
@@ -10,6 +11,7 @@ use futures_util::future::LocalBoxFuture;
 
 use crate::base::TenantShardId;
 use crate::config::Config;
+use crate::io::spares::Spares;
 use crate::io::uring::UringIo;
 use crate::limits::{REDO_IDLE, REDO_PROCESSES_MAX, REDO_SLICE, REDO_SPARES};
 use crate::redo::child::{ChildRedo, ChildStatus};
@@ -29,6 +31,14 @@ pub const REDO_DIR: &str = "redo";
 /// Directory, within the data directory, of inputs of failed redo.
 pub const REDO_FAILED_DIR: &str = "redo_failed";
 
+/// Directory, within the data directory, of files whose space is kept.
+const SPARE_DIR: &str = "spare";
+
+/// Where the node keeps space of removed files.
+pub fn spares(config: &Config) -> Spares {
+    Spares::new(&config.data_dir.join(SPARE_DIR), config.spare_bytes)
+}
+
 /// One core's shard.
 pub type NodeShard = Rc<Shard<UringIo, PrimaryConnector>>;
 
@@ -36,15 +46,18 @@ impl CoreService for NodeShard {
     async fn start(context: CoreContext) -> Result<Self, String> {
         let (background, runner) = background::channel();
         let spawner = context.background.clone();
+        let spares = Arc::new(spares(&context.config));
+        let of_background = spares.clone();
         glommio::spawn_local(async move {
             // It ends with the node; a failure shows at the first job that is sent.
-            let _ = spawner.run(move || async move { runner.run(UringIo::new()).await }).await;
+            let io = move || UringIo::new(Some(of_background));
+            let _ = spawner.run(move || async move { runner.run(io()).await }).await;
         })
         .detach();
         let (core, cores, config) = (context.core, context.cores, &context.config);
         Shard::start(ShardContext {
             core,
-            io: UringIo::new(),
+            io: UringIo::new(Some(spares)),
             background,
             data_dir: config.data_dir.clone(),
             config: TimelineConfig::from(&**config),

@@ -4,12 +4,15 @@
 use std::future::Future;
 use std::panic::AssertUnwindSafe;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::time::Duration;
 
 use futures_util::FutureExt;
 use futures_util::future::join_all;
 
 use super::durable::{self, DurableError};
+use super::spares::Spares;
+use super::uring::UringIo;
 use super::{ALIGNMENT, File, Io, IoCause, IoError, TaskClass};
 use crate::limits::DEVICE_IO_BYTES_MAX;
 
@@ -127,6 +130,39 @@ async fn at_once<I: Io>(io: &I, dir: &Path) {
     file.close().await.unwrap();
 }
 
+async fn space_is_used_again<I: Io>(io: &I, dir: &Path) {
+    const LEN: u64 = 2 * DEVICE_IO_BYTES_MAX as u64;
+    let path = dir.join("again");
+    let all = |bytes: &[u8], byte: u8| bytes.iter().all(|other| *other == byte);
+    for round in 0..4u8 {
+        let file = io.create_zeroed(&path, LEN).await.unwrap();
+        assert_eq!(cause(io.create_zeroed(&path, LEN).await), IoCause::Exists);
+        assert_eq!(cause(io.create_scratch(&path, LEN).await), IoCause::Exists);
+        let read = file.read_at(0, 2 * LEN as usize).await.unwrap();
+        assert!(read.len() as u64 == LEN && all(&read, 0), "{round}");
+        drop(read);
+        write(&file, 0, DEVICE_IO_BYTES_MAX, 7).await;
+        file.close().await.unwrap();
+        io.remove(&path).await.unwrap();
+
+        let file = io.create_scratch(&path, LEN).await.unwrap();
+        write(&file, 0, DEVICE_IO_BYTES_MAX, 8).await;
+        file.set_len(LEN / 2).await.unwrap();
+        assert_eq!(file.len().await.unwrap(), LEN / 2);
+        let read = file.read_at(0, LEN as usize).await.unwrap();
+        assert!(read.len() as u64 == LEN / 2 && all(&read, 8), "{round}");
+        drop(read);
+        file.set_len(LEN).await.unwrap();
+        let read = file.read_at(LEN / 2, LEN as usize).await.unwrap();
+        assert!(read.len() as u64 == LEN / 2 && all(&read, 0), "{round}");
+        drop(read);
+        panics("an unaligned length", file.set_len(100)).await;
+        write(&file, LEN / 2, DEVICE_IO_BYTES_MAX, 9).await;
+        file.close().await.unwrap();
+        io.remove(&path).await.unwrap();
+    }
+}
+
 async fn directories<I: Io>(io: &I, dir: &Path) {
     let sub = dir.join("sub");
     assert_eq!(cause(io.list(&sub).await), IoCause::NotFound);
@@ -241,6 +277,7 @@ pub async fn suite<I: Io>(io: I, dir: PathBuf) {
     reads_and_writes(&io, &dir).await;
     large_and_odd_lengths(&io, &dir).await;
     at_once(&io, &dir).await;
+    space_is_used_again(&io, &dir).await;
     directories(&io, &dir).await;
     small_files(&io, &dir).await;
     tasks_and_time(&io).await;
@@ -252,11 +289,19 @@ fn the_ring_conforms() {
     // directory does: O_DIRECT needs one.
     let binary = std::env::current_exe().unwrap();
     let dir = binary.with_file_name(format!("conformance-{}", std::process::id()));
-    std::fs::create_dir_all(&dir).unwrap();
+    for sub in ["with", "without"] {
+        std::fs::create_dir_all(dir.join(sub)).unwrap();
+    }
     let inner = dir.clone();
     let run = std::thread::spawn(move || {
         let executor = glommio::LocalExecutorBuilder::default().io_memory(1 << 20).make().unwrap();
-        executor.run(async move { suite(super::uring::UringIo::new(), inner).await });
+        executor.run(async move {
+            // Once with, and once without.
+            let spares = Spares::new(&inner.join("spare"), 1 << 30);
+            spares.prepare().unwrap();
+            suite(UringIo::new(Some(Arc::new(spares))), inner.join("with")).await;
+            suite(UringIo::new(None), inner.join("without")).await;
+        });
     });
     let result = run.join();
     std::fs::remove_dir_all(&dir).unwrap();

@@ -34,6 +34,7 @@ mod conformance;
 pub mod durable;
 pub mod foreign;
 pub mod read_only;
+pub mod spares;
 pub mod uring;
 
 /// Offsets and lengths of direct I/O are multiples of this many bytes.
@@ -123,11 +124,26 @@ pub trait Io: Clone + 'static {
 
     /// Creates a file for writing and reading; an existing one is an error ([`IoCause::Exists`]).
     async fn create(&self, path: &Path) -> Result<Self::File, IoError>;
+    /// Creates a file of `len` zeros with space for them, as [`Io::create`] and [`File::allocate`].
+    /// After an error there is no file, as far as the file system lets us.
+    async fn create_zeroed(&self, path: &Path, len: u64) -> Result<Self::File, IoError> {
+        let file = self.create(path).await?;
+        if let Err(error) = file.allocate(len).await {
+            // The first error is the one that counts.
+            let _ = file.close().await;
+            let _ = self.remove(path).await;
+            return Err(error);
+        }
+        Ok(file)
+    }
+    /// Creates a file for a caller who writes all of it, about `about` bytes: until
+    /// [`File::set_len`], its length, and its content where nothing was written, are anything.
+    async fn create_scratch(&self, path: &Path, about: u64) -> Result<Self::File, IoError>;
     /// Opens a file for reading and writing.
     async fn open(&self, path: &Path) -> Result<Self::File, IoError>;
     /// Renames a file or directory; an existing target file is replaced.
     async fn rename(&self, source: &Path, target: &Path) -> Result<(), IoError>;
-    /// Removes a file.
+    /// Removes a file, which nobody has open: its space may be used again at once.
     async fn remove(&self, path: &Path) -> Result<(), IoError>;
     /// Creates a directory; parents must exist, an existing directory is no error.
     async fn create_dir(&self, path: &Path) -> Result<(), IoError>;
@@ -177,6 +193,9 @@ pub trait File: 'static {
     /// new bytes are zeros. A hint for speed with one promise: a later write below `len` needs no
     /// new space.
     async fn allocate(&self, len: u64) -> Result<(), IoError>;
+    /// Makes the file `len` bytes long, a multiple of [`ALIGNMENT`]: forgets what lies behind, or
+    /// adds zeros.
+    async fn set_len(&self, len: u64) -> Result<(), IoError>;
     /// Makes content and length durable. An error is final.
     async fn sync(&self) -> Result<(), IoError>;
     /// Length in bytes.

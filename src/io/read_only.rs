@@ -62,6 +62,10 @@ impl Io for ReadOnlyIo {
         Err(refused("create", path))
     }
 
+    async fn create_scratch(&self, path: &Path, _: u64) -> Result<ReadOnlyFile, IoError> {
+        Err(refused("create", path))
+    }
+
     async fn open(&self, path: &Path) -> Result<ReadOnlyFile, IoError> {
         let mut options = fs::OpenOptions::new();
         let direct = options.read(true).custom_flags(DIRECT).open(path);
@@ -214,6 +218,10 @@ impl File for ReadOnlyFile {
 
     async fn allocate(&self, _: u64) -> Result<(), IoError> {
         Err(refused("allocate", &self.path))
+    }
+
+    async fn set_len(&self, _: u64) -> Result<(), IoError> {
+        Err(refused("set length of", &self.path))
     }
 
     async fn sync(&self) -> Result<(), IoError> {

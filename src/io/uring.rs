@@ -2,7 +2,7 @@
 //!
 //! Data goes through the ring. Operations on directories (list, create) are plain system calls:
 //! they are rare, short, and io_uring has no call for some of them. What is removed may be large,
-//! and goes on a thread of its own.
+//! and goes on a thread of its own, mostly to the [`Spares`].
 
 use std::cell::{Cell, RefCell};
 use std::future::Future;
@@ -11,14 +11,16 @@ use std::ops::{Deref, DerefMut};
 use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
 use std::rc::Rc;
+use std::sync::Arc;
 use std::time::Duration;
 
 use glommio::io::{Directory, DmaBuffer, DmaFile, OpenOptions, ReadResult};
 use glommio::{Latency, Shares, TaskQueueHandle};
 
 use super::blocking::list_directory;
+use super::spares::Spares;
 use super::{ALIGNMENT, DirEntry, File, Instant, Io, IoCause, IoError, TaskClass};
-use crate::limits::{DEVICE_IO_BYTES_MAX, SERVE_LATENCY_US};
+use crate::limits::{DEVICE_IO_BYTES_MAX, SERVE_LATENCY_US, SPARE_TRIM_BYTES, SPARE_TRIM_PAUSE_MS};
 
 /// One glommio executor's access to the world. Made on the executor; cheap to clone.
 #[derive(Clone)]
@@ -32,14 +34,17 @@ struct Queues {
     background: TaskQueueHandle,
     /// glommio knows whether the device can be polled for completions.
     probed: Cell<bool>,
+    spares: Option<Arc<Spares>>,
+    /// Spares are being given back.
+    trimming: Cell<bool>,
     started: std::time::Instant,
     random: RefCell<fastrand::Rng>,
 }
 
 impl UringIo {
     /// Access for the executor that runs the caller; creates its task queues, so call it once.
-    #[allow(clippy::new_without_default, reason = "it acts on the running executor")]
-    pub fn new() -> Self {
+    /// Without `spares`, removed files are just removed.
+    pub fn new(spares: Option<Arc<Spares>>) -> Self {
         let executor = glommio::executor();
         let latency = Duration::from_micros(SERVE_LATENCY_US);
         let matters = Latency::Matters(latency);
@@ -52,6 +57,8 @@ impl UringIo {
                 ingest: queue(500, matters, "ingest"),
                 background: queue(100, Latency::NotImportant, "background"),
                 probed: Cell::new(false),
+                spares,
+                trimming: Cell::new(false),
                 #[allow(clippy::disallowed_methods, reason = "this is the door to the clock")]
                 started: std::time::Instant::now(),
                 #[allow(clippy::disallowed_methods, reason = "this is the door to randomness")]
@@ -86,6 +93,60 @@ impl UringIo {
         removed
     }
 
+    /// Does something with the spares, on a thread that may block.
+    async fn with_spares<T: Send + 'static>(
+        &self,
+        work: impl FnOnce(&Spares) -> io::Result<T> + Send + 'static,
+    ) -> Option<io::Result<T>> {
+        let spares = self.queues.spares.clone()?;
+        Some(glommio::executor().spawn_blocking(move || work(&spares)).await)
+    }
+
+    /// Gives spares back until no more are kept than shall be.
+    fn start_trimming(&self) {
+        if self.queues.trimming.replace(true) {
+            return;
+        }
+        let io = self.clone();
+        self.spawn(TaskClass::Background, async move {
+            loop {
+                match io.with_spares(Spares::trim).await {
+                    Some(Ok(true)) => io.sleep(Duration::from_millis(SPARE_TRIM_PAUSE_MS)).await,
+                    Some(Ok(false)) | None => break,
+                    Some(Err(error)) => {
+                        tracing::warn!("space of removed files is not given back: {error}");
+                        break;
+                    }
+                }
+            }
+            io.queues.trimming.set(false);
+        });
+    }
+
+    /// Where there is no space, spares give theirs; a later attempt has it.
+    async fn note(&self, error: IoError) -> IoError {
+        if error.cause == IoCause::NoSpace
+            && let Some(Err(problem)) = self.with_spares(Spares::remove_all).await
+        {
+            tracing::warn!("space of removed files is not given back: {problem}");
+        }
+        error
+    }
+
+    /// Opens the file that `take` puts there, or creates it.
+    async fn reuse_or_create(
+        &self,
+        path: &Path,
+        take: impl FnOnce(&Spares, &Path) -> io::Result<bool> + Send + 'static,
+    ) -> Result<(UringFile, bool), IoError> {
+        let target = path.to_owned();
+        match self.with_spares(move |spares| take(spares, &target)).await {
+            Some(Ok(true)) => Ok((self.open(path).await?, true)),
+            Some(Ok(false)) | None => Ok((self.create(path).await?, false)),
+            Some(Err(error)) => Err(os_error("create", path, &error)),
+        }
+    }
+
     fn queue(&self, class: TaskClass) -> TaskQueueHandle {
         match class {
             TaskClass::Serve => self.queues.serve,
@@ -97,6 +158,7 @@ impl UringIo {
 
 /// An open file.
 pub struct UringFile {
+    io: UringIo,
     file: DmaFile,
     path: PathBuf,
 }
@@ -167,8 +229,28 @@ impl Io for UringIo {
             .mode(0o600)
             .dma_open(path)
             .await
-            .map_err(|error| ring_error("create", path, error))?;
-        Ok(UringFile { file, path: path.to_owned() })
+            .map_err(|error| ring_error("create", path, error));
+        match file {
+            Ok(file) => Ok(UringFile { io: self.clone(), file, path: path.to_owned() }),
+            Err(error) => Err(self.note(error).await),
+        }
+    }
+
+    async fn create_zeroed(&self, path: &Path, len: u64) -> Result<UringFile, IoError> {
+        let take = move |spares: &Spares, target: &Path| spares.take_zeroed(len, target);
+        let (file, reused) = self.reuse_or_create(path, take).await?;
+        if !reused && let Err(error) = file.allocate(len).await {
+            // The first error is the one that counts.
+            let _ = file.close().await;
+            let _ = self.remove(path).await;
+            return Err(error);
+        }
+        Ok(file)
+    }
+
+    async fn create_scratch(&self, path: &Path, about: u64) -> Result<UringFile, IoError> {
+        let take = move |spares: &Spares, target: &Path| spares.take(about, target);
+        Ok(self.reuse_or_create(path, take).await?.0)
     }
 
     async fn open(&self, path: &Path) -> Result<UringFile, IoError> {
@@ -179,7 +261,7 @@ impl Io for UringIo {
             .dma_open(path)
             .await
             .map_err(|error| ring_error("open", path, error))?;
-        Ok(UringFile { file, path: path.to_owned() })
+        Ok(UringFile { io: self.clone(), file, path: path.to_owned() })
     }
 
     async fn rename(&self, source: &Path, target: &Path) -> Result<(), IoError> {
@@ -189,8 +271,15 @@ impl Io for UringIo {
     async fn remove(&self, path: &Path) -> Result<(), IoError> {
         // Giving back the blocks of a large file takes the kernel tens of milliseconds.
         let owned = path.to_owned();
-        let removed = glommio::executor().spawn_blocking(move || std::fs::remove_file(owned)).await;
-        removed.map_err(|error| os_error("remove", path, &error))
+        let kept = self.queues.spares.clone();
+        let removed = glommio::executor().spawn_blocking(move || match kept {
+            Some(spares) => spares.remove(&owned),
+            None => std::fs::remove_file(owned).map(|()| false),
+        });
+        if removed.await.map_err(|error| os_error("remove", path, &error))? {
+            self.start_trimming();
+        }
+        Ok(())
     }
 
     async fn create_dir(&self, path: &Path) -> Result<(), IoError> {
@@ -206,14 +295,19 @@ impl Io for UringIo {
 
     async fn remove_dir_all(&self, path: &Path) -> Result<(), IoError> {
         let owned = path.to_owned();
-        let removed =
-            glommio::executor().spawn_blocking(move || std::fs::remove_dir_all(owned)).await;
-        match removed {
+        let kept = self.queues.spares.clone();
+        let removed = glommio::executor().spawn_blocking(move || match kept {
+            Some(spares) => spares.remove_dir_all(&owned),
+            None => std::fs::remove_dir_all(owned).map(|()| false),
+        });
+        match removed.await {
+            Ok(true) => self.start_trimming(),
             Err(error) if error.kind() != io::ErrorKind::NotFound => {
-                Err(os_error("remove directory", path, &error))
+                return Err(os_error("remove directory", path, &error));
             }
-            Ok(()) | Err(_) => Ok(()),
+            Ok(false) | Err(_) => {}
         }
+        Ok(())
     }
 
     async fn list(&self, dir: &Path) -> Result<Vec<DirEntry>, IoError> {
@@ -309,20 +403,34 @@ impl File for UringFile {
         self.check(offset, len);
         assert!(len <= DEVICE_IO_BYTES_MAX, "a write of {len} bytes at once");
         let written = self.file.write_at(buf.0, offset).await;
-        let written = written.map_err(|error| self.error("write", error))?;
-        if written != len {
-            return Err(IoError {
-                operation: "write",
-                path: self.path.clone(),
-                cause: IoCause::NoSpace,
-            });
+        let cut =
+            || IoError { operation: "write", path: self.path.clone(), cause: IoCause::NoSpace };
+        match written.map_err(|error| self.error("write", error)) {
+            Ok(written) if written == len => Ok(()),
+            Ok(_) => Err(self.io.note(cut()).await),
+            Err(error) => Err(self.io.note(error).await),
         }
-        Ok(())
     }
 
     async fn allocate(&self, len: u64) -> Result<(), IoError> {
-        let done = self.file.pre_allocate(len, false).await;
-        done.map_err(|error| self.error("allocate", error))
+        match self.file.pre_allocate(len, false).await {
+            Ok(()) => Ok(()),
+            Err(error) => Err(self.io.note(self.error("allocate", error)).await),
+        }
+    }
+
+    async fn set_len(&self, len: u64) -> Result<(), IoError> {
+        self.check(len, 0);
+        let mut now = self.len().await?;
+        // The device is told about freed blocks; see `Spares`.
+        while now > len.saturating_add(SPARE_TRIM_BYTES) {
+            now -= SPARE_TRIM_BYTES;
+            let cut = self.file.truncate(now).await;
+            cut.map_err(|error| self.error("set length of", error))?;
+            self.sync().await?;
+            self.io.sleep(Duration::from_millis(SPARE_TRIM_PAUSE_MS)).await;
+        }
+        self.file.truncate(len).await.map_err(|error| self.error("set length of", error))
     }
 
     async fn sync(&self) -> Result<(), IoError> {

@@ -62,9 +62,10 @@ impl<I: Io> DeltaWriter<I> {
         dir: &Path,
         owner: LayerOwner,
         lsns: LsnRange,
+        about: u64,
     ) -> Result<Self, LayerError> {
         Ok(DeltaWriter {
-            out: LayerFileWriter::create(io, dir, owner).await?,
+            out: LayerFileWriter::create(io, dir, owner, about).await?,
             lsns,
             packer: Packer::default(),
             block: BytesMut::with_capacity(2 * LAYER_BLOCK_BYTES_TARGET),

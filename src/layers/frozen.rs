@@ -78,7 +78,9 @@ impl FrozenLayer {
         owner: LayerOwner,
         form: impl Fn(Key, Value) -> Value,
     ) -> Result<LayerDesc, LayerError> {
-        let mut writer = DeltaWriter::create(io, dir, owner, self.lsns.clone()).await?;
+        // Values take less room in a file, and shrink.
+        let about = self.memory_bytes() as u64 / 2;
+        let mut writer = DeltaWriter::create(io, dir, owner, self.lsns.clone(), about).await?;
         for (key, lsn, value) in self.entries() {
             if let Err(error) = writer.add(key, lsn, &form(key, value)).await {
                 writer.abort().await;

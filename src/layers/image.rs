@@ -48,9 +48,10 @@ impl<I: Io> ImageWriter<I> {
         dir: &Path,
         owner: LayerOwner,
         lsn: Lsn,
+        about: u64,
     ) -> Result<Self, LayerError> {
         Ok(ImageWriter {
-            out: LayerFileWriter::create(io, dir, owner).await?,
+            out: LayerFileWriter::create(io, dir, owner, about).await?,
             lsn,
             packer: Packer::default(),
             index: ImageIndex::default(),

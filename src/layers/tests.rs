@@ -63,7 +63,7 @@ async fn write_delta(
     entries: &Entries,
     lsns: LsnRange,
 ) -> Result<LayerDesc, LayerError> {
-    let mut writer = DeltaWriter::create(io, dir(), owner(), lsns).await?;
+    let mut writer = DeltaWriter::create(io, dir(), owner(), lsns, 0).await?;
     for (key, lsn, value) in entries {
         if let Err(error) = writer.add(*key, *lsn, value).await {
             writer.abort().await;
@@ -79,7 +79,7 @@ async fn write_image(
     keys: KeyRange,
     lsn: Lsn,
 ) -> Result<LayerDesc, LayerError> {
-    let mut writer = ImageWriter::create(io, dir(), owner(), lsn).await?;
+    let mut writer = ImageWriter::create(io, dir(), owner(), lsn, 0).await?;
     for (key, value) in values {
         if let Err(error) = writer.add(*key, value).await {
             writer.abort().await;
@@ -317,7 +317,7 @@ fn a_tightly_packed_delta_layer_is_like_another_and_every_changed_byte_is_found(
         layer.close().await.unwrap();
         io.remove(&path_of(&desc)).await.unwrap();
         let lsns = Lsn(90)..Lsn(200);
-        let writer = DeltaWriter::create(&io, dir(), owner(), lsns).await.unwrap();
+        let writer = DeltaWriter::create(&io, dir(), owner(), lsns, 0).await.unwrap();
         let mut writer = writer.pack_tightly();
         for (key, lsn, value) in &entries {
             writer.add(*key, *lsn, value).await.unwrap();
@@ -343,7 +343,7 @@ fn a_tightly_packed_image_layer_is_like_another_and_every_changed_byte_is_found(
         let right = answers(&layer).await;
         layer.close().await.unwrap();
         io.remove(&path_of(&desc)).await.unwrap();
-        let writer = ImageWriter::create(&io, dir(), owner(), Lsn(115)).await.unwrap();
+        let writer = ImageWriter::create(&io, dir(), owner(), Lsn(115), 0).await.unwrap();
         let mut writer = writer.pack_tightly();
         for (key, value) in &values {
             writer.add(*key, value).await.unwrap();
@@ -410,10 +410,10 @@ fn disorder_and_misplaced_values_are_refused_and_leave_nothing() {
         ] {
             assert!(write_delta(&io, &entries, lsns.clone()).await.is_err(), "{entries:?}");
         }
-        let mut writer = DeltaWriter::create(&io, dir(), owner(), lsns).await.unwrap();
+        let mut writer = DeltaWriter::create(&io, dir(), owner(), lsns, 0).await.unwrap();
         writer.add(key(3), Lsn(10), &value).await.unwrap();
         assert!(writer.finish(key(4)..key(9)).await.is_err());
-        let mut writer = ImageWriter::create(&io, dir(), owner(), Lsn(10)).await.unwrap();
+        let mut writer = ImageWriter::create(&io, dir(), owner(), Lsn(10), 0).await.unwrap();
         writer.add(key(3), &value).await.unwrap();
         assert!(writer.add(key(3), &value).await.is_err());
         assert!(writer.add(key(4), &record(1, true, 9)).await.is_err());

@@ -1,11 +1,12 @@
 //! Appends to a new layer file and publishes it; shared by delta and image layers.
 //!
-//! 1. `create`: a temporary file, `<16 hex digits>.tmp`, in the directory of the layer.
-//! 2. `append`: bytes gather in an aligned buffer of 1 MiB; a full one is given to the device, and
+//! 1. `create`: a temporary file, `<16 hex digits>.tmp`, in the directory of the layer. It may have
+//!    been another file before, whose space it uses, and have anything in it.
+//! 2. `append`: bytes gather in an aligned buffer of 256 KiB; a full one is given to the device, and
 //!    while that writes it, the next one fills. The first 4,096 bytes of the file stay free for the
 //!    header.
-//! 3. `finish`: the regions, zeros, the footer, the header; all writes come to their end; sync;
-//!    close; rename to the layer's name; sync of the directory.
+//! 3. `finish`: the regions, zeros, the footer, the header; all writes come to their end; what is
+//!    left of another file is cut off; sync; close; rename to the layer's name; sync of the directory.
 //!
 //! A crash before the rename is durable leaves at most a temporary file, which the owner of the
 //! directory removes at start. After it, the file is whole.
@@ -54,9 +55,15 @@ pub(super) struct Parts {
 }
 
 impl<I: Io> LayerFileWriter<I> {
-    pub(super) async fn create(io: &I, dir: &Path, owner: LayerOwner) -> Result<Self, IoError> {
+    /// Starts a file of about `about` bytes.
+    pub(super) async fn create(
+        io: &I,
+        dir: &Path,
+        owner: LayerOwner,
+        about: u64,
+    ) -> Result<Self, IoError> {
         let temp = dir.join(format!("{:016x}{TEMP_SUFFIX}", io.random_u64()));
-        let file = Rc::new(io.create(&temp).await?);
+        let file = Rc::new(io.create_scratch(&temp, about).await?);
         let buffer = file.alloc_to_fill(LAYER_WRITE_BYTES);
         let (io, dir, offset) = (io.clone(), dir.to_owned(), HEADER_BYTES as u64);
         let under_way = VecDeque::new();
@@ -195,6 +202,7 @@ impl<I: Io> LayerFileWriter<I> {
         first.copy_from_slice(&header);
         self.write(0, first).await?;
         self.end_writes().await?;
+        self.file.set_len(footer.file_bytes).await?;
         Ok(LayerDesc {
             name: parts.name.clone(),
             file_bytes: footer.file_bytes,

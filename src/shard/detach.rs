@@ -316,10 +316,14 @@ impl ImageJob {
         result.map(|_| done)
     }
 
+    async fn writer<I: Io>(&self, io: &I) -> Result<ImageWriter<I>, LayerError> {
+        ImageWriter::create(io, &self.dir, self.owner, self.lsn, self.layer_bytes).await
+    }
+
     /// False when the values ended before their end.
     async fn write<I: Io>(&self, io: &I, done: &mut Vec<LayerDesc>) -> Result<bool, LayerError> {
         let mut start = Key::MIN;
-        let mut writer = ImageWriter::create(io, &self.dir, self.owner, self.lsn).await?;
+        let mut writer = self.writer(io).await?;
         loop {
             let (key, value) = match self.values.recv().await {
                 Ok(Item::Value(key, value)) => (key, value),
@@ -334,7 +338,7 @@ impl ImageJob {
             if full && key > start {
                 done.push(writer.finish(start..key).await?);
                 start = key;
-                writer = ImageWriter::create(io, &self.dir, self.owner, self.lsn).await?;
+                writer = self.writer(io).await?;
             }
             if let Err(error) = writer.add(key, &value).await {
                 writer.abort().await;

@@ -288,7 +288,7 @@ async fn write_layers<I: Io>(
     let (dir, lsn) = (&job.dir, data.start_lsn);
     let mut layers = Vec::new();
     let mut range_start = Key::MIN;
-    let mut writer = ImageWriter::create(io, dir, job.owner, lsn).await?;
+    let mut writer = ImageWriter::create(io, dir, job.owner, lsn, job.image_layer_bytes).await?;
     let mut values = data.values();
     while let Some(item) = values.next() {
         let (key, value) = item?;
@@ -296,7 +296,7 @@ async fn write_layers<I: Io>(
             let done = writer.finish(range_start..key).await?;
             layers.push(IndexLayer { name: done.name.to_string(), len: done.file_bytes });
             range_start = key;
-            writer = ImageWriter::create(io, dir, job.owner, lsn).await?;
+            writer = ImageWriter::create(io, dir, job.owner, lsn, job.image_layer_bytes).await?;
         }
         writer.add(key, &value).await?;
         job.progress.set(values.bytes_done(), data.total_bytes());

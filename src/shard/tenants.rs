@@ -12,6 +12,8 @@
 //! tenants/<tenant shard>/timelines/<timeline>/import/     only while a base backup comes in
 //! ```
 //!
+//! Beside `tenants/` stands `spare/`, with the space of removed files ([`crate::io::spares`]).
+//!
 //! What is known of each timeline, and how it is opened: [`super::activate`]. Branches, deletion,
 //! archives, settings: [`super::lifecycle`].
 

@@ -11,7 +11,7 @@ use std::path::{Component, Path};
 
 use super::file_data::{ChangeSeq, FileData, Keep};
 use super::random::Stream;
-use crate::io::{DirEntry, IoCause};
+use crate::io::{ALIGNMENT, DirEntry, IoCause};
 
 /// Number of a file or directory; stays the same when it is renamed.
 pub type Inode = u64;
@@ -180,6 +180,47 @@ impl Disk {
         let inode = self.add(path, Node::File(FileData::default()))?;
         *self.open_counts.entry(inode).or_default() += 1;
         Ok(inode)
+    }
+
+    /// Creates and opens a file with anything in it: for choice the space of a file whose name is
+    /// gone, though a power loss may bring that name back.
+    pub fn create_scratch(
+        &mut self,
+        path: &Path,
+        about: u64,
+        noise: &mut Stream,
+    ) -> Result<Inode, IoCause> {
+        let removed = self.removed_files();
+        let old = removed.get(noise.below(removed.len() as u64) as usize).copied();
+        let Some(old) = old.filter(|_| noise.coin()) else {
+            let inode = self.create(path)?;
+            // Noise takes space, which somebody may be counting.
+            if about > 0 && self.capacity_bytes.is_none() {
+                let blocks = noise.below(2 * about / ALIGNMENT as u64 + 2);
+                *self.file(inode) = FileData::scratch(blocks, noise);
+            }
+            return Ok(inode);
+        };
+        let (parent, name) = self.parent(path)?;
+        if self.directory(parent)?.live.contains_key(&name) {
+            return Err(IoCause::Exists);
+        }
+        self.change(None, Some((parent, name, old)));
+        *self.open_counts.entry(old).or_default() += 1;
+        Ok(old)
+    }
+
+    /// Files that have no name any more, that nobody has open, and that are still remembered.
+    fn removed_files(&self) -> Vec<Inode> {
+        let mut named: BTreeSet<&Inode> = BTreeSet::new();
+        for node in self.nodes.values() {
+            if let Node::Directory(directory) = node {
+                named.extend(directory.live.values());
+            }
+        }
+        let is_free =
+            |inode: &Inode| !named.contains(inode) && !self.open_counts.contains_key(inode);
+        self.files().into_iter().filter(is_free).collect()
     }
 
     /// Opens a file.

@@ -202,7 +202,8 @@ pub(super) async fn import(io: SimIo) -> Result<(), String> {
         io.sync_dir(parent).await.map_err(|e| text(&e))?;
     }
     let owner = LayerOwner { shard: TENANT, timeline: TIMELINE };
-    let mut writer = ImageWriter::create(&io, &path, owner, START).await.map_err(|e| text(&e))?;
+    let mut writer =
+        ImageWriter::create(&io, &path, owner, START, 0).await.map_err(|e| text(&e))?;
     let checkpoint = Value::Image(Bytes::from(vec![0; CHECKPOINT_BYTES]));
     writer.add(Key::CHECKPOINT, &checkpoint).await.map_err(|e| text(&e))?;
     let layer = writer.finish(Key::MIN..Key::MAX).await.map_err(|e| text(&e))?;

@@ -26,6 +26,8 @@ struct Change {
     data: Rc<[u8]>,
     /// Length of the file after the change, where the change made it longer.
     grown_to: Option<u64>,
+    /// The same, where it made it shorter.
+    cut_to: Option<u64>,
 }
 
 #[derive(Clone, Default)]
@@ -66,6 +68,12 @@ impl Content {
         if let Some(block) = self.blocks.get_mut(&(byte / ALIGNMENT as u64)) {
             Rc::make_mut(block)[(byte % ALIGNMENT as u64) as usize] ^= 1 << bit;
         }
+    }
+
+    /// Ends at `len`, a multiple of [`ALIGNMENT`], if it is longer.
+    fn cut(&mut self, len: u64) {
+        self.len = self.len.min(len);
+        self.trim();
     }
 
     /// Forgets what lies past the length, so that a file that grows again reads zeros there.
@@ -160,9 +168,38 @@ impl FileData {
         }
     }
 
+    /// Makes the file `len` bytes long, a multiple of [`ALIGNMENT`].
+    pub fn set_len(&mut self, len: u64) {
+        if len >= self.live.len {
+            let reserved_len = self.reserved_len;
+            self.allocate(len);
+            self.reserved_len = reserved_len;
+            return;
+        }
+        self.live.cut(len);
+        self.reserved_len = self.reserved_len.min(len);
+        self.next_seq += 1;
+        let (seq, offset, data) = (self.next_seq, 0, Rc::new([]));
+        self.unsynced.push(Change { seq, offset, data, grown_to: None, cut_to: Some(len) });
+    }
+
+    /// A file with anything in it, on the medium too.
+    pub fn scratch(blocks: u64, noise: &mut Stream) -> FileData {
+        let mut file = FileData::default();
+        for _ in 0..blocks.min(4) {
+            let sector = [noise.next_u64() as u8; SECTOR_BYTES];
+            file.write(noise.below(blocks) * ALIGNMENT as u64, &sector);
+        }
+        file.allocate(blocks * ALIGNMENT as u64);
+        file.reserved_len = 0;
+        file.sync(file.latest_change());
+        file
+    }
+
     fn push_change(&mut self, offset: u64, data: Rc<[u8]>, grown_to: Option<u64>) {
         self.next_seq += 1;
-        self.unsynced.push(Change { seq: self.next_seq, offset, data, grown_to });
+        let change = Change { seq: self.next_seq, offset, data, grown_to, cut_to: None };
+        self.unsynced.push(change);
     }
 
     /// Reads up to `len` bytes; `offset` is a multiple of [`ALIGNMENT`].
@@ -189,19 +226,25 @@ impl FileData {
             if let Some(len) = change.grown_to {
                 self.durable.len = self.durable.len.max(len);
             }
+            if let Some(len) = change.cut_to {
+                self.durable.cut(len);
+            }
         }
     }
 
     /// Power loss: of what is not synced stays what `keep` says.
     pub fn crash(&mut self, stream: &mut Stream, keep: Keep) {
         for change in std::mem::take(&mut self.unsynced) {
-            if let Some(len) = change.grown_to
+            if let Some(len) = change.grown_to.or(change.cut_to)
                 && match keep {
                     Keep::Sectors(chance) => stream.chance(chance),
                     Keep::Runs | Keep::Writes => stream.coin(),
                 }
             {
-                self.durable.len = self.durable.len.max(len);
+                match change.cut_to {
+                    Some(_) => self.durable.cut(len),
+                    None => self.durable.len = self.durable.len.max(len),
+                }
             }
             let sectors = change.data.len().div_ceil(SECTOR_BYTES);
             let run = kept_run(sectors, keep, stream);

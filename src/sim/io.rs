@@ -13,6 +13,7 @@ use std::time::Duration;
 
 use super::disk::{Disk, Inode};
 use super::executor::{Shared, Sleep, State};
+use super::random::Stream;
 use crate::io::{ALIGNMENT, DirEntry, File, Instant, Io, IoCause, IoError, TaskClass};
 use crate::limits::DEVICE_IO_BYTES_MAX;
 
@@ -140,6 +141,18 @@ impl Io for SimIo {
         let io = self.clone();
         let file =
             self.metadata("create", path, |disk| Ok(io.handle(path, disk.create(path)?))).await?;
+        file.has_failed.set(false);
+        Ok(file)
+    }
+
+    async fn create_scratch(&self, path: &Path, about: u64) -> Result<SimFile, IoError> {
+        let io = self.clone();
+        let seed = self.state(|state| state.streams.faults.next_u64());
+        let create = |disk: &mut Disk| {
+            let mut noise = Stream::new(seed, "scratch");
+            Ok(io.handle(path, disk.create_scratch(path, about, &mut noise)?))
+        };
+        let file = self.metadata("create", path, create).await?;
         file.has_failed.set(false);
         Ok(file)
     }
@@ -422,6 +435,19 @@ impl File for SimFile {
         self.io.state(|state| {
             state.note_change("allocate", &self.path);
             state.disk.file(self.inode).allocate(len);
+        });
+        Ok(())
+    }
+
+    async fn set_len(&self, len: u64) -> Result<(), IoError> {
+        assert_aligned("set length of", len, 0);
+        self.io.delay("set length of", &self.path).await;
+        self.io.state(|state| {
+            state.trace.fold(len);
+            if state.disk.file(self.inode).len() != len {
+                state.note_change("set length of", &self.path);
+            }
+            state.disk.file(self.inode).set_len(len);
         });
         Ok(())
     }

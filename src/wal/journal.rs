@@ -369,9 +369,8 @@ impl<I: Io> Journal<I> {
         match self.io.open(&path).await {
             Ok(file) => Ok(file),
             Err(error) if error.cause == IoCause::NotFound => {
-                let file = self.io.create(&path).await?;
+                let file = self.io.create_zeroed(&path, JOURNAL_SEGMENT_BYTES).await?;
                 let prepared = async {
-                    file.allocate(JOURNAL_SEGMENT_BYTES).await?;
                     file.sync().await?;
                     self.io.sync_dir(&self.dir).await
                 };

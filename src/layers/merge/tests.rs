@@ -31,7 +31,7 @@ async fn write_delta(io: &SimIo, dir: &Path, values: &[MergeEntry]) -> Option<La
     let (first, last) = (values.first()?, values.last()?);
     let lsns = || values.iter().map(|(_, lsn, _)| *lsn);
     let range = lsns().min()?..Lsn(lsns().max()?.0 + 1);
-    let mut writer = DeltaWriter::create(io, dir, OWNER, range).await.unwrap();
+    let mut writer = DeltaWriter::create(io, dir, OWNER, range, 0).await.unwrap();
     for (key, lsn, value) in values {
         writer.add(*key, *lsn, value).await.unwrap();
     }
@@ -116,7 +116,7 @@ proptest! {
         let found = world.run(move |io| async move {
             let dir = Path::new("d");
             io.create_dir(dir).await.unwrap();
-            let mut writer = ImageWriter::create(&io, dir, OWNER, Lsn(7)).await.unwrap();
+            let mut writer = ImageWriter::create(&io, dir, OWNER, Lsn(7), 0).await.unwrap();
             for (key, value) in &values {
                 writer.add(*key, value).await.unwrap();
             }

@@ -88,7 +88,8 @@ impl<I: Io> Output<I> {
                 #[cfg(not(test))]
                 let late = 0;
                 let lsn = Lsn(self.lsn.0 + late);
-                ImageWriter::create(&self.io, &self.dir, self.owner, lsn).await?.pack_tightly()
+                let (io, dir, about) = (&self.io, &self.dir, self.target_bytes);
+                ImageWriter::create(io, dir, self.owner, lsn, about).await?.pack_tightly()
             }
         };
         Ok(self.writer.insert(writer))

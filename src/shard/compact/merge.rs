@@ -100,8 +100,9 @@ impl<I: Io> Output<I> {
             self.end_layer().await?;
         }
         if self.writer.is_none() {
-            let OutputJob { dir, owner, lsns, .. } = &self.job;
-            let writer = DeltaWriter::create(&self.io, dir, *owner, lsns.clone()).await?;
+            let OutputJob { dir, owner, lsns, target_bytes, .. } = &self.job;
+            let (io, lsns) = (&self.io, lsns.clone());
+            let writer = DeltaWriter::create(io, dir, *owner, lsns, *target_bytes).await?;
             self.writer = Some(writer.pack_tightly());
             (self.first, self.keys) = (group.key, 0);
         }

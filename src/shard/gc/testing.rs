@@ -42,7 +42,7 @@ impl<I: Io> Timeline<I> {
         let (io, dir) = (&self.context.io, &self.context.dir);
         let text = |error: &dyn std::fmt::Display| error.to_string();
         let values = self.scan(&keys, lsn).await.map_err(|e| text(&e))?;
-        let mut writer = ImageWriter::create(io, dir, owner, lsn).await.map_err(|e| text(&e))?;
+        let mut writer = ImageWriter::create(io, dir, owner, lsn, 0).await.map_err(|e| text(&e))?;
         for (key, (_, value)) in values {
             let content = match (key.kind(), value) {
                 // What does not exist is not in the layer.

@@ -125,7 +125,7 @@ async fn delta_layer(
     values: Vec<(Key, Lsn, Value)>,
 ) -> LayerDesc {
     let lsns = start..Lsn(start.0 + SPAN);
-    let mut writer = DeltaWriter::create(io, &dir(owner), owner, lsns).await.unwrap();
+    let mut writer = DeltaWriter::create(io, &dir(owner), owner, lsns, 0).await.unwrap();
     for (key, lsn, value) in values {
         writer.add(key, lsn, &value).await.unwrap();
     }
@@ -139,7 +139,7 @@ async fn image_layer(
     form: Form,
     rng: &mut Rng,
 ) -> LayerDesc {
-    let mut writer = ImageWriter::create(io, &dir(owner), owner, lsn).await.unwrap();
+    let mut writer = ImageWriter::create(io, &dir(owner), owner, lsn, 0).await.unwrap();
     let pages = if form == Form::ImagePacked { 60 } else { 12 };
     for block in 0..pages {
         let value = match (form, block % 3) {

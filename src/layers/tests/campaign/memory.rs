@@ -51,6 +51,9 @@ impl Io for MemoryIo {
         self.files.borrow_mut().insert(path.to_owned(), file.clone());
         Ok(MemoryFile(file, self.reads.clone()))
     }
+    async fn create_scratch(&self, path: &Path, _: u64) -> Result<MemoryFile, IoError> {
+        self.create(path).await
+    }
     async fn open(&self, path: &Path) -> Result<MemoryFile, IoError> {
         let file = self.files.borrow().get(path).cloned().ok_or_else(|| missing(path))?;
         Ok(MemoryFile(file, self.reads.clone()))
@@ -114,6 +117,10 @@ impl File for MemoryFile {
         Ok(())
     }
     async fn allocate(&self, _: u64) -> Result<(), IoError> {
+        Ok(())
+    }
+    async fn set_len(&self, len: u64) -> Result<(), IoError> {
+        self.0.borrow_mut().resize(len as usize, 0);
         Ok(())
     }
     async fn sync(&self) -> Result<(), IoError> {
