@@ -438,7 +438,8 @@ async fn metrics_of(node: &Node, core: usize) -> CoreMetrics {
 /// them slowly is served.
 #[test]
 fn slow_readers_are_held_back_and_dropped_when_they_stop() {
-    const REQUESTS: u32 = 30_000;
+    // More than the kernel takes for a connection that is not read from.
+    const REQUESTS: u32 = 600_000;
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
     runtime.block_on(async {
         let config = Config {
@@ -481,7 +482,7 @@ fn slow_readers_are_held_back_and_dropped_when_they_stop() {
         let (stuck, served) = (metrics_of(&node, 0).await, metrics_of(&node, 1).await);
         assert_eq!((stuck.connections_open, served.connections_open), (0, 1));
         let answered = stuck.get_page_requests;
-        assert!((1..u64::from(REQUESTS) / 2).contains(&answered), "{answered} answered");
+        assert!((1..u64::from(REQUESTS) / 20).contains(&answered), "{answered} answered");
         assert!(!stuck_writer.join().unwrap(), "everything was taken from who takes nothing");
         drop(slow);
         node.stop().await.unwrap();
