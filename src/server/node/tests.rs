@@ -484,9 +484,10 @@ fn slow_readers_are_held_back_and_dropped_when_they_stop() {
         let answered = stuck.get_page_requests;
         assert!((1..u64::from(REQUESTS) / 20).contains(&answered), "{answered} answered");
         assert!(!stuck_writer.join().unwrap(), "everything was taken from who takes nothing");
-        drop(slow);
-        node.stop().await.unwrap();
+        // For the writer too, which has a descriptor of its own.
+        slow.0.shutdown(std::net::Shutdown::Both).unwrap();
         slow_writer.join().unwrap();
+        node.stop().await.unwrap();
     });
 }
 
