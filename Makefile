@@ -12,6 +12,7 @@ KILLS ?= 60
 KILL_SECONDS ?= 600
 TRANSACTIONS ?= 150000
 ORDERS ?= 50000
+MESSAGES ?= 1000000
 TARGET ?= layer_index
 SECONDS ?= 60
 WALREDO_DIR := target/walredo
@@ -59,6 +60,7 @@ soak: release
 	LAYER_MUTATIONS=$(MUTATIONS) cargo test --locked --release --lib \
 		damage_is_always_detected_and_never_served -- --nocapture
 	FUZZ_RUNS=$(MUTATIONS) cargo test --locked --release --test fuzz_corpus -- --nocapture
+	HOSTILE_MESSAGES=$(MESSAGES) cargo test --locked --release --test hostile -- --nocapture
 	target/release/pgstrata demo --exit --scale 10 --seconds $(KILL_SECONDS) --kill $(KILLS) \
 		-c checkpoint_distance_bytes=2000000 -c image_layer_bytes=4000000 \
 		-c compaction_target_bytes=4000000 \

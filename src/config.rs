@@ -20,6 +20,11 @@ pub struct Config {
     pub listen_pg_addr: SocketAddr,
     /// Address of the admin API.
     pub listen_http_addr: SocketAddr,
+    /// PEM file with the certificate of the page service, and those between it and an authority;
+    /// empty: no TLS.
+    pub tls_cert_file: PathBuf,
+    /// PEM file with the certificate's private key.
+    pub tls_key_file: PathBuf,
     /// CPUs to run on, one pair of executors each; empty: all that this process may use.
     pub cores: Vec<usize>,
     /// A timeline's values in memory are written to a layer file when they take so much memory.
@@ -80,6 +85,8 @@ impl Default for Config {
             data_dir: PathBuf::from("pgstrata-data"),
             listen_pg_addr: SocketAddr::from(([127, 0, 0, 1], 6400)),
             listen_http_addr: SocketAddr::from(([127, 0, 0, 1], 9898)),
+            tls_cert_file: PathBuf::new(),
+            tls_key_file: PathBuf::new(),
             cores: Vec::new(),
             checkpoint_distance_bytes: 64 * 1024 * 1024,
             checkpoint_timeout_s: 600,
@@ -183,6 +190,9 @@ impl Config {
         if self.cores.len() > CORES_MAX {
             return fail("cores", "more CPUs than this program uses");
         }
+        if self.tls_cert_file.as_os_str().is_empty() != self.tls_key_file.as_os_str().is_empty() {
+            return fail("tls_cert_file", "goes with tls_key_file: set both or neither");
+        }
         let mut sorted = self.cores.clone();
         sorted.sort_unstable();
         if sorted.windows(2).any(|pair| pair[0] == pair[1]) {
@@ -276,6 +286,7 @@ mod tests {
         assert!(text(&["chekpoint_timeout_s=3"]).contains("did you mean 'checkpoint_timeout_s'?"));
         assert!(text(&["checkpoint_timeout_s=0"]).contains("at least 1"));
         assert!(text(&["cores=[1, 1]"]).contains("twice"));
+        assert!(text(&["tls_key_file=/k"]).contains("both or neither"));
         assert!(text(&["cores"]).contains("key=value"));
         assert!(text(&["listen_pg_addr=here"]).contains("listen_pg_addr"));
         assert!(text(&["checkpoint_timeout_s=soon"]).contains("checkpoint_timeout_s"));

@@ -141,7 +141,7 @@ pub const PAGE_REQUESTS_CONCURRENT_MAX: usize = 32;
 pub const CONNECTION_STATEMENTS_MAX: usize = 64;
 
 /// Connections that one core serves at once.
-pub const CONNECTIONS_PER_CORE_MAX: usize = 10_000;
+pub const CONNECTIONS_PER_CORE_MAX: usize = 20_000;
 
 /// A connection that has not finished its start-up by then is closed.
 pub const CONNECTION_STARTUP_MS_MAX: u64 = 60_000;
@@ -149,8 +149,9 @@ pub const CONNECTION_STARTUP_MS_MAX: u64 = 60_000;
 /// A connection on which nothing comes in for so long is closed.
 pub const CONNECTION_IDLE_MS_MAX: u64 = 600_000;
 
-/// A client that takes no byte of its replies for so long is cut off.
-pub const CONNECTION_WRITE_MS_MAX: u64 = 60_000;
+/// A client that takes no byte of its replies for so long is cut off; sooner in unit tests, which
+/// wait for it.
+pub const CONNECTION_WRITE_MS_MAX: u64 = if cfg!(test) { 3_000 } else { 60_000 };
 
 /// Times that a connection may be handed on without serving a command. Owners do not change while
 /// the node runs, so one is the most that is ever needed.
@@ -493,6 +494,16 @@ pub const BENCH_DEPTH_MAX: usize = 1024;
 pub const BENCH_DRAIN: std::time::Duration = std::time::Duration::from_secs(10);
 /// Pause between two looks at a node's milestones.
 pub const BENCH_LOOK: std::time::Duration = std::time::Duration::from_millis(100);
+
+// Front end.
+
+/// What clients can bring about is in the log once in so long.
+pub const LOG_AGAIN_AFTER: std::time::Duration = std::time::Duration::from_secs(1);
+/// Pause between two looks of the admin API at a timeline that it waits for, in milliseconds.
+pub const ADMIN_LOOK_MS: u64 = 20;
+/// Buffers for replies that a core keeps for the next connection that has something to say.
+pub const REPLY_BUFFERS_SPARE_MAX: usize = 16;
+
 // Fairness between the tenants of a core.
 
 /// Pages that each tenant may have between two looks at all sockets before it has to stand in
@@ -520,8 +531,6 @@ pub const QUOTA_BURST: std::time::Duration = std::time::Duration::from_millis(10
 pub const QUOTA_REQUESTS_PER_S: u64 = 500_000;
 /// Bytes of pages of a tenant that one core works on at once, unless its settings say otherwise.
 pub const QUOTA_BYTES_IN_FLIGHT: u64 = 16 * 1024 * 1024;
-/// Buffers for replies that a core keeps for the next connection that has something to say.
-pub const REPLY_BUFFERS_SPARE_MAX: usize = 16;
 
 const _: () = assert!(FAIR_TICK_PAGES >= FAIR_QUANTUM_PAGES);
 const _: () = assert!(QUOTA_BYTES_IN_FLIGHT >= FAIR_TICK_PAGES * 8192);

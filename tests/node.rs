@@ -1,4 +1,4 @@
-//! A running node under hostile input, on damaged files, and as it stops.
+//! A running node on damaged files, and as it stops.
 
 #![allow(
     clippy::disallowed_methods,
@@ -12,7 +12,6 @@ use std::collections::BTreeMap;
 use std::io::{Read, Seek, SeekFrom, Write};
 use std::net::{TcpListener, TcpStream};
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use common::*;
@@ -36,192 +35,11 @@ fn stopped_cluster(root: &Root) -> PgCluster {
     cluster
 }
 
-/// What the open descriptors of a process stand for, without files of its data directory: those
-/// are opened when they are first read.
-fn open_files(pid: u32, data: &Path) -> Vec<String> {
-    let entries = std::fs::read_dir(format!("/proc/{pid}/fd")).unwrap();
-    // A descriptor may be closed between the listing and the look at it.
-    let links = entries.filter_map(|entry| std::fs::read_link(entry.unwrap().path()).ok());
-    let outside = links.filter(|link| !link.starts_with(data));
-    let mut kinds: Vec<String> = outside
-        .map(|link| link.to_string_lossy().split('[').next().unwrap_or_default().to_owned())
-        .collect();
-    kinds.sort();
-    kinds
-}
-
 fn start_up() -> Vec<u8> {
     let body = b"\0\x03\0\0user\0u\0\0";
     let mut out = (body.len() as u32 + 4).to_be_bytes().to_vec();
     out.extend_from_slice(body);
     out
-}
-
-fn message(tag: u8, body: &[u8]) -> Vec<u8> {
-    let mut out = vec![tag];
-    out.extend((body.len() as u32 + 4).to_be_bytes());
-    out.extend(body);
-    out
-}
-
-/// What connection number `round` sends.
-fn garbage(round: usize, id: Id) -> Vec<u8> {
-    let mut out = if round.is_multiple_of(5) { Vec::new() } else { start_up() };
-    let known = format!("pagestream_v3 {} {}\0", id.tenant(), id.timeline());
-    let unknown = format!("pagestream_v2 {} {}\0", "ab".repeat(16), "cd".repeat(16));
-    match round % 7 {
-        0 => {}
-        1 => out.extend(message(b'Q', unknown.as_bytes())),
-        2 => out.extend(message(b'Q', b"pagestream_v3 zz \xff\xfe\0")),
-        3 => out.extend([b'Q', 0xff, 0xff, 0xff, 0xff]),
-        4 => out.extend([b'Q', 0, 0, 0, 0]),
-        _ => {
-            out.extend(message(b'Q', known.as_bytes()));
-            for _ in 0..3 {
-                let length = fastrand::usize(0..60);
-                let body: Vec<u8> = (0..length).map(|_| fastrand::u8(0..8)).collect();
-                out.extend(message(b'd', &body));
-            }
-        }
-    }
-    if round.is_multiple_of(3) {
-        out.truncate(fastrand::usize(0..=out.len()));
-    } else {
-        out.extend((0..fastrand::usize(0..200)).map(|_| fastrand::u8(..)));
-    }
-    out
-}
-
-fn attack_pages(node: &DemoNode, id: Id) {
-    let mut open = Vec::new();
-    for round in 0..2000 {
-        let mut stream = TcpStream::connect(node.page_address()).unwrap();
-        // The node may close it in the meantime.
-        let _ = stream.write_all(&garbage(round, id));
-        if round.is_multiple_of(4) {
-            // Some stay open for a while without a word.
-            open.push(stream);
-        }
-    }
-}
-
-/// The status line of the reply to `request`.
-fn http(node: &DemoNode, request: &[u8]) -> String {
-    let address = node.admin_url().replace("http://", "");
-    let mut stream = TcpStream::connect(address).unwrap();
-    stream.set_read_timeout(Some(Duration::from_secs(10))).unwrap();
-    let _ = stream.write_all(request);
-    if !request.ends_with(b"\r\n\r\n") && !request.starts_with(b"POST") {
-        let _ = stream.shutdown(std::net::Shutdown::Write);
-    }
-    let mut reply = Vec::new();
-    let _ = stream.read_to_end(&mut reply);
-    String::from_utf8_lossy(&reply).lines().next().unwrap_or_default().to_owned()
-}
-
-fn attack_admin(node: &DemoNode, id: Id) {
-    let request = |method: &str, path: &str, body: &str| {
-        let length = body.len();
-        http(
-            node,
-            format!(
-                "{method} {path} HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\
-                 content-type: application/json\r\ncontent-length: {length}\r\n\r\n{body}"
-            )
-            .as_bytes(),
-        )
-    };
-    let tenant = id.shard().to_string();
-    let path = format!("/v1/tenant/{tenant}/timeline");
-    let deep = "[".repeat(50_000);
-    for body in
-        ["", "{", "null", "[1]", "{\"timeline\":1}", "{\"timeline\":\"zz\",\"source\":{}}", &deep]
-    {
-        let status = request("POST", &path, body);
-        assert!(status.contains(" 400 "), "{body:.20}: {status}");
-    }
-    let huge = "x".repeat(200_000);
-    let status = request("POST", &path, &huge);
-    assert!(status.contains(" 413 ") || status.contains(" 400 ") || status.is_empty(), "{status}");
-    for (path, expected) in [
-        ("/", " 404 "),
-        ("/v1/tenant/zz/timeline", " 400 "),
-        ("/v1/tenant/%00%ff/timeline", " 400 "),
-        ("/v1/tenant/../../etc/passwd", " 404 "),
-        (&format!("{path}/zz"), " 400 "),
-        (&format!("{path}/{}", "ee".repeat(16)), " 404 "),
-        (&format!("/v1/tenant/{}/timeline", "ee".repeat(16)), " 404 "),
-    ] {
-        let status = request("GET", path, "");
-        assert!(status.contains(expected), "{path}: {status}");
-    }
-    assert!(request("DELETE", &path, "").contains(" 405 "));
-    // A tenant's name must never leave the data directory.
-    let source = r#"{"pgdata":{"path":"/nonexistent","primary":null,"slot":null}}"#;
-    let body = format!("{{\"timeline\":\"../../../x\",\"source\":{source}}}");
-    assert!(request("POST", &path, &body).contains(" 400 "));
-    for _ in 0..200 {
-        let bytes: Vec<u8> = (0..fastrand::usize(0..300)).map(|_| fastrand::u8(..)).collect();
-        http(node, &bytes);
-    }
-}
-
-#[test]
-fn garbage_hurts_nobody() {
-    let root = Root::new("hostile");
-    let cluster = stopped_cluster(&root);
-    let node = root.node(&[]);
-    let id = Id(1, 1);
-    succeeds(&node, "import", id, &["--pgdata", text(cluster.data())]);
-    let lsn = info(&node, id).last_record_lsn;
-    is_equal(&node, id, lsn, cluster.data(), false);
-    let pid = node.pid().unwrap();
-    let mut steady = client(&node, id, lsn);
-    let files = scan(cluster.data()).unwrap();
-    let (rel, fork) = files.forks.iter().max_by_key(|(_, fork)| fork.blocks).unwrap();
-    let data = std::fs::canonicalize(node.data_dir()).unwrap();
-    let before = open_files(pid, &data);
-    struct Done(AtomicBool);
-    impl Drop for Finish<'_> {
-        fn drop(&mut self) {
-            self.0.0.store(true, Ordering::Release);
-        }
-    }
-    struct Finish<'a>(&'a Done);
-    let done = Done(AtomicBool::new(false));
-    let asked = AtomicU64::new(0);
-    std::thread::scope(|scope| {
-        scope.spawn(|| {
-            while !done.0.load(Ordering::Acquire) {
-                let block = fastrand::u32(0..fork.blocks);
-                let answer = steady.ask(Query::GetPage { rel: *rel, block }).unwrap();
-                let Answer::GetPage(page) = answer else { panic!("{answer:?}") };
-                assert_eq!(page, fork.page(block).unwrap().unwrap());
-                asked.fetch_add(1, Ordering::Relaxed);
-            }
-        });
-        // Also when an attack fails: the scope waits for the good client.
-        let _finish = Finish(&done);
-        attack_pages(&node, id);
-        attack_admin(&node, id);
-    });
-    assert!(asked.load(Ordering::Relaxed) > 100, "the good client was held up");
-    assert_eq!(node.pid(), Some(pid));
-    is_equal(&node, id, lsn, cluster.data(), false);
-    let begin = Instant::now();
-    loop {
-        // The descriptors of connections that ended a moment ago may be gone only now.
-        let after = open_files(pid, &data);
-        let count = |all: &[String], kind: &String| all.iter().filter(|one| *one == kind).count();
-        if after.iter().all(|kind| count(&after, kind) <= count(&before, kind)) {
-            break;
-        }
-        let late = begin.elapsed() > Duration::from_secs(15);
-        assert!(!late, "descriptors before: {before:?}; after: {after:?}");
-        std::thread::sleep(Duration::from_millis(50));
-    }
-    let log = std::fs::read_to_string(node.log_path()).unwrap();
-    assert!(!log.contains("panic"), "{}", log_tail(&node));
 }
 
 fn timeline_dir(node: &DemoNode, id: Id) -> PathBuf {

@@ -78,7 +78,7 @@ async fn make_tenant(io: &UringIo, tenants: &Path, number: u32) {
     let (root, branch) = (dir.join(ROOT.to_string()), dir.join(BRANCH.to_string()));
     io.create_dir(&root).await.unwrap();
     io.create_dir(&branch).await.unwrap();
-    let mut writer = ImageWriter::create(io, &root, owner, START).await.unwrap();
+    let mut writer = ImageWriter::create(io, &root, owner, START, 0).await.unwrap();
     let image = |bytes: &[u8]| Value::Image(Bytes::copy_from_slice(bytes));
     let values = [
         (Key::rel_block(rel(), 0), Value::Image(page(number))),

@@ -1,4 +1,4 @@
-//! Routes that ask about a timeline's history, hold it and cut it.
+//! Routes that ask about a timeline's history and contents, hold it and cut it.
 
 use axum::Router;
 use axum::extract::rejection::{JsonRejection, QueryRejection};
@@ -21,14 +21,19 @@ pub(super) fn routes() -> Router<AdminState> {
         .route(&at("get_timestamp_of_lsn"), get(timestamp_of_lsn))
         .route(&at("lsn_lease"), get(leases).post(lease))
         .route(&at("do_gc"), put(gc))
+        .route(&at("keyspace"), get(keyspace))
 }
 
 /// Tenant and timeline of the path.
 type Names = Path<(String, String)>;
 
-type Reply = Result<Json<HistoryReply>, ApiError>;
+pub(super) type Reply = Result<Json<HistoryReply>, ApiError>;
 
-async fn ask(state: &AdminState, names: &(String, String), request: HistoryRequest) -> Reply {
+pub(super) async fn ask(
+    state: &AdminState,
+    names: &(String, String),
+    request: HistoryRequest,
+) -> Reply {
     let tenant: TenantShardId = names.0.parse().map_err(bad_request)?;
     let timeline: TimelineId = names.1.parse().map_err(bad_request)?;
     let core = owner(&tenant, state.mesh.cores());
@@ -64,6 +69,21 @@ async fn timestamp_of_lsn(
 ) -> Reply {
     let Query(query) = query.map_err(|error| bad_request(error.body_text()))?;
     ask(&state, &names, HistoryRequest::TimestampOfLsn(query.lsn)).await
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct KeyspaceQuery {
+    at_lsn: Option<Lsn>,
+}
+
+async fn keyspace(
+    State(state): State<AdminState>,
+    Path(names): Names,
+    query: Result<Query<KeyspaceQuery>, QueryRejection>,
+) -> Reply {
+    let Query(query) = query.map_err(|error| bad_request(error.body_text()))?;
+    ask(&state, &names, HistoryRequest::Keyspace(query.at_lsn)).await
 }
 
 async fn leases(State(state): State<AdminState>, Path(names): Names) -> Reply {

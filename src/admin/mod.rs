@@ -6,5 +6,6 @@
 mod history;
 mod metrics;
 mod routes;
+mod wire;
 
 pub use routes::{AdminState, serve};

@@ -5,7 +5,7 @@
 //! | GET `/v1/status` | version, cores, number of timelines |
 //! | GET `/v1/tenant` | tenants with their timelines and settings |
 //! | POST `/v1/tenant` | makes a tenant: `{"tenant": …, "config": {…}}` |
-//! | GET `/v1/tenant/{tenant}` | one tenant: settings, number of timelines |
+//! | GET `/v1/tenant/{tenant}` | one tenant: settings, ids of its timelines |
 //! | DELETE `/v1/tenant/{tenant}` | removes a tenant with all its timelines |
 //! | PUT `/v1/tenant/{tenant}/config` | replaces the tenant's settings; what is left out follows the node |
 //! | GET `/v1/tenant/{tenant}/timeline` | timelines of a tenant |
@@ -21,34 +21,42 @@
 //! | GET `…/{timeline}/get_timestamp_of_lsn?lsn=` | `{"timestamp"}`: when the last commit was |
 //! | GET `…/{timeline}/lsn_lease` | `{"gc_cutoff_lsn", "leases"}` |
 //! | POST `…/{timeline}/lsn_lease` | takes or prolongs a lease: `{"lsn": …, "seconds": …}` |
+//! | GET `…/{timeline}/keyspace?at_lsn=` | `{"keys", "sparse_keys", "at_lsn"}`: ranges of the keys of pages |
 //! | PUT `…/{timeline}/do_gc` | collects garbage: `{"gc_horizon_bytes": …, "pitr_interval_s": …}` |
 //! | GET `/v1/redo` | wal-redo processes by core: tenant, pid, age, requests, last redo |
 //! | GET `/metrics` | Prometheus text |
 //!
-//! Points in time are RFC 3339. Errors are `{"error": "what happened"}` with 400, 404, 409 or 503.
+//! Points in time are RFC 3339. Errors are `{"error": "what happened"}` with 400, 404, 409 or 503,
+//! and the same once more as `msg`, where clients of other pageservers look for it. They also send
+//! bodies (`null`) with GET and DELETE, which are read and not looked at. What replies have for
+//! them: [`super::wire`].
 
 use std::collections::BTreeMap;
 use std::future::Future;
 use std::time::Duration;
 
 use axum::Router;
+use axum::body::{Body, to_bytes};
 use axum::extract::rejection::JsonRejection;
-use axum::extract::{DefaultBodyLimit, Json, Path, State};
-use axum::http::StatusCode;
+use axum::extract::rejection::QueryRejection;
+use axum::extract::{DefaultBodyLimit, Json, Path, Query, Request, State};
+use axum::http::{Method, StatusCode};
+use axum::middleware::{Next, from_fn};
 use axum::response::{IntoResponse, Response};
 use axum::routing::{get, put};
 use futures_channel::oneshot;
 use serde::{Deserialize, Serialize};
 
-use super::metrics;
+use super::{history, metrics, wire};
 use crate::base::{Kind, Lsn, TenantShardId, TimelineId};
-use crate::limits::{ADMIN_BODY_BYTES_MAX, CONTROL_REPLY_MS_MAX};
+use crate::limits::{ADMIN_BODY_BYTES_MAX, ADMIN_LOOK_MS, CONTROL_REPLY_MS_MAX};
 use crate::server::mesh::{Control, Mesh, Message};
 use crate::server::router::owner;
 use crate::shard::control::{
     Change, ChildStatus, ControlError, CoreMetrics, CreateBranch, CreateTimeline, TenantInfo,
     TimelineInfo, TimelineSource,
 };
+use crate::shard::history::HistoryRequest;
 use crate::shard::index::WalSourceConfig;
 use crate::shard::tenant_config::TenantConfig;
 
@@ -67,7 +75,7 @@ pub(super) struct ApiError {
 
 impl IntoResponse for ApiError {
     fn into_response(self) -> Response {
-        let body = serde_json::json!({ "error": self.message });
+        let body = serde_json::json!({ "error": self.message, "msg": self.message });
         (self.status, Json(body)).into_response()
     }
 }
@@ -147,12 +155,26 @@ fn router(state: AdminState) -> Router {
         .route("/v1/tenant/{tenant}/timeline/{timeline}/unarchive", put(unarchive))
         .route("/v1/tenant/{tenant}/timeline/{timeline}/detach_ancestor", put(detach_ancestor))
         .route("/v1/tenant/{tenant}/timeline/{timeline}/checkpoint", put(checkpoint))
-        .merge(super::history::routes())
+        .merge(history::routes())
         .route("/v1/redo", get(redo_children))
         .route("/metrics", get(metrics_text))
         .fallback(|| async { not_found("there is no such path; see /v1/status, /v1/tenant") })
         .layer(DefaultBodyLimit::max(ADMIN_BODY_BYTES_MAX))
+        .layer(from_fn(drop_body))
         .with_state(state)
+}
+
+/// Takes the body of a request that means nothing by it off the connection, so that it is not in
+/// the way of the next request.
+async fn drop_body(request: Request, next: Next) -> Response {
+    if !matches!(*request.method(), Method::GET | Method::HEAD | Method::DELETE) {
+        return next.run(request).await;
+    }
+    let (head, body) = request.into_parts();
+    match to_bytes(body, ADMIN_BODY_BYTES_MAX).await {
+        Ok(_) => next.run(Request::from_parts(head, Body::empty())).await,
+        Err(error) => bad_request(format!("the body of the request: {error}")).into_response(),
+    }
 }
 
 #[derive(Serialize)]
@@ -168,14 +190,7 @@ async fn status(State(state): State<AdminState>) -> Result<Json<Status>, ApiErro
     Ok(Json(Status { version: env!("CARGO_PKG_VERSION"), cores, timelines }))
 }
 
-#[derive(Serialize)]
-struct Tenant {
-    #[serde(flatten)]
-    info: TenantInfo,
-    timelines: Vec<TimelineInfo>,
-}
-
-async fn tenants(State(state): State<AdminState>) -> Result<Json<Vec<Tenant>>, ApiError> {
+async fn tenants(State(state): State<AdminState>) -> Result<Json<Vec<wire::Tenant>>, ApiError> {
     let mut by_tenant: BTreeMap<TenantShardId, Vec<TimelineInfo>> = BTreeMap::new();
     for info in state.timelines().await? {
         by_tenant.entry(info.tenant).or_default().push(info);
@@ -184,10 +199,10 @@ async fn tenants(State(state): State<AdminState>) -> Result<Json<Vec<Tenant>>, A
     for core in 0..state.mesh.cores() {
         for info in state.ask(core, Control::Tenants).await? {
             let timelines = by_tenant.remove(&info.tenant).unwrap_or_default();
-            list.push(Tenant { info, timelines });
+            list.push(wire::Tenant::new(info, timelines));
         }
     }
-    list.sort_unstable_by_key(|tenant| tenant.info.tenant);
+    list.sort_unstable_by_key(wire::Tenant::id);
     Ok(Json(list))
 }
 
@@ -202,8 +217,10 @@ async fn find_tenant(state: &AdminState, tenant: &str) -> Result<TenantInfo, Api
 async fn tenant(
     State(state): State<AdminState>,
     Path(tenant): Path<String>,
-) -> Result<Json<TenantInfo>, ApiError> {
-    Ok(Json(find_tenant(&state, &tenant).await?))
+) -> Result<Json<wire::TenantDetails>, ApiError> {
+    let info = find_tenant(&state, &tenant).await?;
+    let timelines = of_tenant(&state, &tenant).await?;
+    Ok(Json(wire::TenantDetails::new(info, &timelines)))
 }
 
 /// Body of a POST that makes a tenant.
@@ -257,8 +274,9 @@ async fn of_tenant(state: &AdminState, tenant: &str) -> Result<Vec<TimelineInfo>
 async fn tenant_timelines(
     State(state): State<AdminState>,
     Path(tenant): Path<String>,
-) -> Result<Json<Vec<TimelineInfo>>, ApiError> {
-    Ok(Json(of_tenant(&state, &tenant).await?))
+) -> Result<Json<Vec<wire::Timeline>>, ApiError> {
+    let timelines = of_tenant(&state, &tenant).await?;
+    Ok(Json(timelines.into_iter().map(wire::Timeline::new).collect()))
 }
 
 async fn find_timeline(
@@ -270,11 +288,32 @@ async fn find_timeline(
     found.ok_or_else(|| not_found(format!("timeline {id} of tenant {tenant} is not on this node")))
 }
 
+/// Other parameters that clients send (`include-non-incremental-logical-size`) change nothing.
+#[derive(Deserialize)]
+#[serde(rename_all = "kebab-case")]
+struct TimelineQuery {
+    #[serde(default)]
+    force_await_logical_size: bool,
+}
+
 async fn timeline(
     State(state): State<AdminState>,
     Path(names): Path<(String, String)>,
-) -> Result<Json<TimelineInfo>, ApiError> {
-    Ok(Json(find_timeline(&state, names).await?))
+    query: Result<Query<TimelineQuery>, QueryRejection>,
+) -> Result<Json<wire::Timeline>, ApiError> {
+    let Query(query) = query.map_err(|error| bad_request(error.body_text()))?;
+    let mut info = find_timeline(&state, names.clone()).await?;
+    if query.force_await_logical_size && info.logical_bytes.is_none() {
+        // Opens a timeline that is closed; each look at an open one asks for its size.
+        let _ = history::ask(&state, &names, HistoryRequest::Leases).await?;
+        let mut waited_ms = 0;
+        while info.logical_bytes.is_none() && waited_ms < CONTROL_REPLY_MS_MAX {
+            tokio::time::sleep(Duration::from_millis(ADMIN_LOOK_MS)).await;
+            waited_ms += ADMIN_LOOK_MS;
+            info = find_timeline(&state, names.clone()).await?;
+        }
+    }
+    Ok(Json(wire::Timeline::new(info)))
 }
 
 /// Body of a POST that makes a timeline: exactly one of `source` and `branch` is given.

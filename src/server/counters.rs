@@ -3,6 +3,8 @@
 use std::cell::Cell;
 use std::time::Duration;
 
+use crate::base::Seldom;
+
 /// Counters of one core's page service.
 #[derive(Default)]
 pub struct Counters {
@@ -20,6 +22,8 @@ pub struct Counters {
     pub other_requests: Cell<u64>,
     /// Requests answered with an error.
     pub request_errors: Cell<u64>,
+    /// Connections that were not taken in were told of.
+    pub refusals_told: Seldom,
 }
 
 /// Adds one to a counter.

@@ -16,6 +16,7 @@ use crate::server::counters::count;
 use crate::server::mesh::{Connection, Mesh, Message};
 use crate::server::page_service::{End, Service, Session, serve};
 use crate::server::pq::{Severity, SqlState, put_error};
+use crate::server::socket::Socket;
 use crate::shard::reader::PageBackend;
 
 /// Opens the core's listening socket. All cores may listen at one address (`SO_REUSEPORT`); the
@@ -38,11 +39,14 @@ pub async fn accept<B: PageBackend>(listener: TcpListener, service: Rc<Service<B
         match futures_util::future::select(accepted, stop).await {
             futures_util::future::Either::Left((Ok(stream), _)) => {
                 count(&service.counters.accepted);
-                run(stream, Session::default(), service.clone(), mesh.clone());
+                let socket = Socket::new(stream, service.tls.clone(), None);
+                run(socket, Session::default(), service.clone(), mesh.clone());
             }
             futures_util::future::Either::Left((Err(error), _)) => {
                 // Out of file descriptors, or the client is gone already.
-                tracing::warn!("cannot accept a connection: {error}");
+                if let Some(kept_back) = service.counters.refusals_told.pass((service.now)()) {
+                    tracing::warn!(kept_back, "cannot accept a connection: {error}");
+                }
                 glommio::timer::sleep(Duration::from_millis(20)).await;
             }
             futures_util::future::Either::Right(_) => return,
@@ -52,36 +56,47 @@ pub async fn accept<B: PageBackend>(listener: TcpListener, service: Rc<Service<B
 
 /// Goes on with a connection that another core handed over.
 pub fn adopt<B: PageBackend>(connection: Connection, service: Rc<Service<B>>, mesh: Mesh) {
-    run(take_fd(connection.fd), connection.session, service, mesh);
+    let Connection { fd, tls, session } = connection;
+    let socket = Socket::new(take_fd(fd), service.tls.clone(), tls);
+    run(socket, session, service, mesh);
 }
 
 fn run<B: PageBackend>(
-    mut stream: TcpStream,
+    mut socket: Socket<TcpStream>,
     session: Session,
     service: Rc<Service<B>>,
     mesh: Mesh,
 ) {
     let open = &service.counters.open;
     if open.get() >= CONNECTIONS_PER_CORE_MAX as u64 {
-        refuse(stream);
+        refuse(socket, &service);
         return;
     }
     open.set(open.get() + 1);
+    let stream = socket.raw();
     // Failing to set these costs speed or patience, not correctness.
     let _ = stream.set_nodelay(true);
     let _ = stream.set_read_timeout(Some(Duration::from_millis(CONNECTION_IDLE_MS_MAX)));
     let _ = stream.set_write_timeout(Some(Duration::from_millis(CONNECTION_WRITE_MS_MAX)));
     glommio::spawn_local(async move {
-        if let End::Move { target, session } = serve(&mut stream, session, &service).await {
-            match give_fd(stream) {
-                Ok(fd) => {
-                    count(&service.counters.moved);
-                    let message = Message::Adopt(Connection { fd, session: *session });
-                    if let Err(error) = mesh.send(target, message) {
-                        tracing::warn!("connection dropped: {error}");
+        match serve(&mut socket, session, &service).await {
+            End::Closed if socket.is_encrypted() => {
+                // The client may be gone.
+                let _ = socket.close().await;
+            }
+            End::Closed => {}
+            End::Move { target, session } => {
+                let (stream, tls) = socket.into_parts();
+                match give_fd(stream) {
+                    Ok(fd) => {
+                        count(&service.counters.moved);
+                        let message = Message::Adopt(Connection { fd, tls, session: *session });
+                        if let Err(error) = mesh.send(target, message) {
+                            tracing::warn!("connection dropped: {error}");
+                        }
                     }
+                    Err(error) => tracing::warn!("connection cannot be moved: {error}"),
                 }
-                Err(error) => tracing::warn!("connection cannot be moved: {error}"),
             }
         }
         let open = &service.counters.open;
@@ -91,15 +106,19 @@ fn run<B: PageBackend>(
 }
 
 /// Says why, as PostgreSQL does. The few bytes always fit into a new socket's buffer.
-fn refuse(mut stream: TcpStream) {
+fn refuse<B: PageBackend>(mut socket: Socket<TcpStream>, service: &Service<B>) {
     let text = format!("too many connections: this core serves {CONNECTIONS_PER_CORE_MAX}");
-    tracing::warn!("{text}");
+    if let Some(kept_back) = service.counters.refusals_told.pass((service.now)()) {
+        tracing::warn!(kept_back, "{text}");
+    }
     let mut out = BytesMut::new();
     put_error(&mut out, Severity::Fatal, SqlState::TOO_MANY_CONNECTIONS, &text);
-    let _ = stream.set_write_timeout(Some(Duration::from_millis(CONNECTION_WRITE_MS_MAX)));
+    let limit = Duration::from_millis(CONNECTION_WRITE_MS_MAX);
+    let _ = socket.raw().set_write_timeout(Some(limit));
     glommio::spawn_local(async move {
         // The client may be gone.
-        let _ = stream.write_all(&out).await;
+        let _ = socket.write_all(&out).await;
+        let _ = socket.flush().await;
     })
     .detach();
 }

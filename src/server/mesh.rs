@@ -20,6 +20,7 @@ use futures_channel::oneshot;
 use crate::base::{TenantShardId, TimelineId};
 use crate::limits::{CORE_INBOX_MESSAGES_MAX, HEARTBEATS_UNANSWERED_MAX};
 use crate::server::page_service::Session;
+use crate::server::socket::Tls;
 use crate::shard::control::{
     Change, ControlError, CoreMetrics, CreateTimeline, TenantInfo, TimelineInfo,
 };
@@ -41,6 +42,8 @@ pub enum Message {
 pub struct Connection {
     /// The socket.
     pub fd: OwnedFd,
+    /// TLS on it.
+    pub tls: Option<Tls>,
     /// Everything known about it, with the bytes that were read and not used.
     pub session: Session,
 }

@@ -21,3 +21,4 @@ pub mod page_service;
 pub mod pq;
 pub mod priority;
 pub mod router;
+pub mod socket;

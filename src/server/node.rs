@@ -34,6 +34,7 @@ use crate::server::listener;
 use crate::server::mesh::{Control, Mesh, Message, Progress, Pulse, beat};
 use crate::server::page_service::Service;
 use crate::server::priority;
+use crate::server::socket;
 use crate::shard::control::{CoreControl, CoreMetrics};
 use crate::shard::reader::PageBackend;
 
@@ -97,6 +98,8 @@ pub struct CoreContext {
     pub config: Arc<Config>,
     /// The core's background executor.
     pub background: BackgroundSpawner,
+    /// What TLS is set up with, where it is.
+    pub tls: Option<Arc<rustls::ServerConfig>>,
 }
 
 /// One core's shards.
@@ -267,6 +270,7 @@ impl Node {
     /// See [`NodeError`]; nothing is left running.
     pub async fn start<S: CoreService>(config: Arc<Config>) -> Result<Node, NodeError> {
         let cpus = cpus(&config);
+        let tls = socket::load(&config).map_err(NodeError::Listen)?;
         let (mesh, inboxes) = Mesh::new(cpus.len());
         let (died_sender, died) = async_channel::bounded(2 * cpus.len());
         // Hearts beat from before the first executor exists: an executor may fall asleep while it
@@ -290,8 +294,8 @@ impl Node {
             let (jobs, queue) = async_channel::bounded(BACKGROUND_JOBS_MAX);
             node.jobs.push(jobs.clone());
             let background = BackgroundSpawner { jobs };
-            let config = config.clone();
-            let context = CoreContext { core, cores: cpus.len(), cpu, config, background };
+            let (config, tls) = (config.clone(), tls.clone());
+            let context = CoreContext { core, cores: cpus.len(), cpu, config, background, tls };
             let (started, is_started) = async_channel::bounded(1);
             let guard = || Guard { core, died: died_sender.clone(), asked: false };
             let serve = started_executor(|claim| {
@@ -455,7 +459,7 @@ async fn run_core<S: CoreService>(
     priority::shorten_turns();
     progress.begin().await;
     start_beat(progress.clone());
-    let (core, cores) = (context.core, context.cores);
+    let (core, cores, tls) = (context.core, context.cores, context.tls.clone());
     let backend = match S::start(context).await {
         Ok(backend) => Rc::new(backend),
         Err(problem) => {
@@ -469,8 +473,18 @@ async fn run_core<S: CoreService>(
     let sleep = |time| glommio::timer::sleep(time).boxed_local();
     let now = monotonic;
     let admission = Admission::start(now, sleep, stop.clone());
-    let service = Service { backend, core, cores, counters, admission, buffers, stop, now, sleep };
-    let service = Rc::new(service);
+    let service = Rc::new(Service {
+        backend,
+        core,
+        cores,
+        counters,
+        admission,
+        buffers,
+        tls,
+        stop,
+        now,
+        sleep,
+    });
     let _ = started.try_send(Ok(()));
     drop(started);
     while let Ok(message) = inbox.recv().await {

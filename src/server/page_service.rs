@@ -1,6 +1,6 @@
 //! One connection, from its first byte to its end.
 //!
-//! 1. Start-up: requests for encryption are declined, everybody is welcome.
+//! 1. Start-up: TLS begins where it is set up and asked for, everybody is welcome.
 //! 2. Commands, by simple or extended query. A command that names a tenant of another core ends
 //!    the work here: [`End::Move`] carries everything that the other core must know.
 //! 3. Page stream: see `stream`.
@@ -15,31 +15,31 @@ use std::future::poll_fn;
 use std::io::{Error, ErrorKind};
 use std::pin::pin;
 use std::rc::Rc;
+use std::sync::Arc;
 use std::time::Duration;
 
 use async_channel::Receiver;
 use bytes::BytesMut;
+use futures_util::AsyncWriteExt;
 use futures_util::future::{Either, LocalBoxFuture, select};
-use futures_util::{AsyncRead, AsyncWrite, AsyncWriteExt};
 
 use self::lease::describe;
 use crate::base::{Kind, Lsn, TenantShardId, TimelineId};
-use crate::limits::{
-    CONNECTION_HOPS_MAX, CONNECTION_REPLY_BYTES_MAX, CONNECTION_STARTUP_MS_MAX,
-    CONNECTION_STATEMENTS_MAX,
-};
+use crate::limits::{CONNECTION_HOPS_MAX, CONNECTION_REPLY_BYTES_MAX, CONNECTION_STATEMENTS_MAX};
 use crate::server::admission::Admission;
 use crate::server::buffers::Buffers;
 use crate::server::counters::Counters;
 use crate::server::page_protocol::Version;
-use crate::server::pq::{self, Command, Message, Severity, SqlState, Startup, Target};
+use crate::server::pq::{self, Command, Message, Severity, SqlState, Target};
 use crate::server::router;
+use crate::server::socket::Stream;
 use crate::shard::base_backup::BackupRequest;
 use crate::shard::reader::{PageBackend, ReadError};
 
 mod backup;
 mod lease;
 mod request;
+mod start_up;
 mod stream;
 
 /// A connection between two waits: what a core must know to go on with it.
@@ -109,6 +109,8 @@ pub struct Service<B> {
     pub admission: Rc<Admission>,
     /// The core's buffers.
     pub buffers: Buffers,
+    /// What TLS is set up with, where it is.
+    pub tls: Option<Arc<rustls::ServerConfig>>,
     /// Closed when the node shuts down.
     pub stop: Receiver<()>,
     /// The monotonic clock.
@@ -150,7 +152,7 @@ fn shutdown() -> Fault {
 /// Serves a connection until it ends or has to move.
 pub async fn serve<S, B>(stream: &mut S, session: Session, service: &Service<B>) -> End
 where
-    S: AsyncRead + AsyncWrite + Unpin,
+    S: Stream,
     B: PageBackend,
 {
     let mut connection = Conn { stream, session, service };
@@ -187,7 +189,7 @@ enum Next {
 
 impl<S, B> Conn<'_, S, B>
 where
-    S: AsyncRead + AsyncWrite + Unpin,
+    S: Stream,
     B: PageBackend,
 {
     /// Returns the core to move to, or `None` at an orderly end.
@@ -209,7 +211,10 @@ where
                         }
                     }
                     Work::Lease(lsn) => self.lease(wanted, lsn).await?,
-                    Work::Backup(request, gzip) => self.backup(wanted, request, gzip).await?,
+                    // In memory of its own: every connection would have room for it.
+                    Work::Backup(request, gzip) => {
+                        Box::pin(self.backup(wanted, request, gzip)).await?;
+                    }
                 }
                 continue;
             }
@@ -234,46 +239,6 @@ where
         self.session.pending = Some(wanted);
         self.flush().await?;
         Ok(owner)
-    }
-
-    /// Who sends its start-up packet byte by byte is never idle, and has no more time for it.
-    async fn start_up_in_time(&mut self) -> Result<bool, Fault> {
-        let deadline = (self.service.sleep)(Duration::from_millis(CONNECTION_STARTUP_MS_MAX));
-        let start_up = pin!(self.start_up());
-        match select(start_up, deadline).await {
-            Either::Left((started, _)) => started,
-            Either::Right(_) => {
-                let text = "the connection did not start up in time".to_owned();
-                Err(Fault::Fatal(SqlState::PROTOCOL_VIOLATION, text))
-            }
-        }
-    }
-
-    /// False when the connection is over.
-    async fn start_up(&mut self) -> Result<bool, Fault> {
-        loop {
-            match pq::decode_startup(&mut self.session.unread)? {
-                None => {
-                    self.flush().await?;
-                    if !self.read().await? {
-                        return Ok(false);
-                    }
-                }
-                Some(Startup::Ssl | Startup::GssEncryption) => {
-                    pq::put_no_encryption(&mut self.session.unwritten);
-                }
-                Some(Startup::Cancel) => return Ok(false),
-                Some(Startup::Session { parameters, negotiate }) => {
-                    let out = &mut self.session.unwritten;
-                    if negotiate {
-                        pq::put_negotiate_version(out, &parameters);
-                    }
-                    pq::put_welcome(out);
-                    self.session.started = true;
-                    return Ok(true);
-                }
-            }
-        }
     }
 
     /// The next message, after everything that is ready was written; `None` at the end of input.
@@ -305,8 +270,11 @@ where
 
     async fn flush(&mut self) -> Result<(), Fault> {
         if !self.session.unwritten.is_empty() {
-            let written = self.stream.write_all(&self.session.unwritten).await;
+            let mut written = self.stream.write_all(&self.session.unwritten).await;
             self.session.unwritten.clear();
+            if written.is_ok() {
+                written = self.stream.flush().await;
+            }
             // After a write that failed the position in the stream is unknown: nothing more can
             // be said, a time-out included.
             written.map_err(Fault::Io)?;

@@ -336,7 +336,12 @@ pub fn put_message(out: &mut BytesMut, tag: u8, put: impl FnOnce(&mut BytesMut))
     }
 }
 
-/// The answer to a request for encryption, which this server does not have.
+/// The answer to a request for TLS that comes next on the connection.
+pub fn put_encryption(out: &mut BytesMut) {
+    out.put_u8(b'S');
+}
+
+/// The answer to a request for encryption that this server does not have.
 pub fn put_no_encryption(out: &mut BytesMut) {
     out.put_u8(b'N');
 }

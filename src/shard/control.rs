@@ -155,6 +155,8 @@ pub struct TimelineInfo {
     pub tenant: TenantShardId,
     pub timeline: TimelineId,
     pub core: usize,
+    /// In JSON `phase`: `state` says the same in the words of other pageservers there.
+    #[serde(rename = "phase")]
     pub state: TimelineState,
     pub error: Option<String>,
     pub import: Option<ImportProgress>,

@@ -26,7 +26,7 @@ use super::stored::StoredLayer;
 use super::timeline::Timeline;
 use crate::base::page::PAGE_SIZE;
 use crate::base::{
-    BlockNumber, Key, KeyRange, Lsn, LsnRange, RelNode, RelTag, SlruKind, Timestamp, Value,
+    BlockNumber, Key, KeyRange, Kind, Lsn, LsnRange, RelNode, RelTag, SlruKind, Timestamp, Value,
 };
 use crate::io::Io;
 use crate::layers::{LayerError, Lookup, Newest};
@@ -452,12 +452,18 @@ impl<I: Io> TimelineReader for Timeline<I> {
 }
 
 impl<I: Io> Timeline<I> {
-    /// Tells the operator of a read that failed, and of what is damaged.
+    /// Tells the operator of a read that failed by the node's fault, now and then, and of what is
+    /// damaged.
     pub(super) fn noted<T>(&self, result: Result<T, ReadError>) -> Result<T, ReadError> {
         if let Err(error) = &result {
-            tracing::error!(tenant = %self.tenant, timeline = %self.id, "{error}");
+            let mut health = self.health.borrow_mut();
             if matches!(error, ReadError::Damaged { .. }) {
-                self.health.borrow_mut().damage(error.to_string());
+                health.damage(error.to_string());
+            }
+            if matches!(error.kind(), Kind::Corrupt | Kind::Retry)
+                && let Some(kept_back) = health.told.pass(self.context.io.now())
+            {
+                tracing::error!(tenant = %self.tenant, timeline = %self.id, kept_back, "{error}");
             }
         }
         result

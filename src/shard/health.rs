@@ -2,6 +2,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
+use crate::base::Seldom;
 use crate::limits::DAMAGE_REPORTS_MAX;
 
 /// What may make ingest wait.
@@ -21,6 +22,8 @@ pub enum Part {
 pub struct Health {
     waiting: BTreeMap<Part, String>,
     damaged: BTreeSet<String>,
+    /// Reads that failed were told of. A client may repeat one as fast as it likes.
+    pub told: Seldom,
 }
 
 impl Health {

@@ -134,6 +134,8 @@ pub enum HistoryRequest {
     Leases,
     /// A collection, now.
     Gc(super::gc::GcRequest),
+    /// The pages of relations at an LSN, or at the newest.
+    Keyspace(Option<Lsn>),
 }
 
 /// Its answer.
@@ -158,6 +160,15 @@ pub enum HistoryReply {
     },
     /// What a collection did.
     Gc(super::gc::GcReport),
+    /// Pages of relations.
+    Keyspace {
+        /// First key and end (exclusive) of each range, in 36 hexadecimal digits.
+        keys: Vec<(String, String)>,
+        /// Ranges in which few keys are in use: none are told of.
+        sparse_keys: Vec<(String, String)>,
+        /// The LSN.
+        at_lsn: Lsn,
+    },
 }
 
 impl<I: Io> Timeline<I> {

@@ -33,6 +33,7 @@ mod idle;
 pub mod import;
 pub mod index;
 pub mod ingest;
+pub mod keyspace;
 pub mod layer_map;
 pub mod leases;
 pub mod lifecycle;

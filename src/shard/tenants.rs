@@ -465,6 +465,12 @@ impl<I: Io, C: Connector> CoreControl for Rc<Shard<I, C>> {
                 let report = self.collect_timeline(&found, request).await;
                 report.map(HistoryReply::Gc).map_err(|e| control(e.kind(), e.to_string()))
             }
+            HistoryRequest::Keyspace(lsn) => {
+                let keyspace = found.keyspace(lsn).await;
+                let keyspace = keyspace.map_err(|e| control(e.kind(), e.to_string()))?;
+                let (keys, at_lsn) = (keyspace.ranges(), keyspace.lsn);
+                Ok(HistoryReply::Keyspace { keys, sparse_keys: Vec::new(), at_lsn })
+            }
         }
     }
 

@@ -17,6 +17,7 @@ use crate::server::fair::Class;
 use crate::server::page_protocol::{Header, PAGE_BYTES, Query, Request, Version, encode_request};
 use crate::server::page_service::{Service, Session, serve};
 use crate::server::pq;
+use crate::server::socket::Socket;
 use crate::shard::base_backup::{BackupError, BackupRequest, BackupSink};
 use crate::shard::leases::LeaseError;
 use crate::shard::reader::{PageBackend, PageQuota, ReadError, RequestLsn, TimelineReader};
@@ -99,6 +100,7 @@ fn start(pages: &Rc<Pages>) -> (SocketAddr, Rc<Service<Backend>>, Sender<()>) {
         counters: Counters::default(),
         admission,
         buffers: Default::default(),
+        tls: None,
         stop,
         now,
         sleep,
@@ -107,10 +109,11 @@ fn start(pages: &Rc<Pages>) -> (SocketAddr, Rc<Service<Backend>>, Sender<()>) {
     let address = listener.local_addr().unwrap();
     let accepting = service.clone();
     glommio::spawn_local(async move {
-        while let Ok(mut stream) = listener.accept().await {
+        while let Ok(stream) = listener.accept().await {
             let service = accepting.clone();
             glommio::spawn_local(async move {
                 stream.set_nodelay(true).unwrap();
+                let mut stream = Socket::new(stream, None, None);
                 serve(&mut stream, Session::default(), &service).await;
             })
             .detach();

@@ -10,9 +10,11 @@ use postgres_protocol::message::frontend;
 use super::*;
 use crate::base::{BlockNumber, Lsn, RelNode, RelTag, SlruKind, TenantId};
 use crate::base::{TenantShardId, TimelineId, Timestamp};
+use crate::limits::CONNECTION_WRITE_MS_MAX;
 use crate::server::page_protocol::*;
 use crate::server::page_service::{Session, serve};
 use crate::server::router;
+use crate::server::socket::Stream;
 use crate::shard::base_backup::{BackupError, BackupRequest, BackupSink};
 use crate::shard::control::{Change, ControlError, CreateTimeline, TenantInfo, TimelineInfo};
 use crate::shard::history::{HistoryReply, HistoryRequest};
@@ -426,6 +428,69 @@ fn two_cores_serve_move_and_survive_garbage() {
     });
 }
 
+async fn metrics_of(node: &Node, core: usize) -> CoreMetrics {
+    let (reply, metrics) = oneshot::channel();
+    node.mesh().send(core, Message::Control(Control::Metrics(reply))).unwrap();
+    metrics.await.unwrap()
+}
+
+/// Who takes nothing of his replies is not read from any more, and cut off at last; who takes
+/// them slowly is served.
+#[test]
+fn slow_readers_are_held_back_and_dropped_when_they_stop() {
+    // More than the kernel takes for a connection that is not read from.
+    const REQUESTS: u32 = 600_000;
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+    runtime.block_on(async {
+        let config = Config {
+            listen_pg_addr: "127.0.0.1:0".parse().unwrap(),
+            cores: vec![0, 1],
+            ..Config::default()
+        };
+        let node = Node::start::<Fake>(Arc::new(config)).await.unwrap();
+        let address = node.address();
+        let ask = |core| {
+            tokio::task::spawn_blocking(move || {
+                let mut client = Client::connect(address);
+                client.open(3, tenant_of(core));
+                let mut out = BytesMut::new();
+                for n in 0..REQUESTS {
+                    let request = get_page(1, 100 + n);
+                    let put = |o: &mut BytesMut| encode_request(Version::V3, &request, o);
+                    crate::server::pq::put_message(&mut out, b'd', put);
+                }
+                let stream = client.0.try_clone().unwrap();
+                // The node stops reading long before it has everything.
+                let writer = std::thread::Builder::new();
+                let writer = writer.spawn(move || (&stream).write_all(&out).is_ok()).unwrap();
+                (client, writer)
+            })
+        };
+        let (_stuck, stuck_writer) = ask(0).await.unwrap();
+        let (mut slow, slow_writer) = ask(1).await.unwrap();
+        // Three times as long as a client may take nothing: the kernel finds room for some more
+        // after it has said that there is none, so the time begins twice.
+        let reader = tokio::task::spawn_blocking(move || {
+            let mut piece = vec![0; 1 << 20];
+            for _ in 0..24 {
+                slow.0.read_exact(&mut piece).unwrap();
+                std::thread::sleep(Duration::from_millis(CONNECTION_WRITE_MS_MAX / 8));
+            }
+            slow
+        });
+        let slow = reader.await.unwrap();
+        let (stuck, served) = (metrics_of(&node, 0).await, metrics_of(&node, 1).await);
+        assert_eq!((stuck.connections_open, served.connections_open), (0, 1));
+        let answered = stuck.get_page_requests;
+        assert!((1..u64::from(REQUESTS) / 20).contains(&answered), "{answered} answered");
+        assert!(!stuck_writer.join().unwrap(), "everything was taken from who takes nothing");
+        // For the writer too, which has a descriptor of its own.
+        slow.0.shutdown(std::net::Shutdown::Both).unwrap();
+        slow_writer.join().unwrap();
+        node.stop().await.unwrap();
+    });
+}
+
 /// An executor that never gets to its first task, as glommio may leave one, is replaced; should
 /// it wake after all, it finds the claim taken.
 #[test]
@@ -460,6 +525,8 @@ impl AsyncRead for Silent {
     }
 }
 
+impl Stream for Silent {}
+
 impl AsyncWrite for Silent {
     fn poll_write(
         mut self: Pin<&mut Self>,
@@ -487,6 +554,7 @@ fn who_does_not_start_up_is_sent_away() {
         counters: Counters::default(),
         admission: Rc::default(),
         buffers: Buffers::default(),
+        tls: None,
         stop,
         now: monotonic,
         sleep: |_| std::future::ready(()).boxed_local(),

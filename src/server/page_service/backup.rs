@@ -10,13 +10,13 @@ use std::io::{Error, Write};
 use bytes::{BufMut, BytesMut};
 use flate2::Compression;
 use flate2::write::GzEncoder;
-use futures_util::{AsyncRead, AsyncWrite};
 
 use super::{Conn, Fault, Wanted, shutdown};
 use crate::base::Kind;
 use crate::limits::BACKUP_MESSAGE_BYTES;
 use crate::server::counters::count;
 use crate::server::pq::{self, SqlState};
+use crate::server::socket::Stream;
 use crate::shard::base_backup::{BackupError, BackupRequest, BackupSink, SinkClosed};
 use crate::shard::reader::{PageBackend, ReadError, TimelineReader};
 
@@ -73,7 +73,7 @@ impl Packer {
 
 impl<S, B> Copy<'_, '_, S, B>
 where
-    S: AsyncRead + AsyncWrite + Unpin,
+    S: Stream,
     B: PageBackend,
 {
     fn begin(&mut self) {
@@ -122,7 +122,7 @@ fn put_pieces(out: &mut BytesMut, bytes: &[u8]) {
 
 impl<S, B> BackupSink for Copy<'_, '_, S, B>
 where
-    S: AsyncRead + AsyncWrite + Unpin,
+    S: Stream,
     B: PageBackend,
 {
     async fn write(&mut self, bytes: &[u8]) -> Result<(), SinkClosed> {
@@ -138,7 +138,7 @@ where
 
 impl<S, B> Conn<'_, S, B>
 where
-    S: AsyncRead + AsyncWrite + Unpin,
+    S: Stream,
     B: PageBackend,
 {
     /// Sends a backup; see [`pq::Command::Backup`].

@@ -1,18 +1,18 @@
 //! The command `lease lsn`.
 
 use bytes::BytesMut;
-use futures_util::{AsyncRead, AsyncWrite};
 
 use super::{Conn, Fault, Wanted, shutdown};
 use crate::base::{Kind, Lsn};
 use crate::server::counters::count;
 use crate::server::pq::command::LEASE_COLUMN;
 use crate::server::pq::{self, Command, SqlState};
+use crate::server::socket::Stream;
 use crate::shard::reader::{PageBackend, TimelineReader};
 
 impl<S, B> Conn<'_, S, B>
 where
-    S: AsyncRead + AsyncWrite + Unpin,
+    S: Stream,
     B: PageBackend,
 {
     /// Takes or prolongs a lease; see [`Command::Lease`].

@@ -56,9 +56,6 @@ pub(super) async fn handle<B: PageBackend>(
         Err(error) if error.kind() == Kind::Shutdown => Reply::Shutdown,
         Err(error) => {
             count(&counters.request_errors);
-            if error.kind() == Kind::Corrupt {
-                tracing::error!("page request failed: {error}");
-            }
             Reply::Answer(request, Answer::Error(error.to_string()))
         }
     }

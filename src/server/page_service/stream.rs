@@ -7,9 +7,9 @@
 use std::pin::pin;
 
 use bytes::Bytes;
+use futures_util::StreamExt;
 use futures_util::future::{Either, select};
 use futures_util::stream::FuturesOrdered;
-use futures_util::{AsyncRead, AsyncWrite, StreamExt};
 
 use super::request::{ANY_HEADER, Reply, handle};
 use super::{Conn, Fault, Wanted, shutdown};
@@ -21,11 +21,12 @@ use crate::server::page_protocol::{
     PAGE_BYTES, REPLY_OVERHEAD_BYTES_MAX, Version, encode_error, encode_response,
 };
 use crate::server::pq::{self, Message, SqlState};
+use crate::server::socket::Stream;
 use crate::shard::reader::{PageBackend, TimelineReader};
 
 impl<S, B> Conn<'_, S, B>
 where
-    S: AsyncRead + AsyncWrite + Unpin,
+    S: Stream,
     B: PageBackend,
 {
     /// Serves a page stream; false when the connection is over, true when the stream alone is.
