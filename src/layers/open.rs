@@ -21,6 +21,7 @@ use crate::base::raw_wal::RawWal;
 use crate::base::{Key, KeyRange, Lsn, LsnRange, Value};
 use crate::layers::frozen::FrozenLayer;
 use crate::layers::places::Places;
+use crate::layers::rows::Rows;
 use crate::layers::{Lookup, Newest, keep_newest};
 
 /// Memory that a key takes in the ordered table.
@@ -53,9 +54,9 @@ struct Version {
 /// Versions by key, in LSN order; several at one LSN stand in the order in which they came.
 #[derive(Debug)]
 pub(super) struct Versions {
-    versions: Vec<Version>,
+    versions: Rows<Version>,
     /// What is no WAL record.
-    values: Vec<Value>,
+    values: Rows<Value>,
     wal: RawWal,
     /// End of the last record that a version points to.
     wal_used: Lsn,
@@ -74,8 +75,8 @@ pub(super) struct Versions {
 impl Versions {
     fn new(wal: RawWal) -> Versions {
         Versions {
-            versions: Vec::new(),
-            values: Vec::new(),
+            versions: Rows::default(),
+            values: Rows::default(),
             wal,
             wal_used: Lsn::INVALID,
             relations: Places::default(),
@@ -97,8 +98,10 @@ impl Versions {
                 older
             }
         };
-        if let Some(Version { lsn: last, .. }) =
-            older.and_then(|older| self.versions.get(older as usize))
+        // What is above all others need not be compared with the one before.
+        if self.last.is_some_and(|last| lsn < last)
+            && let Some(Version { lsn: last, .. }) =
+                older.and_then(|older| self.versions.get(older as usize))
         {
             assert!(*last <= lsn, "{key:?}: a value at {lsn} came after one at {last}");
         }

@@ -14,6 +14,7 @@ use crate::base::{BlockNumber, Key, Lsn, RelNode, RelTag, SlruKind, SmallRecord,
 use crate::limits::REL_GAP_BLOCKS_MAX;
 use crate::redo::small::{heap_block_to_map_block, heap_block_to_map_byte, initialised_page};
 use crate::wal::change::{BlockChange, BlockValue, Change};
+use crate::wal::record::{BlockRef, Record};
 
 /// Value of a directory entry that exists.
 pub const EXISTS: Bytes = Bytes::from_static(b"r");
@@ -78,6 +79,21 @@ pub fn touched_forks(change: &Change, mut visit: impl FnMut(RelTag)) {
 }
 
 impl<S: Sink> Apply<'_, S> {
+    /// Carries out a record that does no more than change its blocks, if all of them are there. It
+    /// does what the [`Change`]s of the record do, on a shorter way. False if not all are there;
+    /// then nothing was done.
+    pub fn plain(&mut self, record: &Record<'_>) -> bool {
+        let is_there = |block: &BlockRef<'_>| block.block < self.sizes.blocks(block.rel);
+        if !record.blocks.iter().all(is_there) {
+            return false;
+        }
+        for block in &record.blocks {
+            let key = Key::rel_block(block.rel, block.block);
+            self.sink.put_record(key, self.lsn, block.replaces_page());
+        }
+        true
+    }
+
     /// Carries out one change. Changes of whole databases, of settings and of the checkpoint are
     /// not for here: ingest turns them into others, or keeps the state they need.
     pub fn change(&mut self, change: Change) -> Result<(), ApplyError> {

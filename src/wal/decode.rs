@@ -158,8 +158,46 @@ pub fn decode_into(
     end: Lsn,
     changes: &mut Vec<Change>,
 ) -> Result<(), DecodeError> {
-    let record = Record::parse(bytes).map_err(|error| DecodeError::Record { lsn: start, error })?;
-    let mut decoding = Decoding { start, end, record: &record, changes };
+    let mut record = Record::blank();
+    record.fill(bytes).map_err(|error| DecodeError::Record { lsn: start, error })?;
+    decode_record(&record, start, end, changes)
+}
+
+/// As [`decode_into`], unless the record [is plain](is_plain) and `take` takes it; then `changes`
+/// stays as it is. The record's checksum was checked.
+pub fn decode_or_take(
+    bytes: &[u8],
+    start: Lsn,
+    end: Lsn,
+    changes: &mut Vec<Change>,
+    take: impl FnOnce(&Record<'_>) -> bool,
+) -> Result<(), DecodeError> {
+    let mut record = Record::blank();
+    record.fill(bytes).map_err(|error| DecodeError::Record { lsn: start, error })?;
+    if is_plain(&record) && take(&record) {
+        return Ok(());
+    }
+    decode_record(&record, start, end, changes)
+}
+
+/// True for records that mean no more than that their transaction exists and their blocks change,
+/// provided that the blocks are there. That is most records; not of all kinds that are so.
+fn is_plain(record: &Record<'_>) -> bool {
+    match record.header.rmgr {
+        rmgr_id::HEAP => rmgr::heap::is_plain_heap(record),
+        rmgr_id::HEAP2 => rmgr::heap::is_plain_heap2(record),
+        rmgr_id::BTREE => true,
+        _ => false,
+    }
+}
+
+fn decode_record(
+    record: &Record<'_>,
+    start: Lsn,
+    end: Lsn,
+    changes: &mut Vec<Change>,
+) -> Result<(), DecodeError> {
+    let mut decoding = Decoding { start, end, record, changes };
     decoding.xid_seen(record.header.xid);
     match record.header.rmgr {
         rmgr_id::XLOG => rmgr::xlog::decode(&mut decoding),
