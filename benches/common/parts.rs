@@ -9,7 +9,7 @@ use pgstrata::layers::OpenLayer;
 use pgstrata::shard::apply::{Apply, Sink, touched_forks};
 use pgstrata::shard::sizes::Sizes;
 use pgstrata::wal::change::Change;
-use pgstrata::wal::decode::{decode_into, decode_or_take};
+use pgstrata::wal::decode::{decode_into, decode_or_take, page_in_record};
 use pgstrata::wal::page::WalLayout;
 use pgstrata::wal::stream::{Event, StreamRecord, WalStream};
 
@@ -30,6 +30,10 @@ impl Sink for OpenSink<'_> {
 
     fn put_record(&mut self, key: Key, lsn: Lsn, will_init: bool) {
         self.open.put_record(key, lsn, self.start, will_init);
+    }
+
+    fn put_page(&mut self, key: Key, lsn: Lsn) {
+        self.open.put_page(key, lsn, self.start, page_in_record);
     }
 }
 

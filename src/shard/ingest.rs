@@ -32,7 +32,7 @@ use crate::limits::INGEST_SLICE_RECORDS;
 use crate::wal::change::{Change, Parameters};
 use crate::wal::checkpoint::Checkpoint;
 use crate::wal::control_file;
-use crate::wal::decode::{DecodeError, decode_into, decode_or_take};
+use crate::wal::decode::{DecodeError, decode_into, decode_or_take, page_in_record};
 
 use crate::wal::stream::{Event, StreamRecord};
 
@@ -86,6 +86,11 @@ impl Sink for CountingSink<'_> {
 
     fn put_record(&mut self, key: Key, lsn: Lsn, will_init: bool) {
         self.open.put_record(key, lsn, self.start, will_init);
+        self.values += 1;
+    }
+
+    fn put_page(&mut self, key: Key, lsn: Lsn) {
+        self.open.put_page(key, lsn, self.start, page_in_record);
         self.values += 1;
     }
 }
