@@ -23,7 +23,7 @@ use pgstrata::redo::child::{ChildRedo, ChildSettings};
 use pgstrata::redo::excerpt::{excerpt, stored_form};
 use pgstrata::sim::{SimIo, SimOptions, SimWorld};
 use pgstrata::wal::change::{BlockValue, Change};
-use pgstrata::wal::decode::decode;
+use pgstrata::wal::decode::{decode, page_in_record};
 use pgstrata::wal::record::{BlockRef, Record};
 
 mod common;
@@ -60,6 +60,9 @@ fn ingest(wal: &Path, from: Lsn) -> std::sync::Arc<FrozenLayer> {
             let Change::Block(change) = change else { continue };
             let value = match change.value {
                 BlockValue::Page(page) => Value::Image(page),
+                BlockValue::PageInRecord => {
+                    Value::Image(page_in_record(&found.bytes, found.end).unwrap())
+                }
                 BlockValue::Record { will_init } => {
                     Value::WalRecord { will_init, record: found.bytes.clone() }
                 }

@@ -9,7 +9,7 @@ use pgstrata::layers::OpenLayer;
 use pgstrata::shard::apply::{Apply, Sink, touched_forks};
 use pgstrata::shard::sizes::Sizes;
 use pgstrata::wal::change::Change;
-use pgstrata::wal::decode::decode_into;
+use pgstrata::wal::decode::{decode_into, decode_or_take, page_in_record};
 use pgstrata::wal::page::WalLayout;
 use pgstrata::wal::stream::{Event, StreamRecord, WalStream};
 
@@ -31,6 +31,10 @@ impl Sink for OpenSink<'_> {
     fn put_record(&mut self, key: Key, lsn: Lsn, will_init: bool) {
         self.open.put_record(key, lsn, self.start, will_init);
     }
+
+    fn put_page(&mut self, key: Key, lsn: Lsn) {
+        self.open.put_page(key, lsn, self.start, page_in_record);
+    }
 }
 
 /// Cuts the WAL into records; `hold` gets the pieces first.
@@ -39,16 +43,17 @@ fn records<S>(
     wal: &Bytes,
     state: &mut S,
     hold: impl Fn(&mut S, Lsn, Bytes),
-    mut each: impl FnMut(&mut S, &StreamRecord) -> Result<()>,
+    mut each: impl FnMut(&mut S, &StreamRecord<&[u8]>) -> Result<()>,
 ) -> Result<()> {
     let layout = WalLayout { segment_bytes: SEGMENT, system_id: None };
     let mut stream = WalStream::new(from, layout)?;
     let mut at = 0;
     while at < wal.len() {
-        let mut piece = wal.slice(at..wal.len().min(at + CHUNK));
+        let piece = wal.slice(at..wal.len().min(at + CHUNK));
         hold(state, Lsn(from.0 + at as u64), piece.clone());
         at += piece.len();
-        while let Event::Record(record) = stream.next(&mut piece)? {
+        let mut rest = &piece[..];
+        while let Event::Record(record) = stream.next_slice(&mut rest)? {
             each(state, &record)?;
         }
     }
@@ -64,7 +69,11 @@ fn ingest(from: Lsn, wal: &Bytes) -> Result<u64> {
     };
     records(from, wal, &mut open, hold, |open, record| {
         changes.clear();
-        decode_into(&record.bytes, record.start, record.end, &mut changes)?;
+        let (start, end) = (record.start, record.end);
+        decode_or_take(record.bytes, start, end, &mut changes, |plain| {
+            let mut sink = OpenSink { open, start };
+            Apply { sink: &mut sink, sizes: &mut sizes, lsn: end, skipped: 0 }.plain(plain)
+        })?;
         for change in &changes {
             touched_forks(change, |rel| sizes.loaded(rel, None, from));
         }
@@ -121,7 +130,7 @@ pub fn print(from: Lsn, wal: &Bytes) -> Result<()> {
         let (mut count, mut changes) = (0u64, Vec::new());
         records(from, wal, &mut count, none, |count, record| {
             changes.clear();
-            decode_into(&record.bytes, record.start, record.end, &mut changes)?;
+            decode_into(record.bytes, record.start, record.end, &mut changes)?;
             *count += changes.len() as u64;
             Ok(())
         })?;

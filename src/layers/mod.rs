@@ -41,6 +41,7 @@ pub mod verify;
 
 mod file;
 mod places;
+mod rows;
 mod writer;
 
 #[cfg(test)]

@@ -7,7 +7,8 @@
 //! and are asked for by range.
 //!
 //! A WAL record is not copied: its version says where in the WAL it begins, and the layer holds the
-//! WAL itself, as it came in ([`RawWal`]). A record that several pages share is there once.
+//! WAL itself, as it came in ([`RawWal`]). A record that several pages share is there once. Nor is a
+//! page image that is all of a record: its version says the same, and how to make the page.
 //!
 //! Nothing here is on disk; the journal covers it. When it is large enough the owner
 //! [freezes](OpenLayer::freeze) it, and a background executor writes it out.
@@ -21,6 +22,7 @@ use crate::base::raw_wal::RawWal;
 use crate::base::{Key, KeyRange, Lsn, LsnRange, Value};
 use crate::layers::frozen::FrozenLayer;
 use crate::layers::places::Places;
+use crate::layers::rows::Rows;
 use crate::layers::{Lookup, Newest, keep_newest};
 
 /// Memory that a key takes in the ordered table.
@@ -29,6 +31,9 @@ const KEY_BYTES: usize = 2 * (size_of::<Key>() + size_of::<u32>());
 /// "There is no older version."
 const NONE: u32 = u32::MAX;
 
+/// Makes the page of a WAL record that carries one, from its bytes and the LSN of its change.
+pub type PageOf = fn(record: &[u8], lsn: Lsn) -> Option<Bytes>;
+
 /// Where the content of a version is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Content {
@@ -36,6 +41,8 @@ enum Content {
     Record,
     /// A WAL record that initialises the page.
     InitRecord,
+    /// The page that a WAL record carries; the place is the LSN where the record begins.
+    Page,
     /// One of the values; the place is its number.
     Value,
 }
@@ -53,10 +60,12 @@ struct Version {
 /// Versions by key, in LSN order; several at one LSN stand in the order in which they came.
 #[derive(Debug)]
 pub(super) struct Versions {
-    versions: Vec<Version>,
+    versions: Rows<Version>,
     /// What is no WAL record.
-    values: Vec<Value>,
+    values: Rows<Value>,
     wal: RawWal,
+    /// For [`Content::Page`].
+    page_of: Option<PageOf>,
     /// End of the last record that a version points to.
     wal_used: Lsn,
     /// Numbers of the newest versions of relation keys.
@@ -74,9 +83,10 @@ pub(super) struct Versions {
 impl Versions {
     fn new(wal: RawWal) -> Versions {
         Versions {
-            versions: Vec::new(),
-            values: Vec::new(),
+            versions: Rows::default(),
+            values: Rows::default(),
             wal,
+            page_of: None,
             wal_used: Lsn::INVALID,
             relations: Places::default(),
             others: BTreeMap::new(),
@@ -97,8 +107,10 @@ impl Versions {
                 older
             }
         };
-        if let Some(Version { lsn: last, .. }) =
-            older.and_then(|older| self.versions.get(older as usize))
+        // What is above all others need not be compared with the one before.
+        if self.last.is_some_and(|last| lsn < last)
+            && let Some(Version { lsn: last, .. }) =
+                older.and_then(|older| self.versions.get(older as usize))
         {
             assert!(*last <= lsn, "{key:?}: a value at {lsn} came after one at {last}");
         }
@@ -114,19 +126,18 @@ impl Versions {
         self.values.push(value);
     }
 
-    fn put_record(&mut self, key: Key, lsn: Lsn, start: Lsn, will_init: bool) {
+    fn put_of_wal(&mut self, key: Key, lsn: Lsn, start: Lsn, content: Content) {
         if self.wal_used < lsn {
             assert!(self.wal.holds(start, lsn), "the WAL of the record at {start} is not held");
             self.wal_used = lsn;
         }
-        let content = if will_init { Content::InitRecord } else { Content::Record };
         self.put(key, lsn, content, start.0);
     }
 
     fn is_base(&self, version: &Version) -> bool {
         match version.content {
             Content::Record => false,
-            Content::InitRecord => true,
+            Content::InitRecord | Content::Page => true,
             Content::Value => {
                 self.values.get(version.place as usize).is_some_and(|value| value.is_base())
             }
@@ -141,6 +152,10 @@ impl Versions {
         match version.content {
             Content::Record => Value::WalRecord { will_init: false, record: record() },
             Content::InitRecord => Value::WalRecord { will_init: true, record: record() },
+            Content::Page => {
+                let page = self.page_of.and_then(|page_of| page_of(&record(), version.lsn));
+                Value::Image(page.expect("whoever put the record knew that it carries a page"))
+            }
             Content::Value => {
                 let value = self.values.get(version.place as usize);
                 value.expect("a value comes together with its version").clone()
@@ -268,7 +283,19 @@ impl OpenLayer {
     /// As [`OpenLayer::put`], and if its WAL was not given to [`OpenLayer::hold_wal`].
     pub fn put_record(&mut self, key: Key, lsn: Lsn, start: Lsn, will_init: bool) {
         assert!(lsn >= self.start, "a value at {lsn} is below the open layer's {}", self.start);
-        self.versions.put_record(key, lsn, start, will_init);
+        let content = if will_init { Content::InitRecord } else { Content::Record };
+        self.versions.put_of_wal(key, lsn, start, content);
+    }
+
+    /// Adds the page that `page_of` makes of the WAL record `start..lsn` as a version of `key`. It
+    /// is made each time it is asked for, always by the function that came last.
+    ///
+    /// # Panics
+    /// As [`OpenLayer::put_record`]; reads panic if `page_of` gives no page.
+    pub fn put_page(&mut self, key: Key, lsn: Lsn, start: Lsn, page_of: PageOf) {
+        assert!(lsn >= self.start, "a value at {lsn} is below the open layer's {}", self.start);
+        self.versions.page_of = Some(page_of);
+        self.versions.put_of_wal(key, lsn, start, Content::Page);
     }
 
     /// Appends the values of `key` within `lsns` to `out`, newest first, up to and including the
@@ -366,6 +393,34 @@ mod tests {
             let same = same.chain((0..3).map(|n| record(n, false)));
             assert_eq!(values, same.collect::<Vec<_>>(), "{cut}");
         }
+    }
+
+    #[test]
+    fn a_page_is_made_of_the_record_that_carries_it() {
+        fn page_of(record: &[u8], lsn: Lsn) -> Option<Bytes> {
+            let mut page = record.get(4..12)?.to_vec();
+            page.extend_from_slice(&lsn.0.to_le_bytes());
+            Some(page.into())
+        }
+        let (records, wal) = three_records();
+        let from = records[0].0;
+        let mut layer = OpenLayer::new(Lsn(from.0 + 1), SEGMENT);
+        layer.hold_wal(from, Bytes::from(wal), from);
+        let before = layer.memory_bytes();
+        for (start, end, _) in &records {
+            layer.put_page(key(7), *end, *start, page_of);
+        }
+        assert!(layer.memory_bytes() >= before + 3 * 8000);
+        let page = |n: usize| {
+            let (_, end, record) = &records[n];
+            (*end, Value::Image(page_of(record, *end).unwrap()))
+        };
+        let mut found = Vec::new();
+        assert_eq!(layer.collect(key(7), &(Lsn(0)..Lsn::MAX), &mut found), Lookup::Complete);
+        assert_eq!(found, [page(2)]);
+        let frozen = layer.freeze(Lsn(records[2].1.0 + 1));
+        let values: Vec<_> = frozen.entries().map(|(_, lsn, value)| (lsn, value)).collect();
+        assert_eq!(values, [page(0), page(1), page(2)]);
     }
 
     #[test]

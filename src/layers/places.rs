@@ -14,6 +14,8 @@ use crate::base::Key;
 
 /// Blocks that share an array.
 const SLOTS: usize = 64;
+/// Arrays that are found without a search.
+const RECENT: usize = 16;
 /// "There is no such key."
 const NONE: u32 = u32::MAX;
 /// Memory that an array takes with its place in a table that is half full.
@@ -25,8 +27,14 @@ pub(super) struct Places {
     arrays: Vec<[u32; SLOTS]>,
     /// By key, with its number of the array in place of the block.
     numbers: HashMap<Key, u32, RandomState>,
-    /// The array that was asked for last.
-    last: Option<(Key, u32)>,
+    /// Of each of some relations, the array that was asked for last, at the place that
+    /// [`recent`] tells.
+    recent: [Option<(Key, u32)>; RECENT],
+}
+
+/// Place in `Places::recent` of the array with this key.
+fn recent(array: Key) -> usize {
+    array.field4.wrapping_add(u32::from(array.field5)) as usize % RECENT
 }
 
 /// The key of the array, and the place in it.
@@ -44,7 +52,8 @@ impl Places {
     /// Puts in a number below `u32::MAX` for a key; gives the one that was there before.
     pub(super) fn replace(&mut self, key: Key, place: u32) -> Option<u32> {
         let (array_key, slot) = split(key);
-        let number = match self.last {
+        let recent = &mut self.recent[recent(array_key)];
+        let number = match *recent {
             Some((last, number)) if last == array_key => number,
             _ => {
                 let next = self.arrays.len() as u32;
@@ -52,7 +61,7 @@ impl Places {
                 if number == next {
                     self.arrays.push([NONE; SLOTS]);
                 }
-                self.last = Some((array_key, number));
+                *recent = Some((array_key, number));
                 number
             }
         };

@@ -14,6 +14,7 @@ use crate::base::{BlockNumber, Key, Lsn, RelNode, RelTag, SlruKind, SmallRecord,
 use crate::limits::REL_GAP_BLOCKS_MAX;
 use crate::redo::small::{heap_block_to_map_block, heap_block_to_map_byte, initialised_page};
 use crate::wal::change::{BlockChange, BlockValue, Change};
+use crate::wal::record::{BlockRef, Record};
 
 /// Value of a directory entry that exists.
 pub const EXISTS: Bytes = Bytes::from_static(b"r");
@@ -26,6 +27,8 @@ pub trait Sink {
     fn put(&mut self, key: Key, lsn: Lsn, value: Value);
     /// Stores the record that is being carried out, which ends at `lsn`.
     fn put_record(&mut self, key: Key, lsn: Lsn, will_init: bool);
+    /// Stores the page that [`page_in_record`](crate::wal::decode::page_in_record) makes of it.
+    fn put_page(&mut self, key: Key, lsn: Lsn);
 }
 
 /// Why a change cannot be carried out.
@@ -78,6 +81,21 @@ pub fn touched_forks(change: &Change, mut visit: impl FnMut(RelTag)) {
 }
 
 impl<S: Sink> Apply<'_, S> {
+    /// Carries out a record that does no more than change its blocks, if all of them are there. It
+    /// does what the [`Change`]s of the record do, on a shorter way. False if not all are there;
+    /// then nothing was done.
+    pub fn plain(&mut self, record: &Record<'_>) -> bool {
+        let is_there = |block: &BlockRef<'_>| block.block < self.sizes.blocks(block.rel);
+        if !record.blocks.iter().all(is_there) {
+            return false;
+        }
+        for block in &record.blocks {
+            let key = Key::rel_block(block.rel, block.block);
+            self.sink.put_record(key, self.lsn, block.replaces_page());
+        }
+        true
+    }
+
     /// Carries out one change. Changes of whole databases, of settings and of the checkpoint are
     /// not for here: ingest turns them into others, or keeps the state they need.
     pub fn change(&mut self, change: Change) -> Result<(), ApplyError> {
@@ -194,6 +212,7 @@ impl<S: Sink> Apply<'_, S> {
         match value {
             BlockValue::Record { will_init } => self.sink.put_record(key, self.lsn, will_init),
             BlockValue::Page(page) => self.put(key, Value::Image(page)),
+            BlockValue::PageInRecord => self.sink.put_page(key, self.lsn),
         }
         Ok(())
     }
@@ -355,4 +374,101 @@ fn fsm_leaf(heap_block: BlockNumber) -> (BlockNumber, u32) {
     let leaf = heap_block / SLOTS;
     let pages: u32 = (0..DEPTH).map(|level| leaf / SLOTS.pow(level) + 1).sum();
     (pages - 1, heap_block % SLOTS)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::wal::decode::{decode_into, decode_or_take};
+    use crate::wal::record::rmgr_id;
+
+    #[derive(Default, PartialEq, Debug)]
+    struct Collected(Vec<(Key, Lsn, Option<Value>, bool)>);
+
+    impl Sink for Collected {
+        fn put(&mut self, key: Key, lsn: Lsn, value: Value) {
+            self.0.push((key, lsn, Some(value), false));
+        }
+
+        fn put_record(&mut self, key: Key, lsn: Lsn, will_init: bool) {
+            self.0.push((key, lsn, None, will_init));
+        }
+
+        fn put_page(&mut self, key: Key, lsn: Lsn) {
+            self.0.push((key, lsn, None, true));
+        }
+    }
+
+    fn rel(number: u32) -> RelTag {
+        RelNode { spc: 1663, db: 5, rel: number }.fork(FORK_MAIN)
+    }
+
+    fn sizes() -> Sizes {
+        let mut sizes = Sizes::default();
+        sizes.loaded(rel(1), Some(10), Lsn(1));
+        sizes.loaded(rel(2), None, Lsn(1));
+        sizes.loaded(RelTag { fork: FORK_VM, ..rel(1) }, Some(1), Lsn(1));
+        sizes
+    }
+
+    /// A record of these blocks, with flags in every place of the main data where they may stand.
+    fn record(rmgr: u8, info: u8, blocks: &[(u32, u32, u8)], flags: u8) -> Vec<u8> {
+        let mut bytes = vec![0; 24];
+        bytes[4..8].copy_from_slice(&700u32.to_le_bytes());
+        (bytes[16], bytes[17]) = (info, rmgr);
+        for (id, (number, block, block_flags)) in blocks.iter().enumerate() {
+            bytes.extend_from_slice(&[id as u8, *block_flags, 0, 0]);
+            for field in [1663, 5, *number, *block] {
+                bytes.extend_from_slice(&field.to_le_bytes());
+            }
+        }
+        bytes.extend_from_slice(&[255, 16]);
+        bytes.extend_from_slice(&[flags; 16]);
+        let len = bytes.len() as u32;
+        bytes[..4].copy_from_slice(&len.to_le_bytes());
+        bytes
+    }
+
+    /// Whatever goes the short way leaves the same behind as by its changes, and nothing goes it
+    /// that touches what is not there.
+    #[test]
+    fn the_short_way_does_what_the_changes_do() {
+        const WILL_INIT: u8 = 0x40;
+        let (start, end) = (Lsn(0x1000), Lsn(0x1100));
+        let (mut taken, mut left) = (0, 0);
+        for rmgr in [rmgr_id::HEAP, rmgr_id::HEAP2, rmgr_id::BTREE, rmgr_id::GIN, rmgr_id::XACT] {
+            for (case, info) in
+                (0..=0x70u8).step_by(0x10).flat_map(|i| (0..24u32).map(move |c| (c, i)))
+            {
+                let flags = [0, 1, 2, 4][case as usize % 4];
+                let first = (1, [3, 9, 10][case as usize / 4 % 3], 0);
+                let second = (1 + case / 12, 4, WILL_INIT * (case % 2) as u8);
+                let bytes = record(rmgr, info, &[first, second], flags);
+                let mut short = (Collected::default(), sizes(), Vec::new(), false);
+                let decoded = decode_or_take(&bytes, start, end, &mut short.2, |record| {
+                    let (sink, sizes) = (&mut short.0, &mut short.1);
+                    short.3 = Apply { sink, sizes, lsn: end, skipped: 0 }.plain(record);
+                    short.3
+                });
+                let (mut sink, mut sizes, mut changes) =
+                    (Collected::default(), sizes(), Vec::new());
+                assert_eq!(decode_into(&bytes, start, end, &mut changes), decoded);
+                if !short.3 {
+                    assert_eq!((short.0, short.2), (Collected::default(), changes));
+                    left += 1;
+                    continue;
+                }
+                let mut apply = Apply { sink: &mut sink, sizes: &mut sizes, lsn: end, skipped: 0 };
+                for change in changes {
+                    if !matches!(change, Change::Checkpoint(_)) {
+                        apply.change(change).unwrap();
+                    }
+                }
+                assert_eq!((apply.skipped, &sink), (0, &short.0), "{rmgr} {info:02X} {case}");
+                assert!(short.2.is_empty());
+                taken += 1;
+            }
+        }
+        assert!(taken > 100 && left > 100, "{taken} {left}");
+    }
 }

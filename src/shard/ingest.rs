@@ -7,6 +7,8 @@
 //! 3. [`Apply`] carries the changes out in the open layer, in one synchronous step;
 //! 4. `last_record_lsn` moves, and readers that wait for it wake up.
 //!
+//! A record that only changes blocks that are there, as most do, goes into the open layer directly.
+//!
 //! Records for which nothing waits are taken in by the slice: the steps of all of them run without
 //! a pause, and the last step once for all.
 //!
@@ -21,14 +23,17 @@ use super::follow::TakeInError;
 use super::get_page::zero_page;
 use super::lsns::Advance;
 use super::reader::ReadError;
+use super::sizes::Sizes;
 use super::timeline::{Mutable, Timeline};
 use crate::base::{Key, Kind, Lsn, RelTag, SlruKind, Value};
 use crate::io::Io;
 use crate::layers::OpenLayer;
 use crate::limits::INGEST_SLICE_RECORDS;
 use crate::wal::change::{Change, Parameters};
+use crate::wal::checkpoint::Checkpoint;
 use crate::wal::control_file;
-use crate::wal::decode::{DecodeError, decode_into};
+use crate::wal::decode::{DecodeError, decode_into, decode_or_take, page_in_record};
+
 use crate::wal::stream::{Event, StreamRecord};
 
 /// Why a record could not be ingested. Ingest of the timeline stops; nothing is skipped.
@@ -83,6 +88,11 @@ impl Sink for CountingSink<'_> {
         self.open.put_record(key, lsn, self.start, will_init);
         self.values += 1;
     }
+
+    fn put_page(&mut self, key: Key, lsn: Lsn) {
+        self.open.put_page(key, lsn, self.start, page_in_record);
+        self.values += 1;
+    }
 }
 
 /// Where a record stands: its start, and the LSN of its changes.
@@ -110,21 +120,19 @@ enum SliceEnd {
     NeedInput,
 }
 
-impl<I: Io> Mutable<I> {
-    /// True when [`Mutable::apply`] can carry out these changes without anything being read.
-    fn is_ready_for(&self, changes: &[Change]) -> bool {
-        changes.iter().all(|change| match change {
-            Change::DatabaseCopy { .. } | Change::DatabaseDrop { .. } | Change::Parameters(_) => {
-                false
-            }
-            other => {
-                let mut known = true;
-                touched_forks(other, |rel| known &= self.sizes.rel(rel).is_some());
-                known
-            }
-        })
-    }
+/// True when [`Mutable::apply`] can carry out these changes without anything being read.
+fn is_ready_for(sizes: &Sizes, changes: &[Change]) -> bool {
+    changes.iter().all(|change| match change {
+        Change::DatabaseCopy { .. } | Change::DatabaseDrop { .. } | Change::Parameters(_) => false,
+        other => {
+            let mut known = true;
+            touched_forks(other, |rel| known &= sizes.rel(rel).is_some());
+            known
+        }
+    })
+}
 
+impl<I: Io> Mutable<I> {
     /// Carries out changes of the record at `place`.
     fn apply(
         &mut self,
@@ -167,10 +175,11 @@ impl<I: Io> Timeline<I> {
 
     /// Ingests every record that is whole with `bytes`, which continue what was given before and
     /// were given to [`Timeline::hold`].
-    pub(super) async fn ingest_bytes(&self, mut bytes: Bytes) -> Result<(), TakeInError> {
+    pub(super) async fn ingest_bytes(&self, bytes: Bytes) -> Result<(), TakeInError> {
         self.freeze_if_old();
+        let mut rest = &bytes[..];
         loop {
-            match self.ingest_slice(&mut bytes)? {
+            match self.ingest_slice(&mut rest)? {
                 SliceEnd::NeedInput => {
                     self.note_memory();
                     return Ok(());
@@ -187,7 +196,7 @@ impl<I: Io> Timeline<I> {
     }
 
     /// Ingests records for which nothing waits, up to the end of the slice.
-    fn ingest_slice(&self, bytes: &mut Bytes) -> Result<SliceEnd, TakeInError> {
+    fn ingest_slice(&self, bytes: &mut &[u8]) -> Result<SliceEnd, TakeInError> {
         let limit = self.context.config.get().checkpoint_distance_bytes;
         // The list is kept from slice to slice, for its memory.
         let mut changes = self.changes.take();
@@ -224,23 +233,36 @@ impl<I: Io> Timeline<I> {
     fn ingest_next(
         &self,
         mutable: &mut Mutable<I>,
-        bytes: &mut Bytes,
+        bytes: &mut &[u8],
         changes: &mut Vec<Change>,
         done: &mut Done,
     ) -> Result<Result<Lsn, SliceEnd>, TakeInError> {
-        let record = match mutable.wal.next(bytes)? {
+        let Mutable { wal, open, sizes, checkpoint, .. } = mutable;
+        let StreamRecord { start, end, bytes: record } = match wal.next_slice(bytes)? {
             Event::Record(record) => record,
             Event::NeedInput => return Ok(Err(SliceEnd::NeedInput)),
             Event::EndOfWal => {
-                let at = mutable.wal.boundary();
+                let at = wal.boundary();
                 return Err(TakeInError::Zeros { at });
             }
         };
-        let StreamRecord { start, end, .. } = record;
-        decode_into(&record.bytes, start, end, changes)
-            .map_err(|cause| IngestError::Decode { start, cause })?;
-        if !mutable.is_ready_for(changes) {
-            return Ok(Err(SliceEnd::Wait(record)));
+        let mut taken = false;
+        decode_or_take(record, start, end, changes, |plain| {
+            let mut sink = CountingSink { open, start, values: 0 };
+            let mut apply = Apply { sink: &mut sink, sizes, lsn: end, skipped: 0 };
+            let knows = |known: &Checkpoint| known.is_past(plain.header.xid);
+            taken = checkpoint.as_ref().is_some_and(knows) && apply.plain(plain);
+            done.values += sink.values;
+            taken
+        })
+        .map_err(|cause| IngestError::Decode { start, cause })?;
+        if taken {
+            done.records += 1;
+            return Ok(Ok(end));
+        }
+        if !is_ready_for(sizes, changes) {
+            let bytes = Bytes::copy_from_slice(record);
+            return Ok(Err(SliceEnd::Wait(StreamRecord { start, end, bytes })));
         }
         self.history.note_commits(end, changes);
         mutable.apply(Place { start, end }, changes.drain(..), done).map_err(IngestError::Apply)?;

@@ -24,7 +24,7 @@ pub struct RelSize {
 }
 
 /// Forks that are found without a search: a record touches few, and the next ones the same.
-const RECENT: usize = 8;
+const RECENT: usize = 32;
 
 /// See the module's text.
 #[derive(Default)]

@@ -153,6 +153,9 @@ pub enum BlockValue {
     },
     /// A page image.
     Page(Bytes),
+    /// The image of the only block of the record, made when it is asked for
+    /// ([`super::decode::page_in_record`], which succeeds).
+    PageInRecord,
 }
 
 /// The settings that `pg_control` records (`xl_parameter_change`).

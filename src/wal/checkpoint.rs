@@ -150,12 +150,18 @@ impl Checkpoint {
         *self != before
     }
 
+    /// `nextXid` lies after this transaction already, or it is none.
+    pub fn is_past(&self, xid: u32) -> bool {
+        let ahead = xid.wrapping_sub(self.next_xid as u32);
+        xid < FIRST_NORMAL_XID || (ahead as i32) < 0
+    }
+
     /// `nextXid` lies after this transaction (`AdvanceNextFullTransactionIdPastXid`); rounded up.
     fn advance_xid(&mut self, xid: u32) {
-        let ahead = xid.wrapping_sub(self.next_xid as u32);
-        if xid < FIRST_NORMAL_XID || (ahead as i32) < 0 {
+        if self.is_past(xid) {
             return;
         }
+        let ahead = xid.wrapping_sub(self.next_xid as u32);
         let exact = past_special(self.next_xid.saturating_add(u64::from(ahead) + 1));
         let rounded = exact.checked_next_multiple_of(XID_STEP).unwrap_or(exact);
         // Rounding up must not enter the next epoch: its first pg_xact page comes into being only

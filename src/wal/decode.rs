@@ -11,7 +11,7 @@
 use bytes::Bytes;
 
 use super::change::{BlockChange, BlockValue, Change, CheckpointChange};
-use super::image::ImageError;
+use super::image::{BlockImage, ImageError};
 use super::record::{BlockRef, Record, RecordError, rmgr_id};
 use super::rmgr;
 use crate::base::page::{page_is_new, set_page_lsn};
@@ -128,17 +128,17 @@ impl Decoding<'_, '_> {
         let Some(image) = block.applied_image() else {
             return Err(self.malformed("a block of a full-page image record has no image"));
         };
-        let mut page = image.restore_bytes().map_err(|error| DecodeError::Image {
+        if self.record.blocks.len() == 1 && image.is_whole() {
+            self.push_block(block, BlockValue::PageInRecord, true);
+            return Ok(());
+        }
+        let page = restore(image, self.end).map_err(|error| DecodeError::Image {
             lsn: self.start,
             rel: block.rel,
             block: block.block,
             error,
         })?;
-        // A new page has no header yet; an LSN in it would make it look like a damaged one.
-        if !page_is_new(&page) {
-            set_page_lsn(&mut page, self.end);
-        }
-        self.push_block(block, BlockValue::Page(Bytes::from(page)), true);
+        self.push_block(block, BlockValue::Page(page), true);
         Ok(())
     }
 
@@ -146,6 +146,22 @@ impl Decoding<'_, '_> {
         let (rel, block) = (block.rel, block.block);
         self.push(Change::Block(BlockChange { rel, block, value, extends }));
     }
+}
+
+/// The page of an image, with the LSN of its record.
+fn restore(image: &BlockImage<'_>, lsn: Lsn) -> Result<Bytes, ImageError> {
+    let mut page = image.restore_bytes()?;
+    // A new page has no header yet; an LSN in it would make it look like a damaged one.
+    if !page_is_new(&page) {
+        set_page_lsn(&mut page, lsn);
+    }
+    Ok(Bytes::from(page))
+}
+
+/// The page of which a record, which ends at `lsn`, was decoded as [`BlockValue::PageInRecord`].
+pub fn page_in_record(record: &[u8], lsn: Lsn) -> Option<Bytes> {
+    let record = Record::parse(record).ok()?;
+    restore(record.blocks.first()?.applied_image()?, lsn).ok()
 }
 
 /// Decodes the record that stands at `start..end` and appends its changes to `changes`, in the
@@ -158,8 +174,46 @@ pub fn decode_into(
     end: Lsn,
     changes: &mut Vec<Change>,
 ) -> Result<(), DecodeError> {
-    let record = Record::parse(bytes).map_err(|error| DecodeError::Record { lsn: start, error })?;
-    let mut decoding = Decoding { start, end, record: &record, changes };
+    let mut record = Record::blank();
+    record.fill(bytes).map_err(|error| DecodeError::Record { lsn: start, error })?;
+    decode_record(&record, start, end, changes)
+}
+
+/// As [`decode_into`], unless the record [is plain](is_plain) and `take` takes it; then `changes`
+/// stays as it is. The record's checksum was checked.
+pub fn decode_or_take(
+    bytes: &[u8],
+    start: Lsn,
+    end: Lsn,
+    changes: &mut Vec<Change>,
+    take: impl FnOnce(&Record<'_>) -> bool,
+) -> Result<(), DecodeError> {
+    let mut record = Record::blank();
+    record.fill(bytes).map_err(|error| DecodeError::Record { lsn: start, error })?;
+    if is_plain(&record) && take(&record) {
+        return Ok(());
+    }
+    decode_record(&record, start, end, changes)
+}
+
+/// True for records that mean no more than that their transaction exists and their blocks change,
+/// provided that the blocks are there. That is most records; not of all kinds that are so.
+fn is_plain(record: &Record<'_>) -> bool {
+    match record.header.rmgr {
+        rmgr_id::HEAP => rmgr::heap::is_plain_heap(record),
+        rmgr_id::HEAP2 => rmgr::heap::is_plain_heap2(record),
+        rmgr_id::BTREE => true,
+        _ => false,
+    }
+}
+
+fn decode_record(
+    record: &Record<'_>,
+    start: Lsn,
+    end: Lsn,
+    changes: &mut Vec<Change>,
+) -> Result<(), DecodeError> {
+    let mut decoding = Decoding { start, end, record, changes };
     decoding.xid_seen(record.header.xid);
     match record.header.rmgr {
         rmgr_id::XLOG => rmgr::xlog::decode(&mut decoding),
@@ -186,4 +240,55 @@ pub fn decode(bytes: &Bytes, start: Lsn, end: Lsn) -> Result<Vec<Change>, Decode
     let mut changes = Vec::new();
     decode_into(bytes, start, end, &mut changes)?;
     Ok(changes)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::base::page::PAGE_SIZE;
+
+    /// An `XLOG_FPI` of pages with a hole of 1,000 bytes.
+    fn page_images(count: u8, fill: u8) -> Vec<u8> {
+        let (hole_offset, image_len) = (100u16, PAGE_SIZE as u16 - 1000);
+        let mut bytes = vec![0; 24];
+        bytes[16] = 0xB0;
+        for id in 0..count {
+            // An image and no data; the image is to be applied and has a hole.
+            bytes.extend_from_slice(&[id, 0x10, 0, 0]);
+            bytes.extend_from_slice(&image_len.to_le_bytes());
+            bytes.extend_from_slice(&hole_offset.to_le_bytes());
+            bytes.push(3);
+            for field in [1663u32, 5, 16384, u32::from(id)] {
+                bytes.extend_from_slice(&field.to_le_bytes());
+            }
+        }
+        bytes.extend(std::iter::repeat_n(fill, usize::from(count) * usize::from(image_len)));
+        let len = bytes.len() as u32;
+        bytes[..4].copy_from_slice(&len.to_le_bytes());
+        bytes
+    }
+
+    fn values(bytes: &[u8]) -> Vec<BlockValue> {
+        let changes = decode(&Bytes::copy_from_slice(bytes), Lsn(64), Lsn(0x1_0000_0080)).unwrap();
+        let value = |change| match change {
+            Change::Block(block) => block.value,
+            other => panic!("{other:?}"),
+        };
+        changes.into_iter().map(value).collect()
+    }
+
+    #[test]
+    fn an_only_page_stays_in_its_record_and_is_the_same_page() {
+        let (one, two) = (page_images(1, 7), page_images(2, 7));
+        assert_eq!(values(&one), [BlockValue::PageInRecord]);
+        let page = page_in_record(&one, Lsn(0x1_0000_0080)).unwrap();
+        let mut expected = [vec![7; 100], vec![0; 1000], vec![7; PAGE_SIZE - 1100]].concat();
+        expected[..8].copy_from_slice(&[1, 0, 0, 0, 0x80, 0, 0, 0]);
+        assert_eq!(page, expected);
+        assert_eq!(values(&two), [BlockValue::Page(page.clone()), BlockValue::Page(page)]);
+        // A page of zeros stays one.
+        let page = page_in_record(&page_images(1, 0), Lsn(0x80)).unwrap();
+        assert!(page.iter().all(|byte| *byte == 0));
+        assert_eq!(page_in_record(&one[..one.len() - 1], Lsn(0x80)), None);
+    }
 }

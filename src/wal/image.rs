@@ -113,6 +113,14 @@ impl<'a> BlockImage<'a> {
         self.header.info & APPLY != 0
     }
 
+    /// The image is not compressed and has the bytes that it should have: it can be restored.
+    pub(crate) fn is_whole(&self) -> bool {
+        let hole_offset = usize::from(self.header.hole_offset);
+        !self.header.compressed()
+            && hole_offset <= self.bytes.len()
+            && self.bytes.len() + usize::from(self.header.hole_len) == PAGE_SIZE
+    }
+
     /// The page, with the hole filled with zeros. Its LSN is what it was before the record.
     pub fn restore(&self) -> Result<Box<Page>, ImageError> {
         let mut page = Box::new([0u8; PAGE_SIZE]);

@@ -178,6 +178,12 @@ impl RecordHeader {
         Ok(header)
     }
 
+    /// Checks the checksum of the whole record that has this header.
+    pub fn check_crc(&self, record: &[u8]) -> Result<(), RecordError> {
+        let (expected, found) = (self.crc, checksum(record));
+        if found == expected { Ok(()) } else { Err(RecordError::Crc { found, expected }) }
+    }
+
     /// The operation: the part of `xl_info` that belongs to the resource manager.
     pub fn operation(&self) -> u8 {
         self.info & 0xF0
@@ -195,9 +201,7 @@ pub fn check_len(len: u32) -> Result<(), RecordError> {
 
 /// Checks the checksum of a whole record.
 pub fn check_crc(record: &[u8]) -> Result<(), RecordError> {
-    let expected = RecordHeader::parse(record)?.crc;
-    let found = checksum(record);
-    if found == expected { Ok(()) } else { Err(RecordError::Crc { found, expected }) }
+    RecordHeader::parse(record)?.check_crc(record)
 }
 
 /// The checksum that a record has to have; 0 for bytes shorter than a header.
@@ -248,6 +252,7 @@ pub struct Blocks<'a> {
 }
 
 impl<'a> Blocks<'a> {
+    #[inline]
     fn new() -> Self {
         const NODE: RelNode = RelNode { spc: 0, db: 0, rel: 0 };
         let rel = RelTag { node: NODE, fork: 0 };
@@ -320,17 +325,29 @@ impl<'a> Record<'a> {
     /// Takes a record apart. The checksum is not looked at: [`check_crc`] does that, once, when
     /// the record comes in.
     pub fn parse(bytes: &'a [u8]) -> Result<Record<'a>, RecordError> {
-        let header = RecordHeader::parse(bytes)?;
-        if header.tot_len as usize != bytes.len() {
-            return Err(RecordError::Cut { found: bytes.len(), expected: header.tot_len });
+        let mut record = Record::blank();
+        record.fill(bytes)?;
+        Ok(record)
+    }
+
+    /// A record for [`Record::fill`], which spares those who take in many the moving about.
+    #[inline]
+    pub(super) fn blank() -> Record<'a> {
+        let prev = Lsn::INVALID;
+        let header = RecordHeader { tot_len: 0, xid: 0, prev, info: 0, rmgr: 0, crc: 0 };
+        Record { header, blocks: Blocks::new(), main_data: &[], origin: 0, toplevel_xid: 0 }
+    }
+
+    /// As [`Record::parse`], into a blank record.
+    pub(super) fn fill(&mut self, bytes: &'a [u8]) -> Result<(), RecordError> {
+        self.header = RecordHeader::parse(bytes)?;
+        if self.header.tot_len as usize != bytes.len() {
+            return Err(RecordError::Cut { found: bytes.len(), expected: self.header.tot_len });
         }
-        let mut record =
-            Record { header, blocks: Blocks::new(), main_data: &[], origin: 0, toplevel_xid: 0 };
         let mut rest = Reader::new(bytes.get(HEADER..).unwrap_or_default());
         let mut lengths = [Lengths::default(); BLOCK_ID_MAX as usize + 1];
-        let main_len = record.parse_headers(&mut rest, &mut lengths)?;
-        record.take_data(rest, &lengths, main_len)?;
-        Ok(record)
+        let main_len = self.parse_headers(&mut rest, &mut lengths)?;
+        self.take_data(rest, &lengths, main_len)
     }
 
     /// Reads all headers; gives the length of the main data.

@@ -18,24 +18,26 @@
 //! zeros (a segment file that is not full) gives [`Event::EndOfWal`]; anything else that does not
 //! fit is an error, after which the stream gives only that error.
 
-use bytes::{Buf, Bytes, BytesMut};
+use bytes::{Buf, Bytes};
 
 use super::page::{LONG_HEADER, PageError, PageHeader, WalLayout};
-use super::record::{self, RecordError, RecordHeader, rmgr_id};
+use super::record::{self, RecordHeader, rmgr_id};
 use super::rmgr::xlog::{XLOG_OVERWRITE_CONTRECORD, XLOG_SWITCH};
+use crate::base::Lsn;
 use crate::base::lsn::WAL_PAGE_SIZE;
-use crate::base::{Kind, Lsn};
 use crate::limits::WAL_RECORD_RESERVE_BYTES;
 
-/// A record and where it stands.
+pub use error::StreamError;
+
+/// A record and where it stands; its bytes are `Bytes` or a slice.
 #[derive(Clone, PartialEq, Eq, Debug)]
-pub struct StreamRecord {
+pub struct StreamRecord<B = Bytes> {
     /// Position of its first byte (`ReadRecPtr`).
     pub start: Lsn,
     /// Position after it (`EndRecPtr`): the LSN of its changes.
     pub end: Lsn,
     /// The whole record, `xl_tot_len` bytes, checksum verified.
-    pub bytes: Bytes,
+    pub bytes: B,
 }
 
 /// Bytes that a stream takes from the front of. A record that lies whole in [`Bytes`] is given out
@@ -57,11 +59,11 @@ impl Input for &[u8] {
     }
 }
 
-/// What [`WalStream::next`] found.
+/// What [`WalStream::next`] and [`WalStream::next_slice`] found.
 #[derive(Clone, PartialEq, Eq, Debug)]
-pub enum Event {
+pub enum Event<B = Bytes> {
     /// A record.
-    Record(StreamRecord),
+    Record(StreamRecord<B>),
     /// The input is used up.
     NeedInput,
     /// Where a record or a page should begin there are zeros. The stream went back to where the
@@ -70,95 +72,12 @@ pub enum Event {
     EndOfWal,
 }
 
-/// Why the WAL cannot be read on.
-#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-pub enum StreamError {
-    /// The start position cannot be that of a record.
-    #[error("WAL cannot be read from {lsn}: records start at multiples of 8, not in page headers")]
-    Start {
-        /// The position.
-        lsn: Lsn,
-    },
-    /// The segment size is impossible.
-    #[error("{bytes} bytes is no WAL segment size; it is a power of two from 1 MiB to 1 GiB")]
-    SegmentSize {
-        /// The size.
-        bytes: u64,
-    },
-    /// A page header is bad.
-    #[error(transparent)]
-    Page(#[from] PageError),
-    /// The PostgreSQL timeline goes back.
-    #[error("the WAL page at {page} is of timeline {found}, after one of timeline {before}")]
-    Timeline {
-        /// The page.
-        page: Lsn,
-        /// Its timeline.
-        found: u32,
-        /// The highest timeline before.
-        before: u32,
-    },
-    /// A record is bad.
-    #[error("the WAL record at {lsn} is damaged: {error}")]
-    Record {
-        /// Start of the record.
-        lsn: Lsn,
-        /// What is wrong.
-        error: RecordError,
-    },
-    /// A record does not follow the one before.
-    #[error("the WAL record at {lsn} follows one at {found}, but the one before is at {expected}")]
-    Previous {
-        /// Start of the record.
-        lsn: Lsn,
-        /// Its `xl_prev`.
-        found: Lsn,
-        /// Start of the record before; the record itself where the one before is not known.
-        expected: Lsn,
-    },
-    /// The page where a record should go on says something else.
-    #[error(
-        "the WAL record at {lsn} has {missing} bytes left at {page}, but the page says {rem_len}"
-    )]
-    Continuation {
-        /// Start of the record.
-        lsn: Lsn,
-        /// The page where it should go on.
-        page: Lsn,
-        /// Bytes that the record still lacks.
-        missing: u64,
-        /// What the page header says; 0 if it says that no record goes on.
-        rem_len: u32,
-    },
-    /// A page starts with the rest of a record although none is open.
-    #[error("the WAL page at {page} starts with the rest of a record, but none was begun")]
-    Orphan {
-        /// The page.
-        page: Lsn,
-    },
-    /// `XLOG_OVERWRITE_CONTRECORD` names another record than the one given up.
-    #[error(
-        "the WAL record at {lsn} takes the place of one at {found}, but that was at {expected}"
-    )]
-    Overwrite {
-        /// Start of the record.
-        lsn: Lsn,
-        /// The record that it names.
-        found: Lsn,
-        /// The record that was given up.
-        expected: Lsn,
-    },
-}
-
-impl StreamError {
-    /// What a caller can do.
-    pub fn kind(&self) -> Kind {
-        match self {
-            StreamError::Start { .. } | StreamError::SegmentSize { .. } => Kind::Invalid,
-            StreamError::Page(error) => error.kind(),
-            _ => Kind::Corrupt,
-        }
-    }
+/// Where the bytes of a record are.
+enum Place {
+    /// In the input, `len` bytes; so much of the input was left where it begins.
+    Input { left: usize, len: usize },
+    /// In `WalStream::record`.
+    Collected,
 }
 
 /// What the next bytes are.
@@ -171,8 +90,8 @@ enum State {
         /// Bytes left, padding included.
         bytes: u64,
     },
-    /// The rest of a segment after `XLOG_SWITCH`, which is given out behind it.
-    Switched(Bytes),
+    /// The rest of a segment after `XLOG_SWITCH`, which was collected and is given out behind it.
+    Switched,
     /// Nothing: WAL is bad.
     Failed(StreamError),
 }
@@ -194,9 +113,10 @@ pub struct WalStream {
     page_header: Vec<u8>,
     /// Start of the record that is being collected.
     start: Lsn,
-    /// Bytes of the record that is being collected, without padding. Its memory is used again
-    /// where the record was let go of.
-    record: BytesMut,
+    /// Bytes of the record that is being collected, without padding, or of the last one that was.
+    record: Vec<u8>,
+    /// The record was given out.
+    is_given: bool,
     /// Length of the record with padding, once it is known, else 0.
     target: u64,
     /// Bytes taken of `target`.
@@ -229,7 +149,8 @@ impl WalStream {
             timeline: 0,
             page_header: Vec::with_capacity(LONG_HEADER),
             start,
-            record: BytesMut::new(),
+            record: Vec::new(),
+            is_given: false,
             target: 0,
             taken: 0,
             overwritten: None,
@@ -266,6 +187,59 @@ impl WalStream {
     /// [`WalStream::position`], up to the end of the next record or of the input.
     #[allow(clippy::should_implement_trait, reason = "it is no iterator: it takes input")]
     pub fn next(&mut self, input: &mut impl Input) -> Result<Event, StreamError> {
+        let whole = input.chunk();
+        let mut rest = whole;
+        let found = self.step(&mut rest)?;
+        let (before, used) = (whole.len(), whole.len() - rest.len());
+        Ok(match found {
+            Event::Record(StreamRecord { start, end, bytes: Place::Input { left, len } }) => {
+                let skipped = before.saturating_sub(left);
+                input.advance(skipped);
+                let bytes = input.share(len);
+                input.advance(used.saturating_sub(skipped + len));
+                Event::Record(StreamRecord { start, end, bytes })
+            }
+            Event::Record(StreamRecord { start, end, bytes: Place::Collected }) => {
+                input.advance(used);
+                let bytes = match self.record.len() <= WAL_RECORD_RESERVE_BYTES {
+                    true => Bytes::copy_from_slice(&self.record),
+                    false => Bytes::from(std::mem::take(&mut self.record)),
+                };
+                Event::Record(StreamRecord { start, end, bytes })
+            }
+            Event::NeedInput => {
+                input.advance(used);
+                Event::NeedInput
+            }
+            Event::EndOfWal => Event::EndOfWal,
+        })
+    }
+
+    /// As [`WalStream::next`], but nothing is kept of the record, nor copied unless it lies on
+    /// several pages or in several inputs.
+    pub fn next_slice<'a, 'i: 'a>(
+        &'a mut self,
+        input: &mut &'i [u8],
+    ) -> Result<Event<&'a [u8]>, StreamError> {
+        let whole = *input;
+        Ok(match self.step(input)? {
+            Event::Record(StreamRecord { start, end, bytes }) => {
+                let bytes = match bytes {
+                    Place::Input { left, len } => {
+                        let at = whole.len().saturating_sub(left);
+                        whole.get(at..).and_then(|rest| rest.get(..len)).unwrap_or_default()
+                    }
+                    Place::Collected => &self.record,
+                };
+                Event::Record(StreamRecord { start, end, bytes })
+            }
+            Event::NeedInput => Event::NeedInput,
+            Event::EndOfWal => Event::EndOfWal,
+        })
+    }
+
+    fn step(&mut self, input: &mut &[u8]) -> Result<Event<Place>, StreamError> {
+        self.forget_given();
         match self.advance(input) {
             Ok(event) => Ok(event),
             Err(error) => {
@@ -275,28 +249,29 @@ impl WalStream {
         }
     }
 
-    fn advance(&mut self, input: &mut impl Input) -> Result<Event, StreamError> {
+    /// The memory of a record that was given out is for the next one, unless it is a large one's.
+    fn forget_given(&mut self) {
+        if std::mem::take(&mut self.is_given) {
+            self.record.clear();
+            if self.record.capacity() > 2 * WAL_RECORD_RESERVE_BYTES {
+                self.record = Vec::new();
+            }
+        }
+    }
+
+    fn advance(&mut self, input: &mut &[u8]) -> Result<Event<Place>, StreamError> {
         loop {
-            if let State::Failed(error) = &self.state {
-                return Err(error.clone());
-            }
-            if matches!(self.state, State::Switched(_)) {
-                if let Some(event) = self.pass_segment(input) {
-                    return Ok(event);
-                }
-                continue;
-            }
-            if !input.has_remaining() {
-                return Ok(Event::NeedInput);
-            }
             let at_header = self.position.page_offset() == 0 || !self.page_header.is_empty();
-            let event = match (at_header, &self.state) {
-                (true, _) => self.take_page_header(input)?,
-                (false, State::Leftover { bytes }) => {
-                    self.pass_leftover(*bytes, input);
+            let event = match &self.state {
+                State::Failed(error) => return Err(error.clone()),
+                State::Switched => self.pass_segment(input),
+                _ if input.is_empty() => return Ok(Event::NeedInput),
+                _ if at_header => self.take_page_header(input)?,
+                &State::Leftover { bytes } => {
+                    self.pass_leftover(bytes, input);
                     None
                 }
-                (false, _) => self.take_record(input)?,
+                State::Record => self.take_record(input)?,
             };
             if let Some(event) = event {
                 return Ok(event);
@@ -305,17 +280,18 @@ impl WalStream {
     }
 
     /// Moves over `max` bytes of input at most, not over the end of the page; `collect` gets them.
-    fn take(&mut self, max: u64, input: &mut impl Input, mut collect: impl FnMut(&[u8])) -> u64 {
+    fn take(&mut self, max: u64, input: &mut &[u8], mut collect: impl FnMut(&[u8])) -> u64 {
         let in_page = WAL_PAGE_SIZE - self.position.page_offset();
-        let len = (max.min(in_page) as usize).min(input.chunk().len());
-        collect(input.chunk().get(..len).unwrap_or_default());
-        input.advance(len);
+        let len = (max.min(in_page) as usize).min(input.len());
+        let (taken, rest) = input.split_at_checked(len).unwrap_or((input, &[]));
+        collect(taken);
+        *input = rest;
         self.position = Lsn(self.position.0.saturating_add(len as u64));
         len as u64
     }
 
     /// Goes back to where the next record begins.
-    fn end_of_wal(&mut self) -> Event {
+    fn end_of_wal(&mut self) -> Event<Place> {
         self.page_header.clear();
         self.reset_record();
         if matches!(self.state, State::Leftover { .. }) {
@@ -331,7 +307,7 @@ impl WalStream {
         self.taken = 0;
     }
 
-    fn take_page_header(&mut self, input: &mut impl Input) -> Result<Option<Event>, StreamError> {
+    fn take_page_header(&mut self, input: &mut &[u8]) -> Result<Option<Event<Place>>, StreamError> {
         let page = Lsn(self.position.0 - self.page_header.len() as u64);
         let missing = (self.layout.header_len(page) - self.page_header.len()) as u64;
         let mut collected = std::mem::take(&mut self.page_header);
@@ -376,7 +352,7 @@ impl WalStream {
         };
     }
 
-    fn pass_leftover(&mut self, bytes: u64, input: &mut impl Input) {
+    fn pass_leftover(&mut self, bytes: u64, input: &mut &[u8]) {
         let taken = self.take(bytes, input, |_| ());
         // Where the page ends with bytes left over, the next page header says again how many.
         self.pass_to_record(bytes.saturating_sub(taken));
@@ -410,12 +386,17 @@ impl WalStream {
         Ok(())
     }
 
-    fn take_record(&mut self, input: &mut impl Input) -> Result<Option<Event>, StreamError> {
+    fn take_record(&mut self, input: &mut &[u8]) -> Result<Option<Event<Place>>, StreamError> {
         if self.taken == 0 {
             self.start = self.position;
+            let left = input.len();
             if let Some(record) = self.take_whole_record(input) {
-                self.check_header(&record)?;
-                return self.finish_record(record);
+                let header = self.check_header(record)?;
+                return self.finish_record(
+                    &header,
+                    record,
+                    Place::Input { left, len: record.len() },
+                );
             }
         }
         let mut record = std::mem::take(&mut self.record);
@@ -430,85 +411,99 @@ impl WalStream {
             let data_left = record_len(&record) as usize - record.len();
             record.extend_from_slice(bytes.get(..data_left).unwrap_or(bytes));
         });
+        let result = self.go_on(had_header, &record);
         self.record = record;
-        if !had_header && self.record.len() >= record::HEADER {
-            self.check_header(&self.record)?;
+        result
+    }
+
+    /// More of a record was collected.
+    fn go_on(
+        &mut self,
+        had_header: bool,
+        record: &[u8],
+    ) -> Result<Option<Event<Place>>, StreamError> {
+        if !had_header && record.len() >= record::HEADER {
+            self.check_header(record)?;
         }
         if self.taken < self.target {
             return Ok(None);
         }
-        let record = match self.record.len() <= WAL_RECORD_RESERVE_BYTES {
-            true => self.record.split(),
-            // The memory of a large one is not kept.
-            false => std::mem::take(&mut self.record),
-        };
-        self.finish_record(record.freeze())
+        let header = self.parse_header(record)?;
+        self.finish_record(&header, record, Place::Collected)
     }
 
     /// The record that begins here, if it lies on this page and in the input with its padding, and
     /// its length is possible. It is not checked otherwise.
-    fn take_whole_record(&mut self, input: &mut impl Input) -> Option<Bytes> {
-        let rest = input.chunk();
-        let len = u32::from_le_bytes(*rest.first_chunk()?);
+    fn take_whole_record<'a>(&mut self, input: &mut &'a [u8]) -> Option<&'a [u8]> {
+        let len = u32::from_le_bytes(*input.first_chunk()?);
         record::check_len(len).ok()?;
         let padded = Lsn(u64::from(len)).align().0;
-        let in_page = WAL_PAGE_SIZE - self.position.page_offset();
-        if padded > in_page || padded > rest.len() as u64 {
+        if padded > WAL_PAGE_SIZE - self.position.page_offset() {
             return None;
         }
-        let record = input.share(len as usize);
-        input.advance(padded as usize - len as usize);
+        let (taken, rest) = input.split_at_checked(padded as usize)?;
+        *input = rest;
         self.position = Lsn(self.position.0.saturating_add(padded));
-        Some(record)
+        taken.get(..len as usize)
     }
 
     /// The length field is there.
-    fn begin_record(&mut self) -> Result<Option<Event>, StreamError> {
+    fn begin_record(&mut self) -> Result<Option<Event<Place>>, StreamError> {
         let len = record_len(&self.record) as u32;
         if len == 0 {
             return Ok(Some(self.end_of_wal()));
         }
         record::check_len(len).map_err(|error| StreamError::Record { lsn: self.start, error })?;
         self.target = Lsn(u64::from(len)).align().0;
-        // Most records fit. The memory is that of the one before, unless somebody kept it.
+        // Most records fit, and the memory is that of the one before.
         self.record.reserve(WAL_RECORD_RESERVE_BYTES);
         Ok(None)
     }
 
-    fn check_header(&self, record: &[u8]) -> Result<(), StreamError> {
+    fn parse_header(&self, record: &[u8]) -> Result<RecordHeader, StreamError> {
+        RecordHeader::parse(record).map_err(|error| StreamError::Record { lsn: self.start, error })
+    }
+
+    fn check_header(&self, record: &[u8]) -> Result<RecordHeader, StreamError> {
         let lsn = self.start;
-        let header =
-            RecordHeader::parse(record).map_err(|error| StreamError::Record { lsn, error })?;
+        let header = self.parse_header(record)?;
         let expected = self.previous.unwrap_or(lsn);
         let fits = match self.previous {
             Some(previous) => header.prev == previous,
             None => header.prev < lsn,
         };
         match fits {
-            true => Ok(()),
+            true => Ok(header),
             false => Err(StreamError::Previous { lsn, found: header.prev, expected }),
         }
     }
 
-    fn finish_record(&mut self, record: Bytes) -> Result<Option<Event>, StreamError> {
-        let lsn = self.start;
-        let damaged = |error| StreamError::Record { lsn, error };
-        record::check_crc(&record).map_err(damaged)?;
-        let header = RecordHeader::parse(&record).map_err(damaged)?;
+    fn finish_record(
+        &mut self,
+        header: &RecordHeader,
+        record: &[u8],
+        place: Place,
+    ) -> Result<Option<Event<Place>>, StreamError> {
+        let damaged = |error| StreamError::Record { lsn: self.start, error };
+        header.check_crc(record).map_err(damaged)?;
         if header.rmgr == rmgr_id::XLOG && header.operation() == XLOG_OVERWRITE_CONTRECORD {
-            self.check_overwrite(&record)?;
+            self.check_overwrite(record)?;
         }
         self.overwritten = None;
         if header.rmgr == rmgr_id::XLOG && header.operation() == XLOG_SWITCH {
-            self.reset_record();
-            self.state = State::Switched(record);
+            if let Place::Input { .. } = place {
+                self.record.extend_from_slice(record);
+            }
+            (self.target, self.taken) = (0, 0);
+            self.state = State::Switched;
             return Ok(None);
         }
-        Ok(Some(self.emit(record)))
+        Ok(Some(self.emit(place)))
     }
 
-    fn emit(&mut self, bytes: Bytes) -> Event {
-        self.reset_record();
+    fn emit(&mut self, bytes: Place) -> Event<Place> {
+        (self.target, self.taken) = (0, 0);
+        self.is_given = matches!(bytes, Place::Collected);
         self.previous = Some(self.start);
         self.boundary = self.position;
         Event::Record(StreamRecord { start: self.start, end: self.position, bytes })
@@ -528,19 +523,17 @@ impl WalStream {
     }
 
     /// Passes over the rest of a segment; gives the switch record at its end.
-    fn pass_segment(&mut self, input: &mut impl Input) -> Option<Event> {
+    fn pass_segment(&mut self, input: &mut &[u8]) -> Option<Event<Place>> {
         let offset = self.position.segment_offset(self.layout.segment_bytes);
         if offset != 0 {
-            if !input.has_remaining() {
+            if input.is_empty() {
                 return Some(Event::NeedInput);
             }
             self.take(self.layout.segment_bytes - offset, input, |_| ());
             return None;
         }
-        match std::mem::replace(&mut self.state, State::Record) {
-            State::Switched(record) => Some(self.emit(record)),
-            _ => None,
-        }
+        self.state = State::Record;
+        Some(self.emit(Place::Collected))
     }
 }
 
@@ -550,5 +543,6 @@ fn record_len(record: &[u8]) -> u64 {
     u64::from(len)
 }
 
+mod error;
 #[cfg(test)]
 mod tests;

@@ -7,6 +7,7 @@
 use crate::base::{BlockNumber, RelNode};
 use crate::wal::change::Change;
 use crate::wal::decode::{DecodeError, Decoding};
+use crate::wal::record::Record;
 
 /// Part of `xl_info` with the operation; the remaining bit says that the page is initialised
 /// (`XLOG_HEAP_OPMASK`).
@@ -46,6 +47,29 @@ pub(crate) fn decode_heap(at: &mut Decoding<'_, '_>) -> Result<(), DecodeError> 
     }
     at.blocks(|_| false);
     Ok(())
+}
+
+/// True for a record of which [`decode_heap`] makes nothing but its blocks.
+pub(crate) fn is_plain_heap(record: &Record<'_>) -> bool {
+    match record.header.info & OPERATION_MASK {
+        HEAP_INSERT => has_no_flag(record, 2, CLEARED),
+        HEAP_DELETE | HEAP_LOCK => has_no_flag(record, 7, CLEARED),
+        HEAP_UPDATE | HEAP_HOT_UPDATE => has_no_flag(record, 7, CLEARED | NEW_CLEARED),
+        _ => true,
+    }
+}
+
+/// The same of [`decode_heap2`].
+pub(crate) fn is_plain_heap2(record: &Record<'_>) -> bool {
+    match record.header.info & OPERATION_MASK {
+        HEAP2_MULTI_INSERT => has_no_flag(record, 0, CLEARED),
+        HEAP2_LOCK_UPDATED => has_no_flag(record, 7, CLEARED),
+        _ => true,
+    }
+}
+
+fn has_no_flag(record: &Record<'_>, offset: usize, bits: u8) -> bool {
+    record.main_data.get(offset).is_some_and(|flags| flags & bits == 0)
 }
 
 pub(crate) fn decode_heap2(at: &mut Decoding<'_, '_>) -> Result<(), DecodeError> {

@@ -157,6 +157,11 @@ fn finish(at: &mut Decoding<'_, '_>, body: &mut Reader<'_>) -> Result<(), Decode
 fn set_status(at: &mut Decoding<'_, '_>, status: u8, timestamp: i64, mut xids: Vec<u32>) {
     // Subtransactions come sorted as numbers wrap; sorted plainly, each page is one run.
     xids.sort_unstable_by_key(|xid| clog_page(*xid));
+    let page_of = |xid: Option<&u32>| xid.map(|xid| clog_page(*xid));
+    if let Some(page) = page_of(xids.first()).filter(|page| page_of(xids.last()) == Some(*page)) {
+        let value = Value::Small(SmallRecord::ClogSet { status, timestamp, xids });
+        return at.push(Change::Slru { kind: SlruKind::Clog, page, value });
+    }
     for page in xids.chunk_by(|a, b| clog_page(*a) == clog_page(*b)) {
         let Some(first) = page.first() else { continue };
         let small = SmallRecord::ClogSet { status, timestamp, xids: page.to_vec() };
