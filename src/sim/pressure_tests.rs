@@ -128,15 +128,15 @@ fn a_rate_that_is_not_kept_to_is_found() {
     planted_is_found(Planted::NoDelay);
 }
 
-/// Destroys the first data block of the newest L0 layer.
-async fn damage_an_l0_layer(io: &SimIo, timeline: &Timeline<SimIo>) -> String {
-    let path = timeline.newest_l0_path().unwrap();
-    let file = io.open(&path).await.unwrap();
+/// Destroys the first data block of the newest L0 layer; `None` if it was merged meanwhile.
+async fn damage_an_l0_layer(io: &SimIo, timeline: &Timeline<SimIo>) -> Option<String> {
+    let path = timeline.newest_l0_path()?;
+    let file = io.open(&path).await.ok()?;
     let mut buf = file.alloc(ALIGNMENT);
     buf.fill(0xA5);
     file.write_at(ALIGNMENT as u64, buf).await.unwrap();
     file.close().await.unwrap();
-    path.file_name().unwrap().to_string_lossy().into_owned()
+    Some(path.file_name().unwrap().to_string_lossy().into_owned())
 }
 
 #[test]
@@ -152,7 +152,7 @@ fn slowed_by_damage(seed: u64) -> bool {
         while timeline.l0_count() == 0 {
             io.sleep(Duration::from_millis(1)).await;
         }
-        let name = damage_an_l0_layer(&io, &timeline).await;
+        let Some(name) = damage_an_l0_layer(&io, &timeline).await else { return false };
         let info = || shard.timelines().remove(0);
         let end = io.now() + Duration::from_secs(5);
         while !info().ingest_paused.is_some_and(|reason| reason.contains(&name)) {

@@ -160,7 +160,7 @@ pub(super) async fn run<I: Io>(io: I, job: MergeJob) -> Result<Made, CompactErro
         merged = out.end_layer().await.map_err(CompactError::Layer);
     }
     merge.close().await;
-    drop(stream);
+    stream.close().await;
     let (made, failures) = (pages.made.get(), pages.failures.get());
     pages.close().await;
     match merged {
@@ -194,6 +194,11 @@ struct Stream<'a, I: Io> {
 impl<'a, I: Io> Stream<'a, I> {
     fn new(io: &'a I, pages: &'a Pages<I>, bounds: Bounds) -> Self {
         Stream { io, pages, bounds, group: None, chain: None, window: Window::default() }
+    }
+
+    /// Ends what is under way. A page that is given up while it opens a layer leaves the file open.
+    async fn close(mut self) {
+        while self.window.groups.next().await.is_some() {}
     }
 
     async fn take(
