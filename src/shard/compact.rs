@@ -396,7 +396,7 @@ impl<I: Io> Timeline<I> {
             owner: LayerOwner { shard: self.tenant, timeline: self.id },
             dir: self.context.dir.clone(),
             target_bytes: self.context.config.get().compaction_target_bytes,
-            start_lsn: self.start_lsn(),
+            start_lsn: self.start_lsn().max(self.gc_cutoff()),
             redo: (self.context.background_redo)(),
             flags: self.compaction.flags.clone(),
         }
@@ -413,7 +413,7 @@ impl<I: Io> Timeline<I> {
         let job = MergeJob {
             base: self.job_base(),
             inputs: names(&removed),
-            below: snapshot.older(lsns.start, inputs),
+            others: snapshot.older(lsns.end, inputs),
             lsns,
             cuts: snapshot.cuts(),
             chain_max,

@@ -5,8 +5,12 @@
 //! page that changes often has images so, and one that does not costs nothing.
 //!
 //! An image stands after all values of its LSN: one WAL record may give several.
+//!
+//! A merge may reach across an image layer, and garbage collection may have left a hole in the
+//! records below that: what the image layer has counts as read, and the row of records begins
+//! anew behind it.
 
-use crate::base::{Key, KeyKind, Lsn, Value};
+use crate::base::{Key, KeyKind, Lsn, LsnRange, Value};
 use crate::io::Io;
 use crate::limits::COMPACT_HISTORY_IMAGE_BYTES;
 
@@ -14,16 +18,16 @@ use super::job::Pages;
 
 /// Where images may be and when they are due.
 #[derive(Clone, Copy)]
-pub(super) struct Bounds {
-    /// First LSN of images.
+pub(super) struct Bounds<'a> {
+    /// First LSN of images: every page can be rebuilt from there on.
     pub(super) start: Lsn,
-    /// LSN below which older values are.
-    pub(super) below: Lsn,
+    /// LSNs of the values.
+    pub(super) lsns: &'a LsnRange,
     /// Records of a page behind its newest base that need no image.
     pub(super) chain_max: usize,
 }
 
-impl Bounds {
+impl Bounds<'_> {
     /// True if a row of so many values of a key may need an image.
     pub(super) fn may_need_image(&self, key: Key, count: usize) -> bool {
         count > self.chain_max && key.kind() != KeyKind::Metadata
@@ -31,26 +35,43 @@ impl Bounds {
 }
 
 /// The values of one page since its newest base.
-pub(super) struct Chain {
-    bounds: Bounds,
-    /// They begin with a base if `has_base`; otherwise older layers have it.
+pub(super) struct Chain<'a> {
+    bounds: Bounds<'a>,
+    /// LSNs of image layers that lie above the values so far, the lowest last.
+    images: Vec<Lsn>,
+    /// They begin with a base if `has_base`; otherwise older layers have it, below this LSN.
     values: Vec<(Lsn, Value)>,
+    below: Lsn,
     bytes: usize,
     has_base: bool,
     /// The page cannot be rebuilt.
     given_up: bool,
 }
 
-impl Chain {
-    /// No values yet.
-    pub(super) fn new(bounds: Bounds) -> Chain {
-        Chain { bounds, values: Vec::new(), bytes: 0, has_base: false, given_up: false }
+impl<'a> Chain<'a> {
+    /// No values of `key` yet.
+    pub(super) fn new<I: Io>(bounds: Bounds<'a>, pages: &Pages<I>, key: Key) -> Self {
+        let images = pages.points.image_lsns(key, bounds.lsns);
+        let below = bounds.lsns.start;
+        let values = Vec::new();
+        Chain { bounds, images, values, below, bytes: 0, has_base: false, given_up: false }
+    }
+
+    fn clear(&mut self) {
+        self.values.clear();
+        self.bytes = 0;
+        self.has_base = false;
     }
 
     fn push(&mut self, lsn: Lsn, value: &Value) {
+        while let Some(image) = self.images.pop_if(|image| *image < lsn) {
+            self.clear();
+            self.below = Lsn(image.0.saturating_add(1));
+            self.given_up = false;
+        }
         if value.is_base() {
-            let given_up = self.given_up;
-            *self = Chain { has_base: true, given_up, ..Chain::new(self.bounds) };
+            self.clear();
+            self.has_base = true;
         }
         if !self.given_up {
             self.bytes += value.encoded_len();
@@ -86,22 +107,25 @@ impl Chain {
             if !due || next == Some(lsn) || lsn < self.bounds.start {
                 continue;
             }
-            match self.page(pages, key, self.bounds.below).await {
+            match self.page(pages, key).await {
                 Some(page) => {
                     self.push(lsn, &page);
                     out.push((lsn, page));
                 }
-                None => *self = Chain { given_up: true, ..Chain::new(self.bounds) },
+                None => {
+                    self.clear();
+                    self.given_up = true;
+                }
             }
         }
         out
     }
 
     /// The page after all values.
-    async fn page<I: Io>(&self, pages: &Pages<I>, key: Key, below: Lsn) -> Option<Value> {
+    async fn page<I: Io>(&self, pages: &Pages<I>, key: Key) -> Option<Value> {
         let mut values = Vec::new();
         if !self.has_base {
-            match pages.points.collect(key, below).await {
+            match pages.points.collect(key, self.below).await {
                 Ok(found) => values = found,
                 Err(error) => {
                     pages.failed(key, &error);

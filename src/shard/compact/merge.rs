@@ -32,8 +32,8 @@ pub(super) struct MergeJob {
     pub(super) inputs: Vec<LayerName>,
     /// LSN range of the result; contains those of the inputs.
     pub(super) lsns: LsnRange,
-    /// Everything that is older.
-    pub(super) below: Vec<LayerName>,
+    /// Everything else that begins below its end.
+    pub(super) others: Vec<LayerName>,
     /// Keys where a layer is cut even if it could still grow; ascending.
     pub(super) cuts: Vec<Key>,
     /// A page with more records than this gets an image behind them.
@@ -135,11 +135,12 @@ impl<I: Io> Output<I> {
 
 /// Merges. The layers of the result are durable when this returns; after an error there are none.
 pub(super) async fn run<I: Io>(io: I, job: MergeJob) -> Result<Made, CompactError> {
-    let MergeJob { base, inputs, lsns, below, cuts, chain_max } = job;
+    let MergeJob { base, inputs, lsns, others, cuts, chain_max } = job;
     let JobBase { owner, dir, target_bytes, start_lsn, redo, flags } = base;
-    let pages = Pages::new(Points::new(&io, &dir, owner, below), redo());
+    let pages = Pages::new(Points::new(&io, &dir, owner, others), redo());
     let mut merge = DeltaMerge::new(&io, &dir, owner, inputs, Key::MIN..Key::MAX);
-    let bounds = Bounds { start: start_lsn, below: lsns.start, chain_max };
+    let span = lsns.clone();
+    let bounds = Bounds { start: start_lsn, lsns: &span, chain_max };
     let mut out = Output::new(&io, OutputJob { dir, owner, target_bytes, lsns, cuts });
     let mut stream = Stream::new(&io, &pages, bounds);
     let mut merged = async {
@@ -183,16 +184,16 @@ struct Window<'a> {
 struct Stream<'a, I: Io> {
     io: &'a I,
     pages: &'a Pages<I>,
-    bounds: Bounds,
+    bounds: Bounds<'a>,
     /// The key that values come of.
     group: Option<Group>,
     /// Of a key whose first values have gone their way: what its next image is made from.
-    chain: Option<Chain>,
+    chain: Option<Chain<'a>>,
     window: Window<'a>,
 }
 
 impl<'a, I: Io> Stream<'a, I> {
-    fn new(io: &'a I, pages: &'a Pages<I>, bounds: Bounds) -> Self {
+    fn new(io: &'a I, pages: &'a Pages<I>, bounds: Bounds<'a>) -> Self {
         Stream { io, pages, bounds, group: None, chain: None, window: Window::default() }
     }
 
@@ -228,7 +229,7 @@ impl<'a, I: Io> Stream<'a, I> {
         let Group { key, mut values, bytes } = group;
         if key.kind() != KeyKind::Metadata {
             let bounds = self.bounds;
-            let chain = self.chain.get_or_insert_with(|| Chain::new(bounds));
+            let chain = self.chain.get_or_insert_with(|| Chain::new(bounds, self.pages, key));
             values = chain.extend(self.pages, key, values, is_last).await;
         }
         out.put(Group { key, values, bytes }).await?;
@@ -252,7 +253,7 @@ impl<'a, I: Io> Stream<'a, I> {
         self.window.groups.push_back(Box::pin(async move {
             let Group { key, values, bytes } = group;
             let values = match needs_work {
-                true => Chain::new(bounds).extend(pages, key, values, true).await,
+                true => Chain::new(bounds, pages, key).extend(pages, key, values, true).await,
                 false => values,
             };
             Group { key, values, bytes }

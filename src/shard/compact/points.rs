@@ -7,7 +7,7 @@ use std::cell::RefCell;
 use std::path::{Path, PathBuf};
 use std::rc::Rc;
 
-use crate::base::{Key, Lsn, Value};
+use crate::base::{Key, Lsn, LsnRange, Value};
 use crate::io::Io;
 use crate::layers::{BlockCache, FileLayer, LayerError, LayerName, LayerOwner, Lookup};
 use crate::limits::{COMPACT_POINT_CACHE_BYTES, COMPACT_POINT_READERS_MAX};
@@ -55,6 +55,18 @@ impl<I: Io> Points<I> {
             }
         }
         Ok(found)
+    }
+
+    /// LSNs of the image layers within `lsns` that have `key`, newest first.
+    pub(super) fn image_lsns(&self, key: Key, lsns: &LsnRange) -> Vec<Lsn> {
+        let mut below = lsns.end;
+        let next = || {
+            let names = self.map.search(key, below);
+            let image = names.last().filter(|name| name.is_image())?;
+            below = image.lsns().start;
+            (below >= lsns.start).then_some(below)
+        };
+        std::iter::from_fn(next).collect()
     }
 
     fn opened(&self, name: &LayerName) -> Option<Rc<FileLayer<I>>> {

@@ -4,6 +4,7 @@ use super::*;
 use crate::base::Key;
 use crate::limits::COMPACT_L0_INPUT_BYTES_MAX;
 use crate::shard::compact::{MERGE_BYTES_MAX, PLANTED, Planted, WRITTEN};
+use crate::shard::gc::GcRequest;
 use crate::shard::get_page::CANARY_WRONG_END;
 use crate::sim::check_seeds;
 
@@ -180,6 +181,81 @@ fn merges_across_images_are_read_right() {
     let found = (0..3).find_map(|seed| merge_across_images(seed).err());
     PLANTED.set(None);
     println!("found: {}", found.expect("the planted bug was not found"));
+}
+
+/// Layers of records that need what is before them, each with so many.
+async fn layers(
+    (shard, timeline): &(SimShard, Rc<Timeline<SimIo>>),
+    outside: &Outside,
+    count: usize,
+) -> Result<(), String> {
+    for _ in 0..count {
+        for _ in 0..3_000 {
+            outside.primary.borrow_mut().step();
+        }
+        let end = outside.primary.borrow().record_ends().last().copied();
+        let came = timeline.wait_for_lsn(end.unwrap_or(Lsn::INVALID)).await;
+        came.map_err(|error| error.to_string())?;
+        shard.checkpoint(TENANT, TIMELINE).await.map_err(|error| error.to_string())?;
+        outside.primary.borrow_mut().without_bases();
+    }
+    Ok(())
+}
+
+/// Three layers of which a lease holds the first, an image above them, and the collection that
+/// takes the others away; then more layers.
+async fn layers_with_a_hole(io: SimIo, outside: Rc<Outside>) -> Result<(), String> {
+    let started = start(&io, &outside).await?;
+    let timeline = &started.1;
+    layers(&started, &outside, 1).await?;
+    let lease = timeline.lease(timeline.lsns().last_record, Some(1_000)).await;
+    lease.map_err(|error| error.to_string())?;
+    layers(&started, &outside, 2).await?;
+    let image = timeline.make_image_layer(Key::MIN..Key::MAX).await?;
+    let collected = timeline.collect_garbage(GcRequest::default(), || Ok(Vec::new())).await;
+    let collected = collected.map_err(|error| error.to_string())?;
+    assert!(image.is_some() && timeline.l0_count() == 1, "{collected:?}");
+    layers(&started, &outside, 2).await?;
+    started.0.shutdown().await;
+    Ok(())
+}
+
+/// Waits until all layers are merged. Gives the end.
+async fn merge_all(io: SimIo, outside: Rc<Outside>) -> Result<Vec<Lsn>, String> {
+    let started = start(&io, &outside).await?;
+    while started.1.l0_count() > 0 {
+        io.sleep(Duration::from_millis(1)).await;
+    }
+    let end = started.1.lsns().last_record;
+    started.0.shutdown().await;
+    Ok(vec![end])
+}
+
+/// A merge takes layers of which garbage collection has removed some between.
+fn merge_across_a_hole(seed: u64) -> Result<(), String> {
+    let mut world = SimWorld::new(seed, SimOptions::varied(seed));
+    let outside = Outside::new(seed);
+    outside.large_layers.set(true);
+    outside.quiet.set(true);
+    world.run(import).map_err(|error| error.to_string())??;
+    let (first, second) = (outside.clone(), outside.clone());
+    outside.compaction.set(Some((usize::MAX, 1_000_000)));
+    let made = world.run(move |io| layers_with_a_hole(io, first));
+    made.map_err(|error| error.to_string())??;
+    outside.compaction.set(Some((2, 1_000_000)));
+    let end = world.run(move |io| merge_all(io, second));
+    let end = end.map_err(|error| error.to_string())??;
+    world.run(move |io| read_above(io, outside, end)).map_err(|error| error.to_string())?
+}
+
+#[test]
+fn a_merge_across_what_was_collected_makes_right_images() {
+    for seed in 0..3 {
+        WRITTEN.set([0; 5]);
+        merge_across_a_hole(seed).unwrap_or_else(|problem| panic!("seed {seed}: {problem}"));
+        let [l0, _, _, pages, _] = WRITTEN.get();
+        assert!(l0 > 0 && pages > 0, "{l0} merges made {pages} pages");
+    }
 }
 
 #[test]
