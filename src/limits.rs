@@ -317,6 +317,8 @@ pub const COMPACT_IMAGE_VALUES_MAX: usize = 1 << 18;
 pub const COMPACT_READ_BYTES: usize = 128 * 1024;
 /// Pages that a job has rebuilt at the same time.
 pub const COMPACT_REDO_CONCURRENT_MAX: usize = 16;
+/// Pages that a job could not rebuild that it names in the log.
+pub const COMPACT_FAILURES_LOGGED: u64 = 10;
 /// Values that wait for the pages before them, in bytes.
 pub const COMPACT_WINDOW_BYTES_MAX: usize = 4 * 1024 * 1024;
 /// Values of one page that are gathered before they are worked off, in bytes.

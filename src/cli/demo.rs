@@ -24,6 +24,7 @@ use super::verify_wal::verify_images;
 use super::{verify_files, workload};
 use crate::base::{Lsn, RelTag, TenantId, TenantShardId, TimelineId};
 use crate::shard::control::TimelineSource;
+use crate::shard::tenant_config::TenantConfig;
 
 const TENANT: TenantId = TenantId([0x11; 16]);
 const TIMELINE: TimelineId = TimelineId([0x22; 16]);
@@ -121,6 +122,9 @@ fn run(args: &DemoArgs, root: &Path) -> Result<(), CommandError> {
     primary.psql("postgres", "SELECT pg_reload_conf()")?;
 
     let seen = load(args, &primary, &mut node)?;
+    // Both comparisons are at one LSN, while WAL goes on behind it.
+    let keep = TenantConfig { gc_period_s: Some(0), ..TenantConfig::default() };
+    node.admin()?.configure_tenant(tenant, &keep)?;
     let mark = oracle::mark(&primary)?;
     say(&format!("waiting until the node has taken in WAL up to {}", mark.end));
     wait_for(&node, mark.end)?;

@@ -325,7 +325,7 @@ impl<I: Io, C: Connector> Shard<I, C> {
                 return;
             }
             pause_ms = period_ms();
-            if off {
+            if off || pause_ms == 0 {
                 continue;
             }
             match self.collect_timeline(&timeline, GcRequest::default()).await {

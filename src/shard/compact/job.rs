@@ -13,6 +13,7 @@ use crate::base::page::PAGE_SIZE;
 use crate::base::{Key, Kind, Lsn, Value};
 use crate::io::{Io, IoError};
 use crate::layers::{LayerDesc, LayerError, LayerOwner};
+use crate::limits::COMPACT_FAILURES_LOGGED;
 use crate::redo::{Redo, RedoError, RedoMaker, plan};
 use crate::shard::background::BackgroundStopped;
 
@@ -145,7 +146,16 @@ impl<I: Io> Pages<I> {
     /// Notes a page that could not be rebuilt.
     pub(super) fn failed(&self, key: Key, error: &dyn std::fmt::Display) {
         self.failures.set(self.failures.get() + 1);
-        tracing::warn!("compaction cannot rebuild {key:?}: {error}");
+        // One damaged block may be what very many pages need.
+        match self.failures.get() {
+            ..COMPACT_FAILURES_LOGGED => {
+                tracing::warn!("compaction cannot rebuild {key:?}: {error}");
+            }
+            COMPACT_FAILURES_LOGGED => {
+                tracing::warn!("compaction cannot rebuild {key:?}: {error}; more are only counted");
+            }
+            _ => {}
+        }
     }
 
     pub(super) async fn close(self) {

@@ -258,6 +258,51 @@ fn a_merge_across_what_was_collected_makes_right_images() {
     }
 }
 
+/// Layers with an image behind the second, without compaction.
+async fn layers_below_an_image(io: SimIo, outside: Rc<Outside>) -> Result<(), String> {
+    let started = start(&io, &outside).await?;
+    layers(&started, &outside, 2).await?;
+    started.1.make_image_layer(Key::MIN..Key::MAX).await?;
+    layers(&started, &outside, 1).await?;
+    started.0.shutdown().await;
+    Ok(())
+}
+
+/// All layers are being merged when those below the image are collected.
+async fn collect_while_merging(io: SimIo, outside: Rc<Outside>) -> Result<(), String> {
+    let started = start(&io, &outside).await?;
+    let (shard, timeline) = &started;
+    io.sleep(Duration::from_millis(1)).await;
+    let collected = timeline.collect_garbage(GcRequest::default(), || Ok(Vec::new())).await;
+    assert_eq!(collected.map(|report| report.layers_removed).ok(), Some(3), "two and an image");
+    while timeline.l0_count() > 0 {
+        io.sleep(Duration::from_millis(1)).await;
+    }
+    assert_eq!(shard.metrics().compaction_failures, 0);
+    check_after(timeline, &outside, timeline.lsns().last_record).await?;
+    started.0.shutdown().await;
+    Ok(())
+}
+
+#[test]
+fn a_merge_goes_on_when_inputs_are_collected() {
+    for seed in 0..3 {
+        let mut world = SimWorld::new(seed, SimOptions::default());
+        let outside = Outside::new(seed);
+        outside.large_layers.set(true);
+        outside.quiet.set(true);
+        outside.background_slowness.set(50);
+        world.run(import).unwrap().unwrap();
+        let (first, second) = (outside.clone(), outside.clone());
+        outside.compaction.set(Some((usize::MAX, 1_000_000)));
+        world.run(move |io| layers_below_an_image(io, first)).unwrap().unwrap();
+        outside.compaction.set(Some((3, 1_000_000)));
+        WRITTEN.set([0; 5]);
+        world.run(move |io| collect_while_merging(io, second)).unwrap().unwrap();
+        assert_eq!(WRITTEN.get()[0], 1, "merges");
+    }
+}
+
 #[test]
 fn every_kind_of_compaction_happens() {
     let written = |seeds: std::ops::Range<u64>| {

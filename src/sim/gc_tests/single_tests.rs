@@ -1,6 +1,8 @@
 //! Single incidents of garbage collection, each with what must hold after it.
 
 use super::*;
+use crate::shard::control::{Change, CoreControl};
+use crate::shard::tenant_config::TenantConfig;
 
 #[test]
 fn collections_come_by_themselves() {
@@ -14,6 +16,26 @@ fn collections_come_by_themselves() {
         io.sleep(Duration::from_millis(2_100)).await;
         assert_eq!(life.timeline.gc_cutoff(), end);
         assert_eq!(life.timeline.layer_names().len(), 1);
+        life.shard.shutdown().await;
+    };
+    world.run(story).unwrap();
+}
+
+#[test]
+fn no_collection_comes_after_they_were_switched_off() {
+    let mut world = SimWorld::new(1, SimOptions::default());
+    let model = new_model(1);
+    model.outside.gc_period_s.set(2);
+    let story = move |io: SimIo| async move {
+        import(io.clone()).await.unwrap();
+        let life = Life::begin(io.clone(), model).await.unwrap();
+        fill(&life).await;
+        let before = life.timeline.gc_cutoff();
+        let off = TenantConfig { gc_period_s: Some(0), ..TenantConfig::default() };
+        let change = Change::Tenant { tenant: TENANT, config: off, create: false };
+        life.shard.change(change).await.unwrap();
+        io.sleep(Duration::from_secs(5)).await;
+        assert_eq!(life.timeline.gc_cutoff(), before);
         life.shard.shutdown().await;
     };
     world.run(story).unwrap();
