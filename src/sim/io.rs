@@ -145,12 +145,12 @@ impl Io for SimIo {
         Ok(file)
     }
 
-    async fn create_scratch(&self, path: &Path, about: u64) -> Result<SimFile, IoError> {
+    async fn create_scratch(&self, path: &Path, least: u64) -> Result<SimFile, IoError> {
         let io = self.clone();
         let seed = self.state(|state| state.streams.faults.next_u64());
         let create = |disk: &mut Disk| {
             let mut noise = Stream::new(seed, "scratch");
-            Ok(io.handle(path, disk.create_scratch(path, about, &mut noise)?))
+            Ok(io.handle(path, disk.create_scratch(path, least, &mut noise)?))
         };
         let file = self.metadata("create", path, create).await?;
         file.has_failed.set(false);

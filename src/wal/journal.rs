@@ -397,7 +397,14 @@ impl<I: Io> Journal<I> {
 
     /// Removes segments that lie wholly before `lsn`; returns how many.
     pub async fn remove_before(&self, lsn: Lsn) -> Result<usize, JournalError> {
-        let keep = self.segment_name(lsn.segment_number(JOURNAL_SEGMENT_BYTES));
+        let first = lsn.segment_number(JOURNAL_SEGMENT_BYTES);
+        // A flush that ended where a segment does has left that open.
+        let is_over = |(number, _): &mut (u64, I::File)| *number < first;
+        let over = self.current.borrow_mut().take_if(is_over);
+        if let Some((_, file)) = over {
+            file.close().await?;
+        }
+        let keep = self.segment_name(first);
         let mut removed = 0;
         for entry in self.io.list(&self.dir).await? {
             if entry.name.len() == keep.len() && entry.name < keep {
