@@ -154,6 +154,9 @@ pub trait Io: Clone + 'static {
     async fn list(&self, dir: &Path) -> Result<Vec<DirEntry>, IoError>;
     /// Makes the entries of a directory durable.
     async fn sync_dir(&self, dir: &Path) -> Result<(), IoError>;
+    /// Gives back space that is kept for speed only: somebody who writes by other means has found
+    /// the file system full. Those who write by this one need not ask.
+    async fn make_room(&self) {}
 
     /// Monotonic clock.
     fn now(&self) -> Instant;

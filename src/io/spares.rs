@@ -125,12 +125,12 @@ impl Spares {
         for entry in fs::read_dir(dir)? {
             let path = entry?.path();
             // Somebody else may be removing it, too.
-            ignore_missing(fs::symlink_metadata(&path).and_then(|metadata| {
-                match metadata.is_dir() {
+            ignore_missing(fs::symlink_metadata(&path).and_then(
+                |metadata| match metadata.is_dir() {
                     true => self.remove_tree(&path, room),
                     false => self.put_away(&path, &metadata, room),
-                }
-            }))?;
+                },
+            ))?;
         }
         fs::remove_dir(dir)
     }

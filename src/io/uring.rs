@@ -19,9 +19,7 @@ use glommio::{Latency, Shares, TaskQueueHandle};
 
 use super::blocking::list_directory;
 use super::spares::Spares;
-use super::{
-    ALIGNMENT, DirEntry, File, Instant, Io, IoCause, IoError, TaskClass, align_up,
-};
+use super::{ALIGNMENT, DirEntry, File, Instant, Io, IoCause, IoError, TaskClass, align_up};
 use crate::limits::{
     DEVICE_IO_BYTES_MAX, SERVE_LATENCY_US, SPARE_LONGER_SHARE, SPARE_TRIM_BYTES,
     SPARE_TRIM_PAUSE_MS,
@@ -110,10 +108,8 @@ impl UringIo {
 
     /// Where there is no space, spares give theirs; a later attempt has it.
     async fn noted<T>(&self, result: Result<T, IoError>) -> Result<T, IoError> {
-        if let Err(IoError { cause: IoCause::NoSpace, .. }) = &result
-            && let Some(Err(problem)) = self.with_spares(Spares::remove_all).await
-        {
-            tracing::warn!("space of removed files is not given back: {problem}");
+        if let Err(IoError { cause: IoCause::NoSpace, .. }) = &result {
+            self.make_room().await;
         }
         result
     }
@@ -312,6 +308,12 @@ impl Io for UringIo {
         synced.map_err(fail)
     }
 
+    async fn make_room(&self) {
+        if let Some(Err(problem)) = self.with_spares(Spares::remove_all).await {
+            tracing::warn!("space of removed files is not given back: {problem}");
+        }
+    }
+
     fn now(&self) -> Instant {
         self.queues.started.elapsed()
     }
@@ -437,5 +439,110 @@ impl File for UringFile {
     async fn close(self) -> Result<(), IoError> {
         let path = self.path;
         self.file.close().await.map_err(|error| ring_error("close", &path, error))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fs;
+
+    use super::*;
+
+    const MIB: u64 = 1 << 20;
+
+    /// Runs `story` with an empty directory and spares in `spare`.
+    fn with_spares_in<F: Future<Output = ()>>(
+        name: &str,
+        spare: impl FnOnce(&Path) -> PathBuf,
+        story: impl FnOnce(UringIo, PathBuf, PathBuf) -> F + Send + 'static,
+    ) {
+        let binary = std::env::current_exe().unwrap();
+        let dir = binary.with_file_name(format!("uring-{name}-{}", std::process::id()));
+        fs::create_dir_all(&dir).unwrap();
+        let spare = spare(&dir);
+        let (of_story, of_spares) = (dir.clone(), spare.clone());
+        let run = std::thread::spawn(move || {
+            let executor = glommio::LocalExecutorBuilder::default().io_memory(1 << 20).make();
+            executor.unwrap().run(async move {
+                let spares = Spares::new(&of_spares, 1 << 30);
+                spares.prepare().unwrap();
+                story(UringIo::new(Some(Arc::new(spares))), of_story, of_spares).await;
+            });
+        });
+        let result = run.join();
+        fs::remove_dir_all(&dir).unwrap();
+        let _ = fs::remove_dir_all(&spare);
+        result.unwrap();
+    }
+
+    fn count(dir: &Path) -> usize {
+        fs::read_dir(dir).unwrap().count()
+    }
+
+    async fn creates_and_removes(io: &UringIo, dir: &Path) {
+        let path = dir.join("file");
+        let file = io.create_zeroed(&path, 2 * MIB).await.unwrap();
+        assert_eq!(file.len().await.unwrap(), 2 * MIB);
+        file.close().await.unwrap();
+        io.remove(&path).await.unwrap();
+        let file = io.create_scratch(&path, 2 * MIB).await.unwrap();
+        file.allocate(2 * MIB).await.unwrap();
+        file.close().await.unwrap();
+        io.remove(&path).await.unwrap();
+        assert_eq!(io.remove(&path).await.unwrap_err().cause, IoCause::NotFound);
+        assert!(!path.exists());
+    }
+
+    #[test]
+    fn the_directory_of_spares_may_go_away() {
+        let story = |io: UringIo, dir: PathBuf, spare: PathBuf| async move {
+            fs::remove_dir(&spare).unwrap();
+            creates_and_removes(&io, &dir).await;
+            fs::write(&spare, "a file").unwrap();
+            creates_and_removes(&io, &dir).await;
+            fs::remove_file(&spare).unwrap();
+        };
+        with_spares_in("gone", |dir| dir.join("spare"), story);
+    }
+
+    #[test]
+    fn spares_may_be_on_another_file_system() {
+        let other =
+            |_: &Path| PathBuf::from(format!("/dev/shm/pgstrata-spares-{}", std::process::id()));
+        let story = |io: UringIo, dir: PathBuf, spare: PathBuf| async move {
+            fs::write(spare.join("00"), vec![1; 2 * MIB as usize]).unwrap();
+            creates_and_removes(&io, &dir).await;
+            assert_eq!(count(&spare), 1);
+        };
+        with_spares_in("other", other, story);
+    }
+
+    #[test]
+    fn spares_give_their_space_to_a_full_disk() {
+        let story = |io: UringIo, dir: PathBuf, spare: PathBuf| async move {
+            creates_and_removes(&io, &dir).await;
+            assert_eq!(count(&spare), 1);
+            for (cause, left) in [(IoCause::NotFound, 1), (IoCause::NoSpace, 0)] {
+                let error = IoError { operation: "write", path: dir.clone(), cause };
+                assert_eq!(io.noted::<()>(Err(error.clone())).await, Err(error));
+                assert_eq!(count(&spare), left);
+            }
+        };
+        with_spares_in("full", |dir| dir.join("spare"), story);
+    }
+
+    #[test]
+    fn a_long_end_is_given_back_soon() {
+        let story = |io: UringIo, dir: PathBuf, spare: PathBuf| async move {
+            fs::write(spare.join("00"), vec![1; 64 * MIB as usize]).unwrap();
+            let file = io.create_scratch(&dir.join("file"), 64 * MIB).await.unwrap();
+            let before = io.now();
+            file.set_len(ALIGNMENT as u64).await.unwrap();
+            let pauses = (io.now() - before).as_millis() as u64 / SPARE_TRIM_PAUSE_MS;
+            assert!((15..50).contains(&pauses), "{pauses}");
+            assert_eq!(file.len().await.unwrap(), ALIGNMENT as u64);
+            file.close().await.unwrap();
+        };
+        with_spares_in("end", |dir| dir.join("spare"), story);
     }
 }

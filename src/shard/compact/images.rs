@@ -76,7 +76,8 @@ impl<I: Io> Output<I> {
     /// True if a layer shall end before the next key.
     fn is_due(&self) -> bool {
         let Some(writer) = &self.writer else { return false };
-        writer.file_bytes() >= self.layer_bytes() || writer.value_count() >= COMPACT_IMAGE_VALUES_MAX
+        writer.file_bytes() >= self.layer_bytes()
+            || writer.value_count() >= COMPACT_IMAGE_VALUES_MAX
     }
 
     /// True if the job has done enough.
