@@ -145,6 +145,26 @@ impl Io for SimIo {
         Ok(file)
     }
 
+    async fn create_zeroed(&self, path: &Path, len: u64) -> Result<SimFile, IoError> {
+        let io = self.clone();
+        let seed = self.state(|state| state.streams.zeroed.next_u64());
+        let create = |disk: &mut Disk| {
+            let mut noise = Stream::new(seed, "zeroed");
+            let reused = disk.reuse_zeroed(path, len, &mut noise)?;
+            let inode = reused.map_or_else(|| disk.create(path), Ok)?;
+            Ok((io.handle(path, inode), reused.is_some()))
+        };
+        let (file, is_reused) = self.metadata("create", path, create).await?;
+        file.has_failed.set(false);
+        if !is_reused && let Err(error) = file.allocate(len).await {
+            // The first error is the one that counts.
+            let _ = file.close().await;
+            let _ = self.remove(path).await;
+            return Err(error);
+        }
+        Ok(file)
+    }
+
     async fn create_scratch(&self, path: &Path, least: u64) -> Result<SimFile, IoError> {
         let io = self.clone();
         let seed = self.state(|state| state.streams.faults.next_u64());
