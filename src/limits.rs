@@ -545,5 +545,12 @@ pub const SPARE_BYTES_MIN: u64 = 1024 * 1024;
 pub const SPARE_TRIM_BYTES: u64 = 1024 * 1024;
 /// Pause after that.
 pub const SPARE_TRIM_PAUSE_MS: u64 = 20;
+/// Where so much more is to be given back, pauses are half as long; down to a quarter.
+pub const SPARE_BACKLOG_BYTES: u64 = 16 * 1024 * 1024 * 1024;
+/// Pause between two looks at whether something is to be given back.
+pub const SPARE_LOOK_MS: u64 = 2000;
+/// A file is begun in the space of one that is longer than it needs by this share at most; the end
+/// of a file is given back in no more steps than this, because somebody waits for it.
+pub const SPARE_LONGER_SHARE: u64 = 16;
 
 const _: () = assert!(SPARE_TRIM_BYTES.is_multiple_of(crate::io::ALIGNMENT as u64));

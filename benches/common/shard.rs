@@ -203,6 +203,7 @@ where
     fs::create_dir_all(dir)?;
     let spares = Spares::new(&dir.join("spare"), Config::default().spare_bytes);
     spares.prepare()?;
+    let trimming = spares.start_trimming()?;
     let spares = Arc::new(spares);
     let of_background = spares.clone();
     // A model on a smaller scale has less memory, too.
@@ -272,6 +273,7 @@ where
     let result = result.map_err(|error| error.to_string())??;
     runner.join().map_err(|error| error.to_string())?;
     ticks.join().map_err(|_| "the heartbeat's thread panicked")?;
+    drop(trimming);
     fs::remove_dir_all(dir)?;
     Ok(result)
 }

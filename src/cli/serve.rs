@@ -47,6 +47,7 @@ pub fn serve(args: ServeArgs) -> Result<(), CommandError> {
     raise_file_limit();
     let _lock = prepare(&config)?;
     config.data_dir = std::fs::canonicalize(&config.data_dir)?;
+    let _trimming = spares(&config).start_trimming()?;
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     runtime.block_on(run(Arc::new(config)))
 }

@@ -52,7 +52,7 @@ fn failed(operation: &'static str, path: &Path, error: &std::io::Error) -> IoErr
     let cause = match error.kind() {
         ErrorKind::NotFound => IoCause::NotFound,
         ErrorKind::AlreadyExists => IoCause::Exists,
-        ErrorKind::StorageFull => IoCause::NoSpace,
+        ErrorKind::StorageFull | ErrorKind::QuotaExceeded => IoCause::NoSpace,
         _ => IoCause::Other(error.to_string()),
     };
     IoError { operation, path: path.to_owned(), cause }

@@ -136,9 +136,10 @@ pub trait Io: Clone + 'static {
         }
         Ok(file)
     }
-    /// Creates a file for a caller who writes all of it, about `about` bytes: until
+    /// Creates a file for a caller who writes all of it, hardly less than `least` bytes: until
     /// [`File::set_len`], its length, and its content where nothing was written, are anything.
-    async fn create_scratch(&self, path: &Path, about: u64) -> Result<Self::File, IoError>;
+    /// Where it is longer than it shall be, [`File::set_len`] may take a while.
+    async fn create_scratch(&self, path: &Path, least: u64) -> Result<Self::File, IoError>;
     /// Opens a file for reading and writing.
     async fn open(&self, path: &Path) -> Result<Self::File, IoError>;
     /// Renames a file or directory; an existing target file is replaced.
@@ -153,6 +154,9 @@ pub trait Io: Clone + 'static {
     async fn list(&self, dir: &Path) -> Result<Vec<DirEntry>, IoError>;
     /// Makes the entries of a directory durable.
     async fn sync_dir(&self, dir: &Path) -> Result<(), IoError>;
+    /// Gives back space that is kept for speed only: somebody who writes by other means has found
+    /// the file system full. Those who write by this one need not ask.
+    async fn make_room(&self) {}
 
     /// Monotonic clock.
     fn now(&self) -> Instant;

@@ -3,7 +3,8 @@
 //! A file system that is mounted with `discard` tells the device about every block that it frees,
 //! and the device does nothing else meanwhile: 16 MiB can hold up every read for 20 ms. So large
 //! files are not removed but put into a directory of their own, from where the next journal segment
-//! or layer file takes them, with their blocks. What is too much is given back a little at a time.
+//! or layer file takes them, with their blocks. What is too much is given back a little at a time,
+//! by a thread that looks for it now and then.
 //!
 //! The directory is the only state, so that executors need not talk to each other: whoever
 //! succeeds in renaming a file has it. Names:
@@ -20,20 +21,28 @@
     reason = "this is the door to the disk"
 )]
 
+use std::convert::Infallible;
 use std::ffi::OsStr;
-use std::fs::{self, DirBuilder, OpenOptions};
+use std::fs::{self, DirBuilder, Metadata, OpenOptions};
 use std::io::{Error, ErrorKind, Result};
 use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
+use std::sync::mpsc::{RecvTimeoutError, SyncSender, sync_channel};
+use std::thread;
+use std::time::Duration;
 
 use nix::fcntl::{AT_FDCWD, FallocateFlags, RenameFlags, fallocate, renameat2};
 
-use crate::limits::{SPARE_BYTES_MIN, SPARE_TRIM_BYTES};
+use crate::limits::{
+    SPARE_BACKLOG_BYTES, SPARE_BYTES_MIN, SPARE_LONGER_SHARE, SPARE_LOOK_MS, SPARE_TRIM_BYTES,
+    SPARE_TRIM_PAUSE_MS,
+};
 
 const CLAIMED: &str = "claimed";
 const TRIM: &str = "trim";
 
 /// A directory of files whose space is kept.
+#[derive(Clone)]
 pub struct Spares {
     dir: PathBuf,
     bytes_max: u64,
@@ -56,14 +65,18 @@ impl Spares {
     /// # Errors
     /// Those of the file system.
     pub fn prepare(&self) -> Result<()> {
-        match DirBuilder::new().mode(0o700).create(&self.dir) {
-            Err(error) if error.kind() != ErrorKind::AlreadyExists => return Err(error),
-            Ok(()) | Err(_) => {}
-        }
+        self.create_dir()?;
         for claimed in self.list(Some(CLAIMED))? {
             fs::rename(&claimed.path, claimed.path.with_extension(""))?;
         }
         Ok(())
+    }
+
+    fn create_dir(&self) -> Result<()> {
+        match DirBuilder::new().mode(0o700).create(&self.dir) {
+            Err(error) if error.kind() != ErrorKind::AlreadyExists => Err(error),
+            Ok(()) | Err(_) => Ok(()),
+        }
     }
 
     /// The files with this extension, by length.
@@ -84,52 +97,64 @@ impl Spares {
         Ok(found)
     }
 
-    /// Removes the file at `path`, which nobody has open; its space may be kept. True if more is
-    /// kept than shall be, and [`Spares::trim`] has something to do.
+    /// Removes the file at `path`, which nobody has open; its space may be kept.
     ///
     /// # Errors
     /// As for removing a file.
-    pub fn remove(&self, path: &Path) -> Result<bool> {
-        let metadata = fs::symlink_metadata(path)?;
-        if !metadata.is_file() || metadata.len() < SPARE_BYTES_MIN {
-            return fs::remove_file(path).map(|()| false);
-        }
-        let spare = self.dir.join(format!("{:016x}", fastrand::u64(..)));
-        match fs::rename(path, &spare) {
-            Ok(()) => Ok(self.excess()? > 0),
-            Err(error) if error.kind() == ErrorKind::NotFound => Err(error),
-            // Another file system.
-            Err(_) => fs::remove_file(path).map(|()| false),
-        }
+    pub fn remove(&self, path: &Path) -> Result<()> {
+        // One after the other that is too much does not matter: it is given back later.
+        let mut room = u64::MAX;
+        self.put_away(path, &fs::symlink_metadata(path)?, &mut room)
     }
 
     /// Removes a directory with everything in it, as [`Spares::remove`] does files.
     ///
     /// # Errors
     /// As for removing a directory.
-    pub fn remove_dir_all(&self, dir: &Path) -> Result<bool> {
-        let mut more = false;
-        for entry in fs::read_dir(dir)? {
-            let entry = entry?;
-            more |= match entry.file_type()?.is_dir() {
-                true => self.remove_dir_all(&entry.path())?,
-                false => self.remove(&entry.path())?,
-            };
+    pub fn remove_dir_all(&self, dir: &Path) -> Result<()> {
+        // What a link leads to may be anybody's.
+        if fs::symlink_metadata(dir)?.is_symlink() {
+            return fs::remove_file(dir);
         }
-        fs::remove_dir(dir)?;
-        Ok(more)
+        // It may be large, and those who look for a spare read the names of all of them.
+        let kept = self.list(None).map_or(0, |spares| bytes(&spares));
+        self.remove_tree(dir, &mut self.bytes_max.saturating_sub(kept))
     }
 
-    /// Bytes that are kept beyond what shall be.
-    fn excess(&self) -> Result<u64> {
-        let kept: u64 = self.list(None)?.iter().map(|spare| spare.bytes).sum();
-        Ok(kept.saturating_sub(self.bytes_max))
+    fn remove_tree(&self, dir: &Path, room: &mut u64) -> Result<()> {
+        for entry in fs::read_dir(dir)? {
+            let path = entry?.path();
+            // Somebody else may be removing it, too.
+            ignore_missing(fs::symlink_metadata(&path).and_then(
+                |metadata| match metadata.is_dir() {
+                    true => self.remove_tree(&path, room),
+                    false => self.put_away(&path, &metadata, room),
+                },
+            ))?;
+        }
+        fs::remove_dir(dir)
+    }
+
+    /// Removes a file; as long as there is room, its space is kept.
+    fn put_away(&self, path: &Path, metadata: &Metadata, room: &mut u64) -> Result<()> {
+        let len = metadata.len();
+        if metadata.is_file() && len >= SPARE_BYTES_MIN {
+            let spare = self.dir.join(format!("{:016x}", fastrand::u64(..)));
+            let extension = if *room >= len { "" } else { TRIM };
+            if fs::rename(path, spare.with_extension(extension)).is_ok() {
+                *room = room.saturating_sub(len);
+                return Ok(());
+            }
+            // Another file system, or somebody has removed the directory of spares.
+        }
+        fs::remove_file(path)
     }
 
     /// Puts a file of `len` zeros, whose blocks are there, at `target`. False if there is none.
     ///
     /// # Errors
-    /// [`ErrorKind::AlreadyExists`]; others of the file system.
+    /// [`ErrorKind::AlreadyExists`]: of `target`. All others say something of the spares only, and
+    /// nothing is at `target`.
     pub fn take_zeroed(&self, len: u64, target: &Path) -> Result<bool> {
         for spare in self.list(None)?.into_iter().filter(|spare| spare.bytes == len) {
             let claimed = spare.path.with_extension(CLAIMED);
@@ -144,7 +169,8 @@ impl Spares {
             return match rename_new(&claimed, target) {
                 Ok(()) => Ok(true),
                 Err(error) => {
-                    fs::rename(&claimed, &spare.path)?;
+                    // The first error is the one that counts.
+                    let _ = fs::rename(&claimed, &spare.path);
                     Err(error)
                 }
             };
@@ -152,14 +178,14 @@ impl Spares {
         Ok(false)
     }
 
-    /// Puts a file with anything in it at `target`, for one that will have about `about` bytes.
+    /// Puts a file with anything in it at `target`, for one that will have at least `least` bytes.
     /// False if there is none of such a size.
     ///
     /// # Errors
-    /// [`ErrorKind::AlreadyExists`]; others of the file system.
-    pub fn take(&self, about: u64, target: &Path) -> Result<bool> {
-        // The tail of a longer one has to be given back.
-        let most = about.saturating_add(about / 4);
+    /// As for [`Spares::take_zeroed`].
+    pub fn take(&self, least: u64, target: &Path) -> Result<bool> {
+        // The tail of a longer one has to be given back, for which somebody waits.
+        let most = least.saturating_add(least / SPARE_LONGER_SHARE);
         for spare in self.list(None)?.into_iter().rev().filter(|spare| spare.bytes <= most) {
             match rename_new(&spare.path, target) {
                 Ok(()) => return Ok(true),
@@ -171,40 +197,92 @@ impl Spares {
         Ok(false)
     }
 
-    /// Gives a little of what is too much back. True if there is more to do, after a pause.
+    /// Starts a thread that gives back what is too much. There shall be one for a directory: each
+    /// adds to what the device has to do.
     ///
     /// # Errors
-    /// Those of the file system.
-    pub fn trim(&self) -> Result<bool> {
-        if let Some(spare) = self.list(Some(TRIM))?.into_iter().next() {
-            match spare.bytes.checked_sub(SPARE_TRIM_BYTES) {
-                Some(rest) if rest > 0 => cut(&spare.path, rest)?,
-                _ => ignore_missing(fs::remove_file(&spare.path))?,
+    /// The operating system starts no thread.
+    pub fn start_trimming(&self) -> Result<Trimming> {
+        let (stop, stopped) = sync_channel::<Infallible>(1);
+        let spares = self.clone();
+        let wait = move |pause| stopped.recv_timeout(pause) == Err(RecvTimeoutError::Timeout);
+        let work = move || {
+            let mut is_well = true;
+            loop {
+                let trimmed = spares.create_dir().and_then(|()| spares.trim(&wait));
+                if let Err(error) = &trimmed
+                    && is_well
+                {
+                    tracing::warn!("space of removed files is not given back: {error}");
+                }
+                is_well = trimmed.is_ok();
+                if !wait(Duration::from_millis(SPARE_LOOK_MS)) {
+                    return;
+                }
             }
-            return Ok(true);
+        };
+        thread::Builder::new().name("spares".to_owned()).spawn(work)?;
+        Ok(Trimming { _stop: stop })
+    }
+
+    /// Gives back what is too much, a little at a time, with pauses for which `wait` waits; ends
+    /// early if that says false.
+    fn trim(&self, wait: impl Fn(Duration) -> bool) -> Result<()> {
+        while let Some((spare, pause)) = self.next_to_trim()? {
+            let mut rest = spare.bytes;
+            while rest > 0 {
+                rest = rest.saturating_sub(SPARE_TRIM_BYTES);
+                match if rest > 0 { cut(&spare.path, rest) } else { fs::remove_file(&spare.path) } {
+                    // The disk was full, and all was given back.
+                    Err(error) if error.kind() == ErrorKind::NotFound => break,
+                    cut => cut?,
+                }
+                if !wait(pause) {
+                    return Ok(());
+                }
+            }
         }
-        let excess = self.excess()?;
-        if excess == 0 {
-            return Ok(false);
+        Ok(())
+    }
+
+    /// A file to be given back, and the pauses while that is done: shorter where there is so much
+    /// that more might come than goes.
+    fn next_to_trim(&self) -> Result<Option<(Spare, Duration)>> {
+        let (mut trims, mut spares) = (self.list(Some(TRIM))?, self.list(None)?);
+        let excess = bytes(&spares).saturating_sub(self.bytes_max);
+        let backlog = bytes(&trims).saturating_add(excess);
+        let pause = Duration::from_millis(SPARE_TRIM_PAUSE_MS);
+        let pause = pause / (1 + backlog / SPARE_BACKLOG_BYTES).min(4) as u32;
+        if trims.is_empty() && excess > 0 {
+            // The longest fits the fewest new files.
+            let Some(Spare { path, bytes }) = spares.pop() else { return Ok(None) };
+            let trim = path.with_extension(TRIM);
+            ignore_missing(fs::rename(&path, &trim))?;
+            trims.push(Spare { path: trim, bytes });
         }
-        let spares = self.list(None)?;
-        let fitting = spares.iter().find(|spare| spare.bytes >= excess).or(spares.last());
-        if let Some(spare) = fitting {
-            ignore_missing(fs::rename(&spare.path, spare.path.with_extension(TRIM)))?;
-        }
-        Ok(true)
+        Ok(trims.pop().map(|spare| (spare, pause)))
     }
 
     /// Gives everything back, because the file system is full.
     ///
     /// # Errors
-    /// Those of the file system.
+    /// Those of the file system; what could be given back was.
     pub fn remove_all(&self) -> Result<()> {
+        let mut result = Ok(());
         for spare in self.list(Some(TRIM))?.into_iter().chain(self.list(None)?) {
-            ignore_missing(fs::remove_file(&spare.path))?;
+            result = result.and(ignore_missing(fs::remove_file(&spare.path)));
         }
-        Ok(())
+        result
     }
+}
+
+/// The thread that [`Spares::start_trimming`] starts; it ends when this is dropped.
+pub struct Trimming {
+    _stop: SyncSender<Infallible>,
+}
+
+fn bytes(spares: &[Spare]) -> u64 {
+    spares.iter().map(|spare| spare.bytes).sum()
 }
 
 fn ignore_missing(result: Result<()>) -> Result<()> {
@@ -237,6 +315,8 @@ fn cut(path: &Path, len: u64) -> Result<()> {
 
 #[cfg(test)]
 mod tests {
+    use std::cell::Cell;
+
     use super::*;
 
     const MIB: u64 = 1 << 20;
@@ -262,6 +342,10 @@ mod tests {
             fs::write(&path, vec![0xA5; len as usize]).unwrap();
             path
         }
+
+        fn spare_count(&self) -> usize {
+            fs::read_dir(self.0.join("spare")).map_or(0, |entries| entries.count())
+        }
     }
 
     impl Drop for Place {
@@ -274,6 +358,17 @@ mod tests {
         spares.list(None).unwrap().iter().map(|spare| spare.bytes).collect()
     }
 
+    /// Counts the steps of a whole trimming.
+    fn trim(spares: &Spares) -> u64 {
+        let steps = Cell::new(0);
+        let count = |_| {
+            steps.set(steps.get() + 1);
+            steps.get() < 100
+        };
+        spares.trim(count).unwrap();
+        steps.get()
+    }
+
     #[test]
     fn a_removed_file_comes_back_as_zeros_or_as_it_is() {
         let place = Place::new("back");
@@ -281,7 +376,7 @@ mod tests {
         let target = place.0.join("target");
         assert!(!spares.take_zeroed(4 * MIB, &target).unwrap());
         for len in [4 * MIB, 3 * MIB, 1000] {
-            assert!(!spares.remove(&place.file("a", len)).unwrap());
+            spares.remove(&place.file("a", len)).unwrap();
         }
         // Small ones are just removed.
         assert_eq!(sizes(&spares), [3 * MIB, 4 * MIB]);
@@ -293,7 +388,7 @@ mod tests {
         let error = spares.take(3 * MIB, &target).unwrap_err();
         assert_eq!(error.kind(), ErrorKind::AlreadyExists);
         fs::remove_file(&target).unwrap();
-        assert!(!spares.take(2 * MIB, &target).unwrap(), "too long");
+        assert!(!spares.take(5 * MIB / 2, &target).unwrap(), "too long");
         assert!(spares.take(9 * MIB, &target).unwrap());
         assert_eq!(fs::read(&target).unwrap(), vec![0xA5; 3 * MIB as usize]);
         assert_eq!(sizes(&spares), [0u64; 0]);
@@ -303,25 +398,114 @@ mod tests {
     #[test]
     fn what_is_too_much_goes_bit_by_bit() {
         let place = Place::new("trim");
-        let spares = place.spares(5 * MIB);
-        assert!(!spares.trim().unwrap());
+        let spares = place.spares(7 * MIB);
+        assert_eq!(trim(&spares), 0);
         let inner = place.0.join("tree/inner");
         fs::create_dir_all(&inner).unwrap();
         for name in ["tree/a", "tree/inner/b", "tree/c"] {
             place.file(name, 3 * MIB);
         }
-        assert!(spares.remove_dir_all(&place.0.join("tree")).unwrap());
+        std::os::unix::fs::symlink(place.0.join("away"), place.0.join("tree/inner/link")).unwrap();
+        spares.remove_dir_all(&place.0.join("tree")).unwrap();
         assert!(!place.0.join("tree").exists());
-        assert_eq!(sizes(&spares).len(), 3);
-        let mut steps = 0;
-        while spares.trim().unwrap() {
-            steps += 1;
-            assert!(steps < 100);
-        }
-        assert!(steps > 2 * 3 * MIB / SPARE_TRIM_BYTES, "{steps}");
-        assert_eq!(sizes(&spares), [3 * MIB]);
+        // Nobody is to look through those for which there is no room.
+        assert_eq!(sizes(&spares), [3 * MIB, 3 * MIB]);
+        assert_eq!(trim(&spares), 3);
+        // Those that come one by one may take the place of a longer one.
+        spares.remove(&place.file("d", 2 * MIB)).unwrap();
+        assert_eq!(sizes(&spares), [2 * MIB, 3 * MIB, 3 * MIB]);
+        assert_eq!(trim(&spares), 3);
+        assert_eq!(sizes(&spares), [2 * MIB, 3 * MIB]);
         spares.remove_all().unwrap();
-        assert_eq!(fs::read_dir(place.0.join("spare")).unwrap().count(), 0);
+        assert_eq!(place.spare_count(), 0);
+    }
+
+    #[test]
+    fn a_thread_gives_back_what_is_too_much() {
+        let place = Place::new("thread");
+        place.spares(0);
+        place.file("spare/01.trim", 2 * MIB);
+        place.file("spare/02", MIB + 5000);
+        let until = |is_so: &dyn Fn() -> bool| {
+            let waited = (0..1000).find(|_| {
+                thread::sleep(Duration::from_millis(10));
+                is_so()
+            });
+            assert!(waited.is_some(), "{} spares", place.spare_count());
+        };
+        // What an earlier process has left goes without anything being removed.
+        let trimming = place.spares(0).start_trimming().unwrap();
+        until(&|| place.spare_count() == 0);
+        // A directory that is removed comes again.
+        fs::remove_dir(place.0.join("spare")).unwrap();
+        until(&|| place.0.join("spare").is_dir());
+        drop(trimming);
+    }
+
+    #[test]
+    fn all_may_be_given_back_while_some_is() {
+        let place = Place::new("all");
+        let spares = place.spares(0);
+        for number in 0..3 {
+            place.file(&format!("spare/{number:02}"), 4 * MIB);
+        }
+        let steps = Cell::new(0);
+        let full = |_| {
+            steps.set(steps.get() + 1);
+            if steps.get() == 2 {
+                spares.remove_all().unwrap();
+            }
+            true
+        };
+        spares.trim(full).unwrap();
+        assert_eq!((steps.get(), place.spare_count()), (2, 0));
+    }
+
+    #[test]
+    fn without_the_directory_files_are_just_removed() {
+        let place = Place::new("without");
+        let spares = place.spares(100 * MIB);
+        fs::remove_dir(place.0.join("spare")).unwrap();
+        let path = place.file("a", 2 * MIB);
+        spares.remove(&path).unwrap();
+        assert!(!path.exists());
+        fs::create_dir(place.0.join("tree")).unwrap();
+        place.file("tree/a", 2 * MIB);
+        spares.remove_dir_all(&place.0.join("tree")).unwrap();
+        assert!(!place.0.join("tree").exists());
+    }
+
+    #[test]
+    fn a_link_is_not_followed() {
+        let place = Place::new("link");
+        let spares = place.spares(100 * MIB);
+        fs::create_dir(place.0.join("else")).unwrap();
+        let file = place.file("else/a", 2 * MIB);
+        let link = place.0.join("link");
+        std::os::unix::fs::symlink(place.0.join("else"), &link).unwrap();
+        spares.remove_dir_all(&link).unwrap();
+        assert!(file.exists() && fs::symlink_metadata(&link).is_err());
+    }
+
+    #[test]
+    fn several_may_remove_a_directory() {
+        let place = Place::new("several");
+        let spares = place.spares(100 * MIB);
+        let tree = place.0.join("tree");
+        for _ in 0..20 {
+            for name in ["a", "b", "c"] {
+                fs::create_dir_all(tree.join(name)).unwrap();
+                for number in 0..20 {
+                    fs::write(tree.join(name).join(number.to_string()), "").unwrap();
+                }
+            }
+            thread::scope(|scope| {
+                for _ in 0..4 {
+                    scope.spawn(|| ignore_missing(spares.remove_dir_all(&tree)).unwrap());
+                }
+            });
+            assert!(!tree.exists());
+        }
     }
 
     #[test]

@@ -19,8 +19,11 @@ use glommio::{Latency, Shares, TaskQueueHandle};
 
 use super::blocking::list_directory;
 use super::spares::Spares;
-use super::{ALIGNMENT, DirEntry, File, Instant, Io, IoCause, IoError, TaskClass};
-use crate::limits::{DEVICE_IO_BYTES_MAX, SERVE_LATENCY_US, SPARE_TRIM_BYTES, SPARE_TRIM_PAUSE_MS};
+use super::{ALIGNMENT, DirEntry, File, Instant, Io, IoCause, IoError, TaskClass, align_up};
+use crate::limits::{
+    DEVICE_IO_BYTES_MAX, SERVE_LATENCY_US, SPARE_LONGER_SHARE, SPARE_TRIM_BYTES,
+    SPARE_TRIM_PAUSE_MS,
+};
 
 /// One glommio executor's access to the world. Made on the executor; cheap to clone.
 #[derive(Clone)]
@@ -35,8 +38,6 @@ struct Queues {
     /// glommio knows whether the device can be polled for completions.
     probed: Cell<bool>,
     spares: Option<Arc<Spares>>,
-    /// Spares are being given back.
-    trimming: Cell<bool>,
     started: std::time::Instant,
     random: RefCell<fastrand::Rng>,
 }
@@ -58,7 +59,6 @@ impl UringIo {
                 background: queue(100, Latency::NotImportant, "background"),
                 probed: Cell::new(false),
                 spares,
-                trimming: Cell::new(false),
                 #[allow(clippy::disallowed_methods, reason = "this is the door to the clock")]
                 started: std::time::Instant::now(),
                 #[allow(clippy::disallowed_methods, reason = "this is the door to randomness")]
@@ -83,7 +83,11 @@ impl UringIo {
         let name = format!("probe-{:016x}.tmp", self.random_u64());
         let probe = path.parent().unwrap_or(Path::new(".")).join(name);
         let fail = |error: io::Error| os_error("probe", &probe, &error);
-        std::fs::write(&probe, [0; ALIGNMENT]).map_err(fail)?;
+        if let Err(error) = std::fs::write(&probe, [0; ALIGNMENT]) {
+            // It may be there, without its content.
+            let _ = std::fs::remove_file(&probe);
+            return Err(fail(error));
+        }
         let opened = DmaFile::open(&probe).await;
         let removed = std::fs::remove_file(&probe).map_err(fail);
         let file = opened.map_err(|error| ring_error("probe", &probe, error))?;
@@ -102,38 +106,15 @@ impl UringIo {
         Some(glommio::executor().spawn_blocking(move || work(&spares)).await)
     }
 
-    /// Gives spares back until no more are kept than shall be.
-    fn start_trimming(&self) {
-        if self.queues.trimming.replace(true) {
-            return;
-        }
-        let io = self.clone();
-        self.spawn(TaskClass::Background, async move {
-            loop {
-                match io.with_spares(Spares::trim).await {
-                    Some(Ok(true)) => io.sleep(Duration::from_millis(SPARE_TRIM_PAUSE_MS)).await,
-                    Some(Ok(false)) | None => break,
-                    Some(Err(error)) => {
-                        tracing::warn!("space of removed files is not given back: {error}");
-                        break;
-                    }
-                }
-            }
-            io.queues.trimming.set(false);
-        });
-    }
-
     /// Where there is no space, spares give theirs; a later attempt has it.
-    async fn note(&self, error: IoError) -> IoError {
-        if error.cause == IoCause::NoSpace
-            && let Some(Err(problem)) = self.with_spares(Spares::remove_all).await
-        {
-            tracing::warn!("space of removed files is not given back: {problem}");
+    async fn noted<T>(&self, result: Result<T, IoError>) -> Result<T, IoError> {
+        if let Err(IoError { cause: IoCause::NoSpace, .. }) = &result {
+            self.make_room().await;
         }
-        error
+        result
     }
 
-    /// Opens the file that `take` puts there, or creates it.
+    /// Opens the file that `take` puts there, or creates it. After an error there is no new file.
     async fn reuse_or_create(
         &self,
         path: &Path,
@@ -141,9 +122,20 @@ impl UringIo {
     ) -> Result<(UringFile, bool), IoError> {
         let target = path.to_owned();
         match self.with_spares(move |spares| take(spares, &target)).await {
-            Some(Ok(true)) => Ok((self.open(path).await?, true)),
-            Some(Ok(false)) | None => Ok((self.create(path).await?, false)),
-            Some(Err(error)) => Err(os_error("create", path, &error)),
+            Some(Ok(true)) => {}
+            Some(Err(error)) if error.kind() == io::ErrorKind::AlreadyExists => {
+                return Err(os_error("create", path, &error));
+            }
+            // Without spares everything goes on.
+            Some(Ok(false) | Err(_)) | None => return Ok((self.create(path).await?, false)),
+        }
+        match self.open(path).await {
+            Ok(file) => Ok((file, true)),
+            Err(error) => {
+                // The first error is the one that counts.
+                let _ = self.remove(path).await;
+                Err(error)
+            }
         }
     }
 
@@ -221,7 +213,7 @@ impl Io for UringIo {
     type File = UringFile;
 
     async fn create(&self, path: &Path) -> Result<UringFile, IoError> {
-        self.probe_device(path).await?;
+        self.noted(self.probe_device(path).await).await?;
         let file = OpenOptions::new()
             .read(true)
             .write(true)
@@ -230,10 +222,8 @@ impl Io for UringIo {
             .dma_open(path)
             .await
             .map_err(|error| ring_error("create", path, error));
-        match file {
-            Ok(file) => Ok(UringFile { io: self.clone(), file, path: path.to_owned() }),
-            Err(error) => Err(self.note(error).await),
-        }
+        let file = self.noted(file).await?;
+        Ok(UringFile { io: self.clone(), file, path: path.to_owned() })
     }
 
     async fn create_zeroed(&self, path: &Path, len: u64) -> Result<UringFile, IoError> {
@@ -248,13 +238,13 @@ impl Io for UringIo {
         Ok(file)
     }
 
-    async fn create_scratch(&self, path: &Path, about: u64) -> Result<UringFile, IoError> {
-        let take = move |spares: &Spares, target: &Path| spares.take(about, target);
+    async fn create_scratch(&self, path: &Path, least: u64) -> Result<UringFile, IoError> {
+        let take = move |spares: &Spares, target: &Path| spares.take(least, target);
         Ok(self.reuse_or_create(path, take).await?.0)
     }
 
     async fn open(&self, path: &Path) -> Result<UringFile, IoError> {
-        self.probe_device(path).await?;
+        self.noted(self.probe_device(path).await).await?;
         let file = OpenOptions::new()
             .read(true)
             .write(true)
@@ -265,7 +255,8 @@ impl Io for UringIo {
     }
 
     async fn rename(&self, source: &Path, target: &Path) -> Result<(), IoError> {
-        std::fs::rename(source, target).map_err(|error| os_error("rename", source, &error))
+        let renamed = std::fs::rename(source, target);
+        self.noted(renamed.map_err(|error| os_error("rename", source, &error))).await
     }
 
     async fn remove(&self, path: &Path) -> Result<(), IoError> {
@@ -274,12 +265,9 @@ impl Io for UringIo {
         let kept = self.queues.spares.clone();
         let removed = glommio::executor().spawn_blocking(move || match kept {
             Some(spares) => spares.remove(&owned),
-            None => std::fs::remove_file(owned).map(|()| false),
+            None => std::fs::remove_file(owned),
         });
-        if removed.await.map_err(|error| os_error("remove", path, &error))? {
-            self.start_trimming();
-        }
-        Ok(())
+        removed.await.map_err(|error| os_error("remove", path, &error))
     }
 
     async fn create_dir(&self, path: &Path) -> Result<(), IoError> {
@@ -287,7 +275,7 @@ impl Io for UringIo {
         // something else than a directory that stands there already.
         match std::fs::DirBuilder::new().mode(0o700).create(path) {
             Err(error) if error.kind() != io::ErrorKind::AlreadyExists || !path.is_dir() => {
-                Err(os_error("create directory", path, &error))
+                self.noted(Err(os_error("create directory", path, &error))).await
             }
             Ok(()) | Err(_) => Ok(()),
         }
@@ -298,16 +286,14 @@ impl Io for UringIo {
         let kept = self.queues.spares.clone();
         let removed = glommio::executor().spawn_blocking(move || match kept {
             Some(spares) => spares.remove_dir_all(&owned),
-            None => std::fs::remove_dir_all(owned).map(|()| false),
+            None => std::fs::remove_dir_all(owned),
         });
         match removed.await {
-            Ok(true) => self.start_trimming(),
             Err(error) if error.kind() != io::ErrorKind::NotFound => {
-                return Err(os_error("remove directory", path, &error));
+                Err(os_error("remove directory", path, &error))
             }
-            Ok(false) | Err(_) => {}
+            Ok(()) | Err(_) => Ok(()),
         }
-        Ok(())
     }
 
     async fn list(&self, dir: &Path) -> Result<Vec<DirEntry>, IoError> {
@@ -320,6 +306,12 @@ impl Io for UringIo {
         let synced = handle.sync().await;
         handle.close().await.map_err(fail)?;
         synced.map_err(fail)
+    }
+
+    async fn make_room(&self) {
+        if let Some(Err(problem)) = self.with_spares(Spares::remove_all).await {
+            tracing::warn!("space of removed files is not given back: {problem}");
+        }
     }
 
     fn now(&self) -> Instant {
@@ -403,38 +395,41 @@ impl File for UringFile {
         self.check(offset, len);
         assert!(len <= DEVICE_IO_BYTES_MAX, "a write of {len} bytes at once");
         let written = self.file.write_at(buf.0, offset).await;
-        let cut =
-            || IoError { operation: "write", path: self.path.clone(), cause: IoCause::NoSpace };
-        match written.map_err(|error| self.error("write", error)) {
-            Ok(written) if written == len => Ok(()),
-            Ok(_) => Err(self.io.note(cut()).await),
-            Err(error) => Err(self.io.note(error).await),
-        }
+        let written = match written.map_err(|error| self.error("write", error)) {
+            Ok(written) if written < len => {
+                let cause = IoCause::NoSpace;
+                Err(IoError { operation: "write", path: self.path.clone(), cause })
+            }
+            written => written.map(|_| ()),
+        };
+        self.io.noted(written).await
     }
 
     async fn allocate(&self, len: u64) -> Result<(), IoError> {
-        match self.file.pre_allocate(len, false).await {
-            Ok(()) => Ok(()),
-            Err(error) => Err(self.io.note(self.error("allocate", error)).await),
-        }
+        let allocated = self.file.pre_allocate(len, false).await;
+        self.io.noted(allocated.map_err(|error| self.error("allocate", error))).await
     }
 
     async fn set_len(&self, len: u64) -> Result<(), IoError> {
         self.check(len, 0);
         let mut now = self.len().await?;
         // The device is told about freed blocks; see `Spares`.
-        while now > len.saturating_add(SPARE_TRIM_BYTES) {
-            now -= SPARE_TRIM_BYTES;
+        let share = now.saturating_sub(len) / SPARE_LONGER_SHARE;
+        let step = align_up(share).max(SPARE_TRIM_BYTES);
+        while now > len.saturating_add(step) {
+            now -= step;
             let cut = self.file.truncate(now).await;
             cut.map_err(|error| self.error("set length of", error))?;
             self.sync().await?;
             self.io.sleep(Duration::from_millis(SPARE_TRIM_PAUSE_MS)).await;
         }
-        self.file.truncate(len).await.map_err(|error| self.error("set length of", error))
+        let set = self.file.truncate(len).await;
+        self.io.noted(set.map_err(|error| self.error("set length of", error))).await
     }
 
     async fn sync(&self) -> Result<(), IoError> {
-        self.file.fdatasync().await.map_err(|error| self.error("sync", error))
+        let synced = self.file.fdatasync().await;
+        self.io.noted(synced.map_err(|error| self.error("sync", error))).await
     }
 
     async fn len(&self) -> Result<u64, IoError> {
@@ -444,5 +439,110 @@ impl File for UringFile {
     async fn close(self) -> Result<(), IoError> {
         let path = self.path;
         self.file.close().await.map_err(|error| ring_error("close", &path, error))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fs;
+
+    use super::*;
+
+    const MIB: u64 = 1 << 20;
+
+    /// Runs `story` with an empty directory and spares in `spare`.
+    fn with_spares_in<F: Future<Output = ()>>(
+        name: &str,
+        spare: impl FnOnce(&Path) -> PathBuf,
+        story: impl FnOnce(UringIo, PathBuf, PathBuf) -> F + Send + 'static,
+    ) {
+        let binary = std::env::current_exe().unwrap();
+        let dir = binary.with_file_name(format!("uring-{name}-{}", std::process::id()));
+        fs::create_dir_all(&dir).unwrap();
+        let spare = spare(&dir);
+        let (of_story, of_spares) = (dir.clone(), spare.clone());
+        let run = std::thread::spawn(move || {
+            let executor = glommio::LocalExecutorBuilder::default().io_memory(1 << 20).make();
+            executor.unwrap().run(async move {
+                let spares = Spares::new(&of_spares, 1 << 30);
+                spares.prepare().unwrap();
+                story(UringIo::new(Some(Arc::new(spares))), of_story, of_spares).await;
+            });
+        });
+        let result = run.join();
+        fs::remove_dir_all(&dir).unwrap();
+        let _ = fs::remove_dir_all(&spare);
+        result.unwrap();
+    }
+
+    fn count(dir: &Path) -> usize {
+        fs::read_dir(dir).unwrap().count()
+    }
+
+    async fn creates_and_removes(io: &UringIo, dir: &Path) {
+        let path = dir.join("file");
+        let file = io.create_zeroed(&path, 2 * MIB).await.unwrap();
+        assert_eq!(file.len().await.unwrap(), 2 * MIB);
+        file.close().await.unwrap();
+        io.remove(&path).await.unwrap();
+        let file = io.create_scratch(&path, 2 * MIB).await.unwrap();
+        file.allocate(2 * MIB).await.unwrap();
+        file.close().await.unwrap();
+        io.remove(&path).await.unwrap();
+        assert_eq!(io.remove(&path).await.unwrap_err().cause, IoCause::NotFound);
+        assert!(!path.exists());
+    }
+
+    #[test]
+    fn the_directory_of_spares_may_go_away() {
+        let story = |io: UringIo, dir: PathBuf, spare: PathBuf| async move {
+            fs::remove_dir(&spare).unwrap();
+            creates_and_removes(&io, &dir).await;
+            fs::write(&spare, "a file").unwrap();
+            creates_and_removes(&io, &dir).await;
+            fs::remove_file(&spare).unwrap();
+        };
+        with_spares_in("gone", |dir| dir.join("spare"), story);
+    }
+
+    #[test]
+    fn spares_may_be_on_another_file_system() {
+        let other =
+            |_: &Path| PathBuf::from(format!("/dev/shm/pgstrata-spares-{}", std::process::id()));
+        let story = |io: UringIo, dir: PathBuf, spare: PathBuf| async move {
+            fs::write(spare.join("00"), vec![1; 2 * MIB as usize]).unwrap();
+            creates_and_removes(&io, &dir).await;
+            assert_eq!(count(&spare), 1);
+        };
+        with_spares_in("other", other, story);
+    }
+
+    #[test]
+    fn spares_give_their_space_to_a_full_disk() {
+        let story = |io: UringIo, dir: PathBuf, spare: PathBuf| async move {
+            creates_and_removes(&io, &dir).await;
+            assert_eq!(count(&spare), 1);
+            for (cause, left) in [(IoCause::NotFound, 1), (IoCause::NoSpace, 0)] {
+                let error = IoError { operation: "write", path: dir.clone(), cause };
+                assert_eq!(io.noted::<()>(Err(error.clone())).await, Err(error));
+                assert_eq!(count(&spare), left);
+            }
+        };
+        with_spares_in("full", |dir| dir.join("spare"), story);
+    }
+
+    #[test]
+    fn a_long_end_is_given_back_soon() {
+        let story = |io: UringIo, dir: PathBuf, spare: PathBuf| async move {
+            fs::write(spare.join("00"), vec![1; 64 * MIB as usize]).unwrap();
+            let file = io.create_scratch(&dir.join("file"), 64 * MIB).await.unwrap();
+            let before = io.now();
+            file.set_len(ALIGNMENT as u64).await.unwrap();
+            let pauses = (io.now() - before).as_millis() as u64 / SPARE_TRIM_PAUSE_MS;
+            assert!((15..50).contains(&pauses), "{pauses}");
+            assert_eq!(file.len().await.unwrap(), ALIGNMENT as u64);
+            file.close().await.unwrap();
+        };
+        with_spares_in("end", |dir| dir.join("spare"), story);
     }
 }

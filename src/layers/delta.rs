@@ -54,6 +54,7 @@ pub struct DeltaWriter<I: Io> {
 impl<I: Io> DeltaWriter<I> {
     /// Starts a temporary file in `dir` for values with an LSN within `lsns`. It ends with
     /// [`DeltaWriter::finish`] or [`DeltaWriter::abort`], after an error of `add` too.
+    /// Space of a removed file of up to `least` bytes may be used, which it should come to have.
     ///
     /// # Errors
     /// [`LayerError::Io`].
@@ -62,10 +63,10 @@ impl<I: Io> DeltaWriter<I> {
         dir: &Path,
         owner: LayerOwner,
         lsns: LsnRange,
-        about: u64,
+        least: u64,
     ) -> Result<Self, LayerError> {
         Ok(DeltaWriter {
-            out: LayerFileWriter::create(io, dir, owner, about).await?,
+            out: LayerFileWriter::create(io, dir, owner, least).await?,
             lsns,
             packer: Packer::default(),
             block: BytesMut::with_capacity(2 * LAYER_BLOCK_BYTES_TARGET),

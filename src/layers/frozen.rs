@@ -79,8 +79,8 @@ impl FrozenLayer {
         form: impl Fn(Key, Value) -> Value,
     ) -> Result<LayerDesc, LayerError> {
         // Values take less room in a file, and shrink.
-        let about = self.memory_bytes() as u64 / 2;
-        let mut writer = DeltaWriter::create(io, dir, owner, self.lsns.clone(), about).await?;
+        let least = self.memory_bytes() as u64 / 4;
+        let mut writer = DeltaWriter::create(io, dir, owner, self.lsns.clone(), least).await?;
         for (key, lsn, value) in self.entries() {
             if let Err(error) = writer.add(key, lsn, &form(key, value)).await {
                 writer.abort().await;

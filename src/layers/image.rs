@@ -40,6 +40,7 @@ pub struct ImageWriter<I: Io> {
 impl<I: Io> ImageWriter<I> {
     /// Starts a temporary file in `dir` for the state at `lsn`. It ends with
     /// [`ImageWriter::finish`] or [`ImageWriter::abort`], after an error of `add` too.
+    /// Space of a removed file of up to `least` bytes may be used, which it should come to have.
     ///
     /// # Errors
     /// [`LayerError::Io`].
@@ -48,10 +49,10 @@ impl<I: Io> ImageWriter<I> {
         dir: &Path,
         owner: LayerOwner,
         lsn: Lsn,
-        about: u64,
+        least: u64,
     ) -> Result<Self, LayerError> {
         Ok(ImageWriter {
-            out: LayerFileWriter::create(io, dir, owner, about).await?,
+            out: LayerFileWriter::create(io, dir, owner, least).await?,
             lsn,
             packer: Packer::default(),
             index: ImageIndex::default(),

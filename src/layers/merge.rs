@@ -231,6 +231,11 @@ impl<I: Io> ImageCursor<I> {
         Ok(ImageCursor { layer, keys, values: VecDeque::new() })
     }
 
+    /// Length of the layer that is read, in bytes.
+    pub fn file_bytes(&self) -> u64 {
+        self.layer.desc().file_bytes
+    }
+
     /// The next key; `None` at the end.
     ///
     /// # Errors

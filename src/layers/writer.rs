@@ -55,15 +55,15 @@ pub(super) struct Parts {
 }
 
 impl<I: Io> LayerFileWriter<I> {
-    /// Starts a file of about `about` bytes.
+    /// Starts a file of hardly less than `least` bytes.
     pub(super) async fn create(
         io: &I,
         dir: &Path,
         owner: LayerOwner,
-        about: u64,
+        least: u64,
     ) -> Result<Self, IoError> {
         let temp = dir.join(format!("{:016x}{TEMP_SUFFIX}", io.random_u64()));
-        let file = Rc::new(io.create_scratch(&temp, about).await?);
+        let file = Rc::new(io.create_scratch(&temp, least).await?);
         let buffer = file.alloc_to_fill(LAYER_WRITE_BYTES);
         let (io, dir, offset) = (io.clone(), dir.to_owned(), HEADER_BYTES as u64);
         let under_way = VecDeque::new();

@@ -317,7 +317,8 @@ impl ImageJob {
     }
 
     async fn writer<I: Io>(&self, io: &I) -> Result<ImageWriter<I>, LayerError> {
-        ImageWriter::create(io, &self.dir, self.owner, self.lsn, self.layer_bytes).await
+        let least = self.layer_bytes / 8;
+        ImageWriter::create(io, &self.dir, self.owner, self.lsn, least).await
     }
 
     /// False when the values ended before their end.

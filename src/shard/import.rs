@@ -26,8 +26,8 @@ use super::index::{
 use super::load::JOURNAL_DIR;
 use super::primary;
 use crate::base::{Key, Lsn};
-use crate::io::{Io, IoError, durable, foreign};
-use crate::layers::{ImageWriter, LayerError, LayerOwner};
+use crate::io::{Io, IoCause, IoError, durable, foreign};
+use crate::layers::{ImageWriter, LayerDesc, LayerError, LayerOwner};
 use crate::limits::{
     BACKUP_MANIFEST_BYTES_MAX, IMPORT_CANCEL_POLL_MS, IMPORT_READ_BYTES, JOURNAL_SEGMENT_BYTES,
 };
@@ -65,8 +65,12 @@ impl Progress {
         self.cancelled.store(true, Ordering::Relaxed);
     }
 
+    fn check(&self) -> Result<(), ImportError> {
+        if self.cancelled.load(Ordering::Relaxed) { Err(ImportError::Cancelled) } else { Ok(()) }
+    }
+
     async fn until_cancelled<I: Io>(&self, io: &I) {
-        while !self.cancelled.load(Ordering::Relaxed) {
+        while self.check().is_ok() {
             io.sleep(Duration::from_millis(IMPORT_CANCEL_POLL_MS)).await;
         }
     }
@@ -136,28 +140,26 @@ struct Scanned {
     source: Option<WalSourceConfig>,
 }
 
-/// [`run`], ended early by [`Progress::cancel`] even while it waits for a primary. What it leaves
-/// in the directory has no index, so the next start removes it.
-pub async fn run_until_cancelled<I: Io>(
-    io: I,
-    job: ImportJob,
-) -> Result<TimelineIndex, ImportError> {
-    let progress = job.progress.clone();
-    let work = std::pin::pin!(run(io.clone(), job));
-    let cancelled = std::pin::pin!(progress.until_cancelled(&io));
-    match select(work, cancelled).await {
-        Either::Left((result, _)) => result,
-        Either::Right(_) => Err(ImportError::Cancelled),
-    }
-}
-
-/// Imports; returns the new timeline's index, which is not published yet.
+/// Imports; returns the new timeline's index, which is not published yet. [`Progress::cancel`] ends
+/// it early. What it leaves in the directory then has no index, so the next start removes it.
 pub async fn run<I: Io>(io: I, job: ImportJob) -> Result<TimelineIndex, ImportError> {
     let staging = job.dir.join(STAGING_DIR);
     let scanned = match &job.source {
         TimelineSource::Primary { conninfo, slot } => {
             let source = source_config(conninfo, slot.as_deref())?;
-            from_primary(&io, &source, &staging, &job.progress).await?
+            // This may wait for the primary, and writes nothing that must come to an end.
+            let fetch = std::pin::pin!(from_primary(&io, &source, &staging, &job.progress));
+            let cancelled = std::pin::pin!(job.progress.until_cancelled(&io));
+            let fetched = match select(fetch, cancelled).await {
+                Either::Left((fetched, _)) => fetched,
+                Either::Right(_) => Err(ImportError::Cancelled),
+            };
+            if let Err(ImportError::Source(SourceError::Io(error))) = &fetched
+                && error.cause == IoCause::NoSpace
+            {
+                io.make_room().await;
+            }
+            fetched?
         }
         TimelineSource::Backup { path, primary, slot } => {
             let data = DataDir::scan(Path::new(path))?;
@@ -176,7 +178,7 @@ pub async fn run<I: Io>(io: I, job: ImportJob) -> Result<TimelineIndex, ImportEr
         }
     };
     let layers = write_layers(&io, &job, &scanned.data).await?;
-    copy_wal(&io, &job.dir, &scanned).await?;
+    copy_wal(&io, &job, &scanned).await?;
     foreign::remove_dir_all(&staging)?;
     let Scanned { data, readable_from, source } = scanned;
     let cluster = data.cluster;
@@ -285,31 +287,56 @@ async fn write_layers<I: Io>(
     job: &ImportJob,
     data: &DataDir,
 ) -> Result<Vec<IndexLayer>, ImportError> {
-    let (dir, lsn) = (&job.dir, data.start_lsn);
-    let mut layers = Vec::new();
+    let (mut layers, mut open) = (Vec::new(), None);
+    let written = fill_layers(io, job, data, &mut layers, &mut open).await;
+    // After an error. The space of its file may be used again as soon as the directory is removed,
+    // so no write may be under way then.
+    if let Some(writer) = open {
+        writer.abort().await;
+    }
+    written.map(|()| layers)
+}
+
+async fn fill_layers<I: Io>(
+    io: &I,
+    job: &ImportJob,
+    data: &DataDir,
+    layers: &mut Vec<IndexLayer>,
+    open: &mut Option<ImageWriter<I>>,
+) -> Result<(), ImportError> {
+    let (dir, lsn, full) = (&job.dir, data.start_lsn, job.image_layer_bytes);
+    let create = || ImageWriter::create(io, dir, job.owner, lsn, full / 8);
+    let entry = |desc: LayerDesc| IndexLayer { name: desc.name.to_string(), len: desc.file_bytes };
     let mut range_start = Key::MIN;
-    let mut writer = ImageWriter::create(io, dir, job.owner, lsn, job.image_layer_bytes).await?;
     let mut values = data.values();
     while let Some(item) = values.next() {
+        job.progress.check()?;
         let (key, value) = item?;
-        if writer.file_bytes() >= job.image_layer_bytes && key > range_start {
-            let done = writer.finish(range_start..key).await?;
-            layers.push(IndexLayer { name: done.name.to_string(), len: done.file_bytes });
+        let is_full =
+            |writer: &mut ImageWriter<I>| writer.file_bytes() >= full && key > range_start;
+        if let Some(writer) = open.take_if(is_full) {
+            layers.push(entry(writer.finish(range_start..key).await?));
             range_start = key;
-            writer = ImageWriter::create(io, dir, job.owner, lsn, job.image_layer_bytes).await?;
         }
+        let writer = match open {
+            Some(writer) => writer,
+            None => open.insert(create().await?),
+        };
         writer.add(key, &value).await?;
         job.progress.set(values.bytes_done(), data.total_bytes());
         io.yield_if_needed().await;
     }
-    let done = writer.finish(range_start..Key::MAX).await?;
-    layers.push(IndexLayer { name: done.name.to_string(), len: done.file_bytes });
-    Ok(layers)
+    let writer = match open.take() {
+        Some(writer) => writer,
+        None => create().await?,
+    };
+    layers.push(entry(writer.finish(range_start..Key::MAX).await?));
+    Ok(())
 }
 
 /// Copies the WAL that lies in a backup's or cluster's `pg_wal` into the journal, from the
 /// segment on where it is needed.
-async fn copy_wal<I: Io>(io: &I, dir: &Path, scanned: &Scanned) -> Result<(), ImportError> {
+async fn copy_wal<I: Io>(io: &I, job: &ImportJob, scanned: &Scanned) -> Result<(), ImportError> {
     let Scanned { data, readable_from, source } = scanned;
     let (start, end) = (data.start_lsn, *readable_from);
     let first = Lsn(start.0 - start.segment_offset(JOURNAL_SEGMENT_BYTES));
@@ -319,19 +346,12 @@ async fn copy_wal<I: Io>(io: &I, dir: &Path, scanned: &Scanned) -> Result<(), Im
         if segment_bytes != JOURNAL_SEGMENT_BYTES {
             return Err(ImportError::SegmentSize(segment_bytes));
         }
-        let journal_dir = dir.join(JOURNAL_DIR);
+        let journal_dir = job.dir.join(JOURNAL_DIR);
         let journal = Journal::open(io.clone(), &journal_dir, data.timeline, first).await?;
-        loop {
-            let name = journal.segment_name(at.segment_number(JOURNAL_SEGMENT_BYTES));
-            let Some(file) = data.wal.get(&name) else { break };
-            let segment_end = Lsn(at.0 + JOURNAL_SEGMENT_BYTES);
-            at = copy_segment(io, &journal, file, at).await?;
-            if at < segment_end {
-                // A segment that is cut off, or empty: nothing can follow it.
-                break;
-            }
-        }
-        journal.close().await?;
+        let copied = copy_segments(io, job, &journal, data, first).await;
+        let closed = journal.close().await;
+        at = copied?;
+        closed?;
     }
     if at < end && source.is_none() {
         return Err(ImportError::WalMissing { start, end });
@@ -339,14 +359,36 @@ async fn copy_wal<I: Io>(io: &I, dir: &Path, scanned: &Scanned) -> Result<(), Im
     Ok(())
 }
 
+/// Copies segments from `at` on, as long as there are such; returns where they end.
+async fn copy_segments<I: Io>(
+    io: &I,
+    job: &ImportJob,
+    journal: &Journal<I>,
+    data: &DataDir,
+    mut at: Lsn,
+) -> Result<Lsn, ImportError> {
+    loop {
+        let name = journal.segment_name(at.segment_number(JOURNAL_SEGMENT_BYTES));
+        let Some(file) = data.wal.get(&name) else { return Ok(at) };
+        let segment_end = Lsn(at.0 + JOURNAL_SEGMENT_BYTES);
+        at = copy_segment(io, job, journal, file, at).await?;
+        if at < segment_end {
+            // A segment that is cut off, or empty: nothing can follow it.
+            return Ok(at);
+        }
+    }
+}
+
 async fn copy_segment<I: Io>(
     io: &I,
+    job: &ImportJob,
     journal: &Journal<I>,
     file: &FileRef,
     start: Lsn,
 ) -> Result<Lsn, ImportError> {
     let mut done = 0;
     while done < file.len.min(JOURNAL_SEGMENT_BYTES) {
+        job.progress.check()?;
         let bytes = file.read(done, IMPORT_READ_BYTES)?;
         if bytes.is_empty() {
             break;

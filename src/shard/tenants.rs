@@ -253,8 +253,7 @@ impl<I: Io, C: Connector> Shard<I, C> {
             image_layer_bytes: self.config_of(request.tenant).get().image_layer_bytes,
             progress,
         };
-        let imported =
-            self.context.background.run(move |io: I| import::run_until_cancelled(io, job)).await;
+        let imported = self.context.background.run(move |io: I| import::run(io, job)).await;
         let index = imported
             .map_err(|error| error.to_string())?
             .map_err(|error: ImportError| error.to_string())?;

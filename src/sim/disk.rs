@@ -182,32 +182,63 @@ impl Disk {
         Ok(inode)
     }
 
-    /// Creates and opens a file with anything in it: for choice the space of a file whose name is
-    /// gone, though a power loss may bring that name back.
+    /// Creates and opens a file with anything in it: for choice one whose name is gone.
     pub fn create_scratch(
         &mut self,
         path: &Path,
-        about: u64,
+        least: u64,
         noise: &mut Stream,
     ) -> Result<Inode, IoCause> {
         let removed = self.removed_files();
+        if let Some(old) = self.reuse(path, removed, noise)? {
+            return Ok(old);
+        }
+        let inode = self.create(path)?;
+        // Noise takes space, which somebody may be counting.
+        if least > 0 && self.capacity_bytes.is_none() {
+            let blocks = noise.below(2 * least / ALIGNMENT as u64 + 2);
+            *self.file(inode) = FileData::scratch(blocks, noise);
+        }
+        Ok(inode)
+    }
+
+    /// Perhaps creates and opens a file of `len` zeros, out of one whose name is gone. They are
+    /// durable before the name is.
+    pub fn reuse_zeroed(
+        &mut self,
+        path: &Path,
+        len: u64,
+        noise: &mut Stream,
+    ) -> Result<Option<Inode>, IoCause> {
+        let mut removed = self.removed_files();
+        removed.retain(|inode| self.file(*inode).len() == len);
+        let reused = self.reuse(path, removed, noise)?;
+        if let Some(inode) = reused {
+            let file = self.file(inode);
+            file.set_len(0);
+            file.allocate(len);
+            file.sync(file.latest_change());
+        }
+        Ok(reused)
+    }
+
+    /// Perhaps gives one of these files a new name, and opens it, though a power loss may bring
+    /// the old name back.
+    fn reuse(
+        &mut self,
+        path: &Path,
+        removed: Vec<Inode>,
+        noise: &mut Stream,
+    ) -> Result<Option<Inode>, IoCause> {
         let old = removed.get(noise.below(removed.len() as u64) as usize).copied();
-        let Some(old) = old.filter(|_| noise.coin()) else {
-            let inode = self.create(path)?;
-            // Noise takes space, which somebody may be counting.
-            if about > 0 && self.capacity_bytes.is_none() {
-                let blocks = noise.below(2 * about / ALIGNMENT as u64 + 2);
-                *self.file(inode) = FileData::scratch(blocks, noise);
-            }
-            return Ok(inode);
-        };
+        let Some(old) = old.filter(|_| noise.coin()) else { return Ok(None) };
         let (parent, name) = self.parent(path)?;
         if self.directory(parent)?.live.contains_key(&name) {
             return Err(IoCause::Exists);
         }
         self.change(None, Some((parent, name, old)));
         *self.open_counts.entry(old).or_default() += 1;
-        Ok(old)
+        Ok(Some(old))
     }
 
     /// Files that have no name any more, that nobody has open, and that are still remembered.

@@ -46,6 +46,7 @@ pub(super) struct Streams {
     pub latency: Stream,
     pub yields: Stream,
     pub faults: Stream,
+    pub zeroed: Stream,
     pub crash: Stream,
     pub product: Stream,
 }

@@ -145,12 +145,32 @@ impl Io for SimIo {
         Ok(file)
     }
 
-    async fn create_scratch(&self, path: &Path, about: u64) -> Result<SimFile, IoError> {
+    async fn create_zeroed(&self, path: &Path, len: u64) -> Result<SimFile, IoError> {
+        let io = self.clone();
+        let seed = self.state(|state| state.streams.zeroed.next_u64());
+        let create = |disk: &mut Disk| {
+            let mut noise = Stream::new(seed, "zeroed");
+            let reused = disk.reuse_zeroed(path, len, &mut noise)?;
+            let inode = reused.map_or_else(|| disk.create(path), Ok)?;
+            Ok((io.handle(path, inode), reused.is_some()))
+        };
+        let (file, is_reused) = self.metadata("create", path, create).await?;
+        file.has_failed.set(false);
+        if !is_reused && let Err(error) = file.allocate(len).await {
+            // The first error is the one that counts.
+            let _ = file.close().await;
+            let _ = self.remove(path).await;
+            return Err(error);
+        }
+        Ok(file)
+    }
+
+    async fn create_scratch(&self, path: &Path, least: u64) -> Result<SimFile, IoError> {
         let io = self.clone();
         let seed = self.state(|state| state.streams.faults.next_u64());
         let create = |disk: &mut Disk| {
             let mut noise = Stream::new(seed, "scratch");
-            Ok(io.handle(path, disk.create_scratch(path, about, &mut noise)?))
+            Ok(io.handle(path, disk.create_scratch(path, least, &mut noise)?))
         };
         let file = self.metadata("create", path, create).await?;
         file.has_failed.set(false);

@@ -132,6 +132,7 @@ impl SimWorld {
             latency: Stream::new(seed, "latency"),
             yields: Stream::new(seed, "yields"),
             faults: Stream::new(seed, "faults"),
+            zeroed: Stream::new(seed, "zeroed"),
             crash: Stream::new(seed, "crash"),
             product: Stream::new(seed, "product"),
         };

@@ -397,7 +397,14 @@ impl<I: Io> Journal<I> {
 
     /// Removes segments that lie wholly before `lsn`; returns how many.
     pub async fn remove_before(&self, lsn: Lsn) -> Result<usize, JournalError> {
-        let keep = self.segment_name(lsn.segment_number(JOURNAL_SEGMENT_BYTES));
+        let first = lsn.segment_number(JOURNAL_SEGMENT_BYTES);
+        // A flush that ended where a segment does has left that open.
+        let is_over = |(number, _): &mut (u64, I::File)| *number < first;
+        let over = self.current.borrow_mut().take_if(is_over);
+        if let Some((_, file)) = over {
+            file.close().await?;
+        }
+        let keep = self.segment_name(first);
         let mut removed = 0;
         for entry in self.io.list(&self.dir).await? {
             if entry.name.len() == keep.len() && entry.name < keep {
@@ -495,6 +502,29 @@ pub async fn read_segment<I: Io>(
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::sim::{SimOptions, SimWorld};
+
+    /// Its space may be another file's at once.
+    #[test]
+    fn a_segment_is_closed_before_it_is_removed() {
+        let mut world = SimWorld::new(1, SimOptions::default());
+        let run = world.run(|io| async move {
+            let dir = Path::new("/wal");
+            io.create_dir(dir).await.unwrap();
+            let start = Lsn(JOURNAL_SEGMENT_BYTES);
+            let journal = Journal::open(io, dir, 1, start).await.unwrap();
+            let whole = Bytes::from(vec![7; JOURNAL_SEGMENT_BYTES as usize]);
+            journal.append(start, whole).unwrap();
+            let end = journal.flush().await.unwrap();
+            assert_eq!(end, Lsn(2 * JOURNAL_SEGMENT_BYTES));
+            assert_eq!(journal.remove_before(Lsn(end.0 - 1)).await.unwrap(), 0);
+            assert!(journal.current.borrow().is_some());
+            assert_eq!(journal.remove_before(end).await.unwrap(), 1);
+            assert!(journal.current.borrow().is_none());
+            journal.close().await.unwrap();
+        });
+        assert_eq!(run, Ok(()), "{world}");
+    }
 
     /// A tail gives the bytes that were put in, from any place on, and zeros behind them, before
     /// and after parts of it were let go of.

@@ -58,6 +58,8 @@ struct Output<I: Io> {
     owner: LayerOwner,
     lsn: Lsn,
     target_bytes: u64,
+    /// About what is still to be written.
+    left: u64,
     flags: Arc<Flags>,
     writer: Option<ImageWriter<I>>,
     /// First key that no finished layer has.
@@ -66,11 +68,16 @@ struct Output<I: Io> {
 }
 
 impl<I: Io> Output<I> {
+    /// A layer shall end when it has so many bytes.
+    fn layer_bytes(&self) -> u64 {
+        if self.flags.is_hurried() { self.target_bytes / 8 } else { self.target_bytes }
+    }
+
     /// True if a layer shall end before the next key.
     fn is_due(&self) -> bool {
         let Some(writer) = &self.writer else { return false };
-        let least = if self.flags.is_hurried() { self.target_bytes / 8 } else { self.target_bytes };
-        writer.file_bytes() >= least || writer.value_count() >= COMPACT_IMAGE_VALUES_MAX
+        writer.file_bytes() >= self.layer_bytes()
+            || writer.value_count() >= COMPACT_IMAGE_VALUES_MAX
     }
 
     /// True if the job has done enough.
@@ -88,8 +95,8 @@ impl<I: Io> Output<I> {
                 #[cfg(not(test))]
                 let late = 0;
                 let lsn = Lsn(self.lsn.0 + late);
-                let (io, dir, about) = (&self.io, &self.dir, self.target_bytes);
-                ImageWriter::create(io, dir, self.owner, lsn, about).await?.pack_tightly()
+                let (io, dir, least) = (&self.io, &self.dir, self.layer_bytes().min(self.left));
+                ImageWriter::create(io, dir, self.owner, lsn, least).await?.pack_tightly()
             }
         };
         Ok(self.writer.insert(writer))
@@ -100,7 +107,9 @@ impl<I: Io> Output<I> {
         if self.start < end {
             self.writer().await?;
             if let Some(writer) = self.writer.take() {
-                self.done.push(writer.finish(self.start..end).await?);
+                let desc = writer.finish(self.start..end).await?;
+                self.left = self.left.saturating_sub(desc.file_bytes);
+                self.done.push(desc);
             }
             self.start = end;
         }
@@ -222,7 +231,10 @@ pub(super) async fn run<I: Io>(io: I, job: ImageJob) -> Result<Made, CompactErro
     let ImageJob { base, keys, lsn, image, deltas, all } = job;
     let JobBase { owner, dir, target_bytes, redo, flags, .. } = base;
     let image_lsn = image.lsns().start;
+    let is_whole = *image.keys() == keys;
     let image = ImageCursor::open(&io, &dir, &image, owner, keys.clone()).await?;
+    // Images of the same keys have about the same length; of a part of them it is not known.
+    let left = if is_whole { image.file_bytes() } else { target_bytes / 8 };
     let deltas = DeltaMerge::new(&io, &dir, owner, deltas, keys.clone());
     let mut input = Input { image, image_lsn, deltas, lsn };
     let pages = Pages::new(Points::new(&io, &dir, owner, all), redo());
@@ -232,6 +244,7 @@ pub(super) async fn run<I: Io>(io: I, job: ImageJob) -> Result<Made, CompactErro
         owner,
         lsn,
         target_bytes,
+        left,
         flags,
         writer: None,
         start: keys.start,

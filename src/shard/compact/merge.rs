@@ -102,7 +102,9 @@ impl<I: Io> Output<I> {
         if self.writer.is_none() {
             let OutputJob { dir, owner, lsns, target_bytes, .. } = &self.job;
             let (io, lsns) = (&self.io, lsns.clone());
-            let writer = DeltaWriter::create(io, dir, *owner, lsns, *target_bytes).await?;
+            // At a cut it may end with so little; only the last one has less.
+            let least = *target_bytes / 8;
+            let writer = DeltaWriter::create(io, dir, *owner, lsns, least).await?;
             self.writer = Some(writer.pack_tightly());
             (self.first, self.keys) = (group.key, 0);
         }
