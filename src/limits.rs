@@ -47,7 +47,7 @@ const _: () = assert!(JOURNAL_WRITE_BYTES_MAX <= DEVICE_IO_BYTES_MAX);
 /// Largest file that is read and written whole (timeline indexes), in bytes.
 pub const SMALL_FILE_BYTES_MAX: u64 = 64 * 1024 * 1024;
 /// Tasks that serve requests and take in WAL get their turn within this time, in microseconds.
-pub const SERVE_LATENCY_US: u64 = 500;
+pub const SERVE_LATENCY_US: u64 = 100;
 
 /// CPUs that one node uses at most.
 pub const CORES_MAX: usize = 256;
@@ -171,7 +171,7 @@ pub const HEARTBEAT_INTERVAL_MS: u64 = 5;
 pub const HEARTBEATS_UNANSWERED_MAX: u64 = 16_000;
 
 /// Executors check so often whether a task has run for its slice.
-pub const PREEMPT_INTERVAL_US: u64 = 250;
+pub const PREEMPT_INTERVAL_US: u64 = 100;
 
 /// Length of a turn of a serving executor, for the kernel's scheduler.
 pub const SERVE_SLICE_US: u64 = 100;
