@@ -47,11 +47,25 @@ fn wal_stream(input: &[u8]) {
     let Some((start, rest)) = input.split_first_chunk() else { return };
     let Some((piece, wal)) = rest.split_first() else { return };
     let layout = WalLayout { segment_bytes: SEGMENT_BYTES, system_id: None };
-    let Ok(mut stream) = WalStream::new(Lsn(u64::from_le_bytes(*start)), layout) else { return };
+    let new_stream = || WalStream::new(Lsn(u64::from_le_bytes(*start)), layout);
+    // One gives its records away, the other lends them.
+    let (Ok(mut stream), Ok(mut lending)) = (new_stream(), new_stream()) else { return };
     for mut part in wal.chunks(1 + usize::from(*piece) * 16) {
+        let mut lent_part = part;
         loop {
             let boundary = stream.boundary();
-            match stream.next(&mut part) {
+            let event = stream.next(&mut part);
+            match (&event, lending.next_slice(&mut lent_part)) {
+                (Ok(Event::Record(record)), Ok(Event::Record(lent))) => {
+                    assert_eq!((record.start, record.end), (lent.start, lent.end));
+                    assert_eq!(record.bytes, lent.bytes);
+                }
+                (Ok(Event::NeedInput), Ok(Event::NeedInput)) => {}
+                (Ok(Event::EndOfWal), Ok(Event::EndOfWal)) => {}
+                (Err(error), Err(other)) => assert_eq!(*error, other),
+                (event, other) => panic!("{event:?}, but {other:?}"),
+            }
+            match event {
                 Ok(Event::Record(record)) => {
                     assert!(boundary <= record.start && record.start < record.end);
                     assert_eq!(stream.boundary(), record.end);

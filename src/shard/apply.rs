@@ -379,6 +379,7 @@ fn fsm_leaf(heap_block: BlockNumber) -> (BlockNumber, u32) {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::wal::change::CheckpointChange;
     use crate::wal::decode::{decode_into, decode_or_take};
     use crate::wal::record::rmgr_id;
 
@@ -460,7 +461,7 @@ mod tests {
                 }
                 let mut apply = Apply { sink: &mut sink, sizes: &mut sizes, lsn: end, skipped: 0 };
                 for change in changes {
-                    if !matches!(change, Change::Checkpoint(_)) {
+                    if !matches!(change, Change::Checkpoint(CheckpointChange::Xid(_))) {
                         apply.change(change).unwrap();
                     }
                 }

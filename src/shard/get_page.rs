@@ -460,9 +460,15 @@ impl<I: Io> Timeline<I> {
             if matches!(error, ReadError::Damaged { .. }) {
                 health.damage(error.to_string());
             }
-            if matches!(error.kind(), Kind::Corrupt | Kind::Retry)
-                && let Some(kept_back) = health.told.pass(self.context.io.now())
-            {
+            let told = match error.kind() {
+                Kind::Corrupt => Some(&health.damage_told),
+                // A client may ask for an LSN that will never come.
+                Kind::Retry if !matches!(error, ReadError::LsnTimeout { .. }) => {
+                    Some(&health.failures_told)
+                }
+                _ => None,
+            };
+            if let Some(kept_back) = told.and_then(|told| told.pass(self.context.io.now())) {
                 tracing::error!(tenant = %self.tenant, timeline = %self.id, kept_back, "{error}");
             }
         }

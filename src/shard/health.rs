@@ -22,8 +22,10 @@ pub enum Part {
 pub struct Health {
     waiting: BTreeMap<Part, String>,
     damaged: BTreeSet<String>,
-    /// Reads that failed were told of. A client may repeat one as fast as it likes.
-    pub told: Seldom,
+    /// Damage that reads found was told of. A client may repeat one as fast as it likes.
+    pub damage_told: Seldom,
+    /// So were reads that failed otherwise: they do not keep damage out of the log.
+    pub failures_told: Seldom,
 }
 
 impl Health {

@@ -174,9 +174,7 @@ pub fn decode_into(
     end: Lsn,
     changes: &mut Vec<Change>,
 ) -> Result<(), DecodeError> {
-    let mut record = Record::blank();
-    record.fill(bytes).map_err(|error| DecodeError::Record { lsn: start, error })?;
-    decode_record(&record, start, end, changes)
+    decode_or_take(bytes, start, end, changes, |_| false)
 }
 
 /// As [`decode_into`], unless the record [is plain](is_plain) and `take` takes it; then `changes`
