@@ -84,6 +84,8 @@ impl CrashMode {
 pub struct Disk {
     nodes: BTreeMap<Inode, Node>,
     open_counts: BTreeMap<Inode, u32>,
+    /// Files whose name a renamed one has taken.
+    replaced: BTreeSet<Inode>,
     log: Vec<DirChange>,
     next_inode: Inode,
     next_seq: DirSeq,
@@ -119,6 +121,7 @@ impl Disk {
         Disk {
             nodes,
             open_counts: BTreeMap::new(),
+            replaced: BTreeSet::new(),
             log: Vec::new(),
             next_inode: ROOT + 1,
             next_seq: 0,
@@ -241,7 +244,9 @@ impl Disk {
         Ok(Some(old))
     }
 
-    /// Files that have no name any more, that nobody has open, and that are still remembered.
+    /// Files that were removed, that nobody has open, and that are still remembered. The space of
+    /// one that another has replaced is not kept: until the rename is durable, a power loss brings
+    /// the old one back, and it is needed then.
     fn removed_files(&self) -> Vec<Inode> {
         let mut named: BTreeSet<&Inode> = BTreeSet::new();
         for node in self.nodes.values() {
@@ -249,8 +254,11 @@ impl Disk {
                 named.extend(directory.live.values());
             }
         }
-        let is_free =
-            |inode: &Inode| !named.contains(inode) && !self.open_counts.contains_key(inode);
+        let is_free = |inode: &Inode| {
+            !named.contains(inode)
+                && !self.open_counts.contains_key(inode)
+                && !self.replaced.contains(inode)
+        };
         self.files().into_iter().filter(is_free).collect()
     }
 
@@ -335,6 +343,7 @@ impl Disk {
                 }
                 _ => {}
             }
+            self.replaced.insert(existing);
         }
         self.change(Some((source_dir, source_name)), Some((target_dir, target_name, inode)));
         Ok(())
@@ -525,5 +534,26 @@ fn apply(
         && let Some(Node::Directory(directory)) = nodes.get_mut(dir)
     {
         side(directory).insert(name.clone(), *inode);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn space_of_removed_files_is_used_again_but_not_of_replaced_ones() {
+        let mut disk = Disk::new(None);
+        let mut noise = Stream::new(1, "test");
+        let mut create = |disk: &mut Disk, path: &str| {
+            let inode = disk.create_scratch(Path::new(path), 0, &mut noise).unwrap();
+            disk.close(inode);
+            inode
+        };
+        let [old, _, gone] = ["index", "index.tmp", "layer"].map(|path| create(&mut disk, path));
+        disk.rename(Path::new("index.tmp"), Path::new("index")).unwrap();
+        disk.remove(Path::new("layer")).unwrap();
+        let made: Vec<Inode> = (0..50).map(|n| create(&mut disk, &format!("new{n}"))).collect();
+        assert!(made.contains(&gone) && !made.contains(&old), "{made:?}");
     }
 }
