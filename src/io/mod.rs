@@ -115,6 +115,22 @@ pub struct DirEntry {
 /// A point in time of [`Io::now`]: time since an arbitrary start that never runs backwards.
 pub type Instant = Duration;
 
+/// A new file with space for `len` bytes; after an error it is removed.
+pub(crate) async fn allocated<I: Io>(
+    io: &I,
+    file: I::File,
+    path: &Path,
+    len: u64,
+) -> Result<I::File, IoError> {
+    if let Err(error) = file.allocate(len).await {
+        // The first error is the one that counts.
+        let _ = file.close().await;
+        let _ = io.remove(path).await;
+        return Err(error);
+    }
+    Ok(file)
+}
+
 /// One executor's access to the world. Paths are absolute or relative to the working directory,
 /// as for the operating system.
 #[allow(async_fn_in_trait, reason = "executors are single-threaded: no Send bound is wanted")]
@@ -127,14 +143,7 @@ pub trait Io: Clone + 'static {
     /// Creates a file of `len` zeros with space for them, as [`Io::create`] and [`File::allocate`].
     /// After an error there is no file, as far as the file system lets us.
     async fn create_zeroed(&self, path: &Path, len: u64) -> Result<Self::File, IoError> {
-        let file = self.create(path).await?;
-        if let Err(error) = file.allocate(len).await {
-            // The first error is the one that counts.
-            let _ = file.close().await;
-            let _ = self.remove(path).await;
-            return Err(error);
-        }
-        Ok(file)
+        allocated(self, self.create(path).await?, path, len).await
     }
     /// Creates a file for a caller who writes all of it, hardly less than `least` bytes: until
     /// [`File::set_len`], its length, and its content where nothing was written, are anything.

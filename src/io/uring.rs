@@ -19,7 +19,9 @@ use glommio::{Latency, Shares, TaskQueueHandle};
 
 use super::blocking::list_directory;
 use super::spares::Spares;
-use super::{ALIGNMENT, DirEntry, File, Instant, Io, IoCause, IoError, TaskClass, align_up};
+use super::{
+    ALIGNMENT, DirEntry, File, Instant, Io, IoCause, IoError, TaskClass, align_up, allocated,
+};
 use crate::limits::{
     DEVICE_IO_BYTES_MAX, SERVE_LATENCY_US, SPARE_LONGER_SHARE, SPARE_TRIM_BYTES,
     SPARE_TRIM_PAUSE_MS,
@@ -229,13 +231,7 @@ impl Io for UringIo {
     async fn create_zeroed(&self, path: &Path, len: u64) -> Result<UringFile, IoError> {
         let take = move |spares: &Spares, target: &Path| spares.take_zeroed(len, target);
         let (file, reused) = self.reuse_or_create(path, take).await?;
-        if !reused && let Err(error) = file.allocate(len).await {
-            // The first error is the one that counts.
-            let _ = file.close().await;
-            let _ = self.remove(path).await;
-            return Err(error);
-        }
-        Ok(file)
+        if reused { Ok(file) } else { allocated(self, file, path, len).await }
     }
 
     async fn create_scratch(&self, path: &Path, least: u64) -> Result<UringFile, IoError> {

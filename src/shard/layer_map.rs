@@ -227,15 +227,9 @@ impl<L> LayerMap<L> {
     }
 }
 
-impl<L: Clone> LayerMap<L> {
-    /// Layers that may hold versions of `key` with LSNs below `below`, newest first: the deltas
-    /// after the newest usable image, then that image.
-    pub fn search(&self, key: Key, below: Lsn) -> Vec<L> {
-        self.search_counted(key, below, &mut Steps::default())
-    }
-
-    /// [`Self::search`], which adds what it looked at to `steps`.
-    pub fn search_counted(&self, key: Key, below: Lsn, steps: &mut Steps) -> Vec<L> {
+impl<L> LayerMap<L> {
+    /// The newest image layer that covers `key` with an LSN below `below`, and its end.
+    fn newest_image(&self, key: Key, below: Lsn, steps: &mut Steps) -> Option<(Lsn, LayerId)> {
         let mut image: Option<(Lsn, LayerId)> = None;
         for (end, id) in self.cover.images(key, below, steps) {
             let is_newer = image.is_none_or(|(other_end, other)| match end.cmp(&other_end) {
@@ -246,6 +240,26 @@ impl<L: Clone> LayerMap<L> {
                 image = Some((end, id));
             }
         }
+        image
+    }
+
+    /// LSN of the newest image layer that covers `key` with an LSN below `below`.
+    pub fn image_lsn(&self, key: Key, below: Lsn) -> Option<Lsn> {
+        let (_, id) = self.newest_image(key, below, &mut Steps::default())?;
+        Some(self.layer(id).0.lsns.start)
+    }
+}
+
+impl<L: Clone> LayerMap<L> {
+    /// Layers that may hold versions of `key` with LSNs below `below`, newest first: the deltas
+    /// after the newest usable image, then that image.
+    pub fn search(&self, key: Key, below: Lsn) -> Vec<L> {
+        self.search_counted(key, below, &mut Steps::default())
+    }
+
+    /// [`Self::search`], which adds what it looked at to `steps`.
+    pub fn search_counted(&self, key: Key, below: Lsn, steps: &mut Steps) -> Vec<L> {
+        let image = self.newest_image(key, below, steps);
         let floor = image.map_or(Lsn(0), |(end, _)| end);
         let mut ids = self.cover.deltas(key, floor, below, steps);
         ids.sort_unstable_by(|a, b| self.layer(*a).0.cmp(self.layer(*b).0));

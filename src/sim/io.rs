@@ -14,7 +14,7 @@ use std::time::Duration;
 use super::disk::{Disk, Inode};
 use super::executor::{Shared, Sleep, State};
 use super::random::Stream;
-use crate::io::{ALIGNMENT, DirEntry, File, Instant, Io, IoCause, IoError, TaskClass};
+use crate::io::{ALIGNMENT, DirEntry, File, Instant, Io, IoCause, IoError, TaskClass, allocated};
 use crate::limits::DEVICE_IO_BYTES_MAX;
 
 /// Wall clock at the start of every simulation: 2026-01-01 00:00 UTC, in microseconds.
@@ -156,13 +156,7 @@ impl Io for SimIo {
         };
         let (file, is_reused) = self.metadata("create", path, create).await?;
         file.has_failed.set(false);
-        if !is_reused && let Err(error) = file.allocate(len).await {
-            // The first error is the one that counts.
-            let _ = file.close().await;
-            let _ = self.remove(path).await;
-            return Err(error);
-        }
-        Ok(file)
+        if is_reused { Ok(file) } else { allocated(self, file, path, len).await }
     }
 
     async fn create_scratch(&self, path: &Path, least: u64) -> Result<SimFile, IoError> {

@@ -59,14 +59,9 @@ impl<I: Io> Points<I> {
 
     /// LSNs of the image layers within `lsns` that have `key`, newest first.
     pub(super) fn image_lsns(&self, key: Key, lsns: &LsnRange) -> Vec<Lsn> {
-        let mut below = lsns.end;
-        let next = || {
-            let names = self.map.search(key, below);
-            let image = names.last().filter(|name| name.is_image())?;
-            below = image.lsns().start;
-            (below >= lsns.start).then_some(below)
-        };
-        std::iter::from_fn(next).collect()
+        let older = |lsn: &Lsn| self.map.image_lsn(key, *lsn);
+        let images = std::iter::successors(older(&lsns.end), older);
+        images.take_while(|lsn| *lsn >= lsns.start).collect()
     }
 
     fn opened(&self, name: &LayerName) -> Option<Rc<FileLayer<I>>> {

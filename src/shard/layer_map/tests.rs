@@ -60,6 +60,11 @@ impl Twin {
         Self::sorted(deltas).into_iter().chain(image).map(|(_, layer)| *layer).collect()
     }
 
+    fn image_lsn(&self, key: Key, below: Lsn) -> Option<Lsn> {
+        let images = self.0.iter().filter(|(s, _)| s.is_image && s.keys.contains(&key));
+        images.map(|(s, _)| s.lsns.start).filter(|lsn| *lsn < below).max()
+    }
+
     fn search_range(&self, keys: &KeyRange, below: Lsn) -> Vec<u32> {
         let shares = |s: &LayerSpan| {
             keys.start.max(s.keys.start) < keys.end.min(s.keys.end) && s.lsns.start < below
@@ -194,6 +199,7 @@ fn compare_searches(map: &LayerMap<u32>, twin: &Twin) {
             for key in [start, start.next()] {
                 let expected = twin.search(key, below);
                 assert_eq!(map.search(key, below), expected, "{key:?} below {below}");
+                assert_eq!(map.image_lsn(key, below), twin.image_lsn(key, below), "{key:?}");
             }
             for end in KEYS {
                 compare_range(map, twin, &(start..end), below);

@@ -115,6 +115,21 @@ async fn check_after(
     Ok(())
 }
 
+/// Some records, which go to a layer.
+async fn layer(
+    (shard, timeline): &(SimShard, Rc<Timeline<SimIo>>),
+    outside: &Outside,
+    records: usize,
+) -> Result<(), String> {
+    for _ in 0..records {
+        outside.primary.borrow_mut().step();
+    }
+    let end = outside.primary.borrow().record_ends().last().copied();
+    let came = timeline.wait_for_lsn(end.unwrap_or(Lsn::INVALID)).await;
+    came.map_err(|error| error.to_string())?;
+    shard.checkpoint(TENANT, TIMELINE).await.map_err(|error| error.to_string())
+}
+
 /// So often some records, which go to a layer, and an image of everything behind it. Ends when at
 /// most `l0_max` L0 layers are left.
 async fn layers_and_images(
@@ -122,17 +137,11 @@ async fn layers_and_images(
     outside: Rc<Outside>,
     (rounds, records, l0_max): (usize, usize, usize),
 ) -> Result<Vec<Lsn>, String> {
-    let (shard, timeline) = start(&io, &outside).await?;
+    let started = start(&io, &outside).await?;
+    let (shard, timeline) = &started;
     let mut images = Vec::new();
     for _ in 0..rounds {
-        for _ in 0..records {
-            outside.primary.borrow_mut().step();
-        }
-        let end = outside.primary.borrow().record_ends().last().copied();
-        let came = timeline.wait_for_lsn(end.unwrap_or(Lsn::INVALID)).await;
-        came.map_err(|error| error.to_string())?;
-        let written = shard.checkpoint(TENANT, TIMELINE).await;
-        written.map_err(|error| error.to_string())?;
+        layer(&started, &outside, records).await?;
         images.extend(timeline.make_image_layer(Key::MIN..Key::MAX).await?);
     }
     while timeline.l0_count() > l0_max {
@@ -151,13 +160,19 @@ async fn read_above(io: SimIo, outside: Rc<Outside>, images: Vec<Lsn>) -> Result
     Ok(())
 }
 
-/// Layers between images are merged into some that reach below images.
-fn merge_across_images(seed: u64) -> Result<(), String> {
-    let mut world = SimWorld::new(seed, SimOptions::varied(seed));
+/// A world in which tests decide when there are records and layers.
+fn by_hand(seed: u64, options: SimOptions) -> Result<(SimWorld, Rc<Outside>), String> {
+    let mut world = SimWorld::new(seed, options);
     let outside = Outside::new(seed);
     outside.large_layers.set(true);
     outside.quiet.set(true);
     world.run(import).map_err(|error| error.to_string())??;
+    Ok((world, outside))
+}
+
+/// Layers between images are merged into some that reach below images.
+fn merge_across_images(seed: u64) -> Result<(), String> {
+    let (mut world, outside) = by_hand(seed, SimOptions::varied(seed))?;
     let mut live = |threshold, what| {
         outside.compaction.set(Some((threshold, 1_000_000)));
         let outside = outside.clone();
@@ -185,18 +200,12 @@ fn merges_across_images_are_read_right() {
 
 /// Layers of records that need what is before them, each with so many.
 async fn layers(
-    (shard, timeline): &(SimShard, Rc<Timeline<SimIo>>),
+    started: &(SimShard, Rc<Timeline<SimIo>>),
     outside: &Outside,
     count: usize,
 ) -> Result<(), String> {
     for _ in 0..count {
-        for _ in 0..3_000 {
-            outside.primary.borrow_mut().step();
-        }
-        let end = outside.primary.borrow().record_ends().last().copied();
-        let came = timeline.wait_for_lsn(end.unwrap_or(Lsn::INVALID)).await;
-        came.map_err(|error| error.to_string())?;
-        shard.checkpoint(TENANT, TIMELINE).await.map_err(|error| error.to_string())?;
+        layer(started, outside, 3_000).await?;
         outside.primary.borrow_mut().without_bases();
     }
     Ok(())
@@ -233,11 +242,7 @@ async fn merge_all(io: SimIo, outside: Rc<Outside>) -> Result<Vec<Lsn>, String> 
 
 /// A merge takes layers of which garbage collection has removed some between.
 fn merge_across_a_hole(seed: u64) -> Result<(), String> {
-    let mut world = SimWorld::new(seed, SimOptions::varied(seed));
-    let outside = Outside::new(seed);
-    outside.large_layers.set(true);
-    outside.quiet.set(true);
-    world.run(import).map_err(|error| error.to_string())??;
+    let (mut world, outside) = by_hand(seed, SimOptions::varied(seed))?;
     let (first, second) = (outside.clone(), outside.clone());
     outside.compaction.set(Some((usize::MAX, 1_000_000)));
     let made = world.run(move |io| layers_with_a_hole(io, first));
@@ -287,12 +292,8 @@ async fn collect_while_merging(io: SimIo, outside: Rc<Outside>) -> Result<(), St
 #[test]
 fn a_merge_goes_on_when_inputs_are_collected() {
     for seed in 0..3 {
-        let mut world = SimWorld::new(seed, SimOptions::default());
-        let outside = Outside::new(seed);
-        outside.large_layers.set(true);
-        outside.quiet.set(true);
+        let (mut world, outside) = by_hand(seed, SimOptions::default()).unwrap();
         outside.background_slowness.set(50);
-        world.run(import).unwrap().unwrap();
         let (first, second) = (outside.clone(), outside.clone());
         outside.compaction.set(Some((usize::MAX, 1_000_000)));
         world.run(move |io| layers_below_an_image(io, first)).unwrap().unwrap();

@@ -4,41 +4,45 @@ use super::*;
 use crate::shard::control::{Change, CoreControl};
 use crate::shard::tenant_config::TenantConfig;
 
-#[test]
-fn collections_come_by_themselves() {
+/// A life with layers and an image at their end, which `story` is told, that collects garbage by
+/// itself.
+fn with_collections_each<F: Future<Output = ()> + 'static>(
+    period_s: u64,
+    story: impl FnOnce(Life, Lsn) -> F + 'static,
+) {
     let mut world = SimWorld::new(1, SimOptions::default());
     let model = new_model(1);
-    model.outside.gc_period_s.set(1);
-    let story = move |io: SimIo| async move {
+    model.outside.gc_period_s.set(period_s);
+    let run = |io: SimIo| async move {
         import(io.clone()).await.unwrap();
-        let life = Life::begin(io.clone(), model).await.unwrap();
+        let life = Life::begin(io, model).await.unwrap();
         let end = fill(&life).await;
-        io.sleep(Duration::from_millis(2_100)).await;
+        story(life, end).await;
+    };
+    world.run(run).unwrap();
+}
+
+#[test]
+fn collections_come_by_themselves() {
+    with_collections_each(1, |life, end| async move {
+        life.io.sleep(Duration::from_millis(2_100)).await;
         assert_eq!(life.timeline.gc_cutoff(), end);
         assert_eq!(life.timeline.layer_names().len(), 1);
         life.shard.shutdown().await;
-    };
-    world.run(story).unwrap();
+    });
 }
 
 #[test]
 fn no_collection_comes_after_they_were_switched_off() {
-    let mut world = SimWorld::new(1, SimOptions::default());
-    let model = new_model(1);
-    model.outside.gc_period_s.set(2);
-    let story = move |io: SimIo| async move {
-        import(io.clone()).await.unwrap();
-        let life = Life::begin(io.clone(), model).await.unwrap();
-        fill(&life).await;
+    with_collections_each(2, |life, _| async move {
         let before = life.timeline.gc_cutoff();
         let off = TenantConfig { gc_period_s: Some(0), ..TenantConfig::default() };
         let change = Change::Tenant { tenant: TENANT, config: off, create: false };
         life.shard.change(change).await.unwrap();
-        io.sleep(Duration::from_secs(5)).await;
+        life.io.sleep(Duration::from_secs(5)).await;
         assert_eq!(life.timeline.gc_cutoff(), before);
         life.shard.shutdown().await;
-    };
-    world.run(story).unwrap();
+    });
 }
 
 #[test]
