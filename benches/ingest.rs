@@ -17,7 +17,7 @@ use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use common::recorded::{Recorded, Recovered};
-use common::{MB, Result, Rounds, Scratch, cpu_time, images, parts, shard, sized};
+use common::{MB, Result, Rounds, Scratch, cpu_time, images, parts, shard, sized, wanted};
 use nix::sys::resource::UsageWho;
 use pgstrata::config::Config;
 use pgstrata::shard::control::{CoreControl, CoreMetrics};
@@ -145,10 +145,15 @@ fn compare(full_page_writes: bool) -> Result<()> {
 fn main() -> std::process::ExitCode {
     common::main(|| {
         println!("ingest: WAL per CPU-second; median (min..max) of the rounds");
-        let scratch = Scratch::new("ingest-images")?;
-        images::compare(scratch.path().to_owned())?;
-        drop(scratch);
-        compare(true)?;
-        compare(false)
+        if wanted("images") {
+            let scratch = Scratch::new("ingest-images")?;
+            images::compare(scratch.path().to_owned())?;
+        }
+        for (part, full_page_writes) in [("on", true), ("off", false)] {
+            if wanted(part) {
+                compare(full_page_writes)?;
+            }
+        }
+        Ok(())
     })
 }

@@ -12,14 +12,13 @@ use std::time::Instant;
 use bytes::Bytes;
 use futures_util::future::LocalBoxFuture;
 use futures_util::poll;
-use glommio::{LocalExecutorBuilder, Placement};
 use pgstrata::base::lsn::Lsn;
 use pgstrata::base::{Key, RelNode, Value};
 use pgstrata::io::uring::UringIo;
 use pgstrata::io::{File, Io};
 use pgstrata::layers::{ImageWriter, LayerOwner};
 
-use super::shard::{TENANT, TIMELINE};
+use super::shard::{TENANT, TIMELINE, on_executor};
 use super::{MB, Result, Rounds, sized};
 
 const PAGE: usize = 8192;
@@ -72,7 +71,7 @@ async fn images(io: &UringIo, dir: &Path, pages: &[Bytes], count: usize) -> Resu
 
 /// Runs both in turns and prints rates and ratio.
 pub fn compare(dir: PathBuf) -> Result<()> {
-    let executor = LocalExecutorBuilder::new(Placement::Fixed(0)).spawn(move || async move {
+    on_executor(move || async move {
         let io = UringIo::new(None);
         let mut random = 1u64;
         let mut noise = || {
@@ -97,6 +96,5 @@ pub fn compare(dir: PathBuf) -> Result<()> {
         println!("  image layer:             {} MB/s", ours.text(0));
         println!("  ratio image layer / device: {}", ratio.text(2));
         Ok(())
-    });
-    executor.map_err(|error| error.to_string())?.join().map_err(|error| error.to_string())?
+    })
 }

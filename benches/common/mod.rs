@@ -36,6 +36,13 @@ pub fn sized<T>(quick_value: T, full: T) -> T {
     if quick() { quick_value } else { full }
 }
 
+/// True unless the command line names other parts of the benchmark only, as in
+/// `cargo bench --bench ingest -- images`.
+pub fn wanted(part: &str) -> bool {
+    let named: Vec<String> = std::env::args().skip(1).filter(|arg| !arg.starts_with('-')).collect();
+    named.is_empty() || named.iter().any(|name| name == part)
+}
+
 /// The numbers of several rounds.
 #[derive(Clone, Debug, Default)]
 pub struct Rounds(Vec<f64>);

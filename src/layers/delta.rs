@@ -21,8 +21,9 @@ use bytes::{Bytes, BytesMut};
 use crate::base::{Key, KeyRange, Lsn, LsnRange, Value};
 use crate::io::Io;
 use crate::layers::file::{LayerFile, Regions};
-use crate::layers::format::{BlockEntries, ENTRY_OVERHEAD_BYTES, Packed, Packer, encode_entry};
+use crate::layers::format::{BlockEntries, ENTRY_OVERHEAD_BYTES, Packed, encode_entry};
 use crate::layers::index::{self, BlockRef};
+use crate::layers::packer::Packer;
 use crate::layers::writer::{LayerFileWriter, Parts};
 use crate::layers::{
     BlockCache, LayerDesc, LayerError, LayerName, LayerOwner, Lookup, Newest, filter, keep_newest,

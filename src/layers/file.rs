@@ -11,9 +11,10 @@ use crate::io::{ALIGNMENT, File, Io, align_down, align_up};
 use crate::layers::block_cache::LayerNumber;
 use crate::layers::format::{
     Description, FILE_BYTES_MIN, Footer, FrameError, HEADER_BYTES, Packed, VERSION, damage,
-    frame_crc, is_zero, unpack,
+    frame_crc, is_zero,
 };
 use crate::layers::index::Expected;
+use crate::layers::packer::unpack;
 use crate::layers::{
     BlockCache, Damage, DeltaLayer, ImageLayer, LayerDesc, LayerError, LayerName, LayerOwner,
     Lookup, Newest,

@@ -62,8 +62,6 @@
 //! Its place, codec and checksum stand in the [index](crate::layers::index). The data region of an
 //! image layer holds the contents of the values themselves; see there too.
 
-use std::cell::RefCell;
-
 use bytes::{BufMut, Bytes, BytesMut};
 
 use crate::base::checksum::crc32c;
@@ -360,103 +358,6 @@ pub struct Packed {
     pub crc: u32,
     /// How they are packed.
     pub codec: Codec,
-}
-
-/// Level of zstd: the lowest ordinary one. Higher ones save 5 % more at most of blocks as small as
-/// these.
-const ZSTD_LEVEL: i32 = 1;
-
-/// Packs pieces, with one buffer for all of them.
-#[derive(Default)]
-pub(super) struct Packer {
-    buffer: Vec<u8>,
-    zstd: Option<zstd::bulk::Compressor<'static>>,
-}
-
-impl Packer {
-    /// A packer that uses zstd instead of lz4: smaller, slower.
-    pub(super) fn tight() -> Packer {
-        // Without memory for its tables, lz4 does.
-        Packer { buffer: Vec::new(), zstd: zstd::bulk::Compressor::new(ZSTD_LEVEL).ok() }
-    }
-
-    /// Packs `raw` into the buffer; `None` if it does not fit.
-    fn compress(&mut self, raw: &[u8]) -> Option<(Codec, usize)> {
-        let bound = lz4_flex::block::get_maximum_output_size(raw.len());
-        let bound = bound.max(zstd::zstd_safe::compress_bound(raw.len()));
-        if self.buffer.len() < bound {
-            self.buffer.resize(bound, 0);
-        }
-        if let Some(zstd) = &mut self.zstd
-            && let Ok(len) = zstd.compress_to_buffer(raw, &mut self.buffer[..])
-        {
-            return Some((Codec::Zstd, len));
-        }
-        let len = lz4_flex::block::compress_into(raw, &mut self.buffer).ok()?;
-        Some((Codec::Lz4, len))
-    }
-
-    /// Packs `raw` if that saves at least `saving_percent` of it. Returns the bytes to
-    /// store. `raw` is at most [`crate::limits::LAYER_BLOCK_BYTES_MAX`] long.
-    pub(super) fn pack<'a>(
-        &'a mut self,
-        raw: &'a [u8],
-        saving_percent: usize,
-    ) -> (Packed, &'a [u8]) {
-        let limit = raw.len() - raw.len() * saving_percent / 100;
-        let packed = self
-            .compress(raw)
-            .filter(|(_, len)| *len <= limit && *len < raw.len())
-            .and_then(|(codec, len)| Some((codec, self.buffer.get(..len)?)));
-        let (codec, stored) = packed.unwrap_or((Codec::Raw, raw));
-        let length = |bytes: &[u8]| u32::try_from(bytes.len()).expect("blocks are below 4 GiB");
-        let crc = crc32c(stored);
-        let packed = Packed { stored_bytes: length(stored), raw_bytes: length(raw), crc, codec };
-        (packed, stored)
-    }
-}
-
-thread_local! {
-    /// Working memory of zstd, 160 KiB: to make it anew takes longer than to unpack a page. It
-    /// keeps nothing from one block to the next.
-    static UNPACKER: RefCell<Option<zstd::bulk::Decompressor<'static>>> =
-        const { RefCell::new(None) };
-}
-
-/// Checks and unpacks what [`Packer::pack`] made. Errors say what is wrong.
-pub(super) fn unpack(packed: &Packed, stored: &[u8]) -> Result<Bytes, &'static str> {
-    let crc = crc32c(stored);
-    #[cfg(test)]
-    let crc = if planted::BLOCKS_UNCHECKED.get() { packed.crc } else { crc };
-    if stored.len() != packed.stored_bytes as usize || crc != packed.crc {
-        return Err("wrong checksum of a block");
-    }
-    let raw_bytes = packed.raw_bytes as usize;
-    match packed.codec {
-        Codec::Raw if stored.len() == raw_bytes => Ok(Bytes::copy_from_slice(stored)),
-        Codec::Raw => Err("a raw block has two different lengths"),
-        Codec::Zstd => {
-            let mut raw = vec![0; raw_bytes];
-            let len = UNPACKER.with_borrow_mut(|unpacker| {
-                let unpacker = match unpacker {
-                    Some(unpacker) => unpacker,
-                    None => unpacker.insert(zstd::bulk::Decompressor::new().ok()?),
-                };
-                unpacker.decompress_to_buffer(stored, &mut raw[..]).ok()
-            });
-            match len == Some(raw_bytes) {
-                true => Ok(Bytes::from(raw)),
-                false => Err("a block cannot be decompressed"),
-            }
-        }
-        Codec::Lz4 => {
-            let mut raw = vec![0; raw_bytes];
-            match lz4_flex::block::decompress_into(stored, &mut raw) {
-                Ok(len) if len == raw_bytes => Ok(Bytes::from(raw)),
-                _ => Err("a block cannot be decompressed"),
-            }
-        }
-    }
 }
 
 /// Bytes that a value takes in a block beside itself, at most.

@@ -6,9 +6,10 @@ use bytes::{Bytes, BytesMut};
 use crate::base::checksum::crc32c;
 use crate::base::{Key, Lsn};
 use crate::layers::format::{
-    BlockEntries, Codec, Description, Fields, Footer, HEADER_BYTES, Packed, unpack,
+    BlockEntries, Codec, Description, Fields, Footer, HEADER_BYTES, Packed,
 };
 use crate::layers::index::{Expected, ImageIndex, decode_delta, encode_delta};
+use crate::layers::packer::unpack;
 use crate::limits::LAYER_BLOCK_BYTES_MAX;
 
 /// A header, and a footer of a file of any length.

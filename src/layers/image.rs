@@ -16,8 +16,9 @@ use crate::base::page::PAGE_SIZE;
 use crate::base::{Key, KeyRange, Lsn, LsnRange, Value};
 use crate::io::{ALIGNMENT, Io};
 use crate::layers::file::{LayerFile, Regions};
-use crate::layers::format::{Codec, HEADER_BYTES, Packed, Packer, is_zero};
+use crate::layers::format::{Codec, HEADER_BYTES, Packed, is_zero};
 use crate::layers::index::{BlobRef, Form, ImageIndex};
+use crate::layers::packer::Packer;
 use crate::layers::writer::{LayerFileWriter, Parts};
 use crate::layers::{
     BlockCache, LayerDesc, LayerError, LayerName, LayerOwner, Lookup, Newest, keep_newest,
@@ -95,7 +96,10 @@ impl<I: Io> ImageWriter<I> {
                 return Err(too_large("bytes in one value", LAYER_BLOCK_BYTES_MAX));
             }
             Value::Image(bytes) => {
-                let (packed, stored) = self.packer.pack(bytes, VALUE_SAVING_PERCENT);
+                let (packed, stored) = match bytes.len() {
+                    PAGE_SIZE => self.packer.pack_page(bytes, VALUE_SAVING_PERCENT),
+                    _ => self.packer.pack(bytes, VALUE_SAVING_PERCENT),
+                };
                 let form = form_of(packed.codec, stored.len());
                 if form == Form::Aligned {
                     self.out.pad().await?;

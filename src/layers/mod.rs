@@ -40,6 +40,7 @@ pub mod open;
 pub mod verify;
 
 mod file;
+mod packer;
 mod places;
 mod rows;
 mod writer;

@@ -22,7 +22,8 @@ use futures_util::poll;
 use crate::base::checksum::crc32c;
 use crate::io::durable::{TEMP_SUFFIX, publish};
 use crate::io::{ALIGNMENT, File, Io, IoError, align_up};
-use crate::layers::format::{Description, Footer, HEADER_BYTES, Packer, frame_crc};
+use crate::layers::format::{Description, Footer, HEADER_BYTES, frame_crc};
+use crate::layers::packer::Packer;
 use crate::layers::{LayerDesc, LayerError, LayerName, LayerOwner};
 use crate::limits::{LAYER_WRITE_BYTES, LAYER_WRITES_MAX};
 
