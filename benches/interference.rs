@@ -66,9 +66,9 @@ fn record(root: &Path) -> Result<Setting> {
     Ok(Setting { recorded, rel, blocks })
 }
 
-/// Latencies of one window, in microseconds.
+/// Latencies of one window, in microseconds, and how many blocks were read for all of them.
 #[derive(Clone, Default)]
-struct Latencies(Vec<f64>);
+struct Latencies(Vec<f64>, u64);
 
 impl Latencies {
     fn at(&self, part: f64) -> f64 {
@@ -76,6 +76,10 @@ impl Latencies {
         sorted.sort_by(f64::total_cmp);
         let place = (sorted.len() as f64 * part) as usize;
         sorted.get(place.min(sorted.len().saturating_sub(1))).copied().unwrap_or(f64::NAN)
+    }
+
+    fn reads(&self) -> f64 {
+        self.1 as f64 / self.0.len() as f64
     }
 }
 
@@ -124,7 +128,8 @@ async fn window(
         });
         end
     };
-    let begin = Instant::now();
+    let misses = || bed.shard.metrics().block_cache_misses;
+    let (begin, misses_before) = (Instant::now(), misses());
     while begin.elapsed() < WINDOW_MAX && !done() {
         sleep(Duration::from_millis(2)).await;
     }
@@ -136,7 +141,8 @@ async fn window(
     if let Some(error) = failed.borrow_mut().take() {
         return Err(error.into());
     }
-    let answers = answers.borrow().clone();
+    let mut answers = answers.borrow().clone();
+    answers.1 = misses() - misses_before;
     Ok((answers, length))
 }
 
@@ -230,7 +236,7 @@ fn benchmark() -> Result<()> {
             [&done.idle, &done.busy, &done.after].map(|l| (l.at(0.5), l.at(0.99)));
         println!(
             "  round {round}: idle {:.0} / {:.0}, busy {:.0} / {:.0} (most {:.0}), idle after it {:.0} / {:.0}; \
-             ratio {:.2}; {} requests in {:.1} s, {:.1} MB/s of WAL, {} checkpoints, {} compactions, \
+             blocks read for a page {:.2}, {:.2}, {:.2}; ratio {:.2}; {} requests in {:.1} s, {:.1} MB/s of WAL, {} checkpoints, {} compactions, \
              {} L0 at most, slowed for {:.2} s",
             idle.0,
             idle.1,
@@ -239,6 +245,9 @@ fn benchmark() -> Result<()> {
             done.busy.at(1.0),
             after.0,
             after.1,
+            done.idle.reads(),
+            done.busy.reads(),
+            done.after.reads(),
             busy.1 / idle.1,
             done.busy.0.len(),
             done.busy_time.as_secs_f64(),

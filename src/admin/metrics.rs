@@ -79,6 +79,8 @@ const COUNTERS: &[(&str, &str, Number)] = &[
     ("gc_bytes_removed", "Bytes of layers removed by it", |m| m.gc_bytes_removed),
     ("timelines_closed", "Timelines closed because nobody used them", |m| m.timelines_closed),
     ("index_bytes_written", "Bytes of timeline indexes written", |m| m.index_bytes_written),
+    ("block_cache_hits", "Blocks of layer files that were in the cache", |m| m.block_cache_hits),
+    ("block_cache_misses", "Blocks of layer files that were read", |m| m.block_cache_misses),
     ("redo_requests", "Pages rebuilt from WAL records", |m| m.redo_requests),
     ("redo_records", "WAL records applied", |m| m.redo_records),
     ("redo_pages_native", "Pages rebuilt without a wal-redo process", |m| m.redo_pages_native),
@@ -122,6 +124,7 @@ const GAUGES: &[(&str, &str, Number)] = &[
     ("memory_resident_bytes", "Memory of layers that have become files and stay for reads", |m| {
         m.memory_resident_bytes
     }),
+    ("block_cache_bytes", "Memory of the block cache", |m| m.block_cache_bytes),
     ("redo_children_alive", "Wal-redo processes that run now", |m| m.redo_children_alive),
 ];
 

@@ -507,15 +507,8 @@ impl<I: Io> Timeline<I> {
         let index = index.encode();
         durable::write_file_atomic(&self.context.io, &path, &index).await?;
         self.context.counters.index_bytes.add(index.len() as u64);
-        let owner = LayerOwner { shard: self.tenant, timeline: self.id };
+        let layers = self.warmed_up(added).await;
         let mut mutable = self.mutable.borrow_mut();
-        let layers = added.iter().map(|desc| {
-            let (io, cache) = (self.context.io.clone(), self.context.cache.clone());
-            let (dir, name) = (&self.context.dir, desc.name.clone());
-            let layer = StoredLayer::new(io, dir, name, desc.file_bytes, owner, cache);
-            (layer.span(), layer)
-        });
-        let layers = layers.collect();
         let spans: Vec<_> = removed.iter().map(|layer| layer.span()).collect();
         #[cfg(test)]
         let spans = if planted(Planted::KeepInputs) { Vec::new() } else { spans };

@@ -215,6 +215,12 @@ pub struct CoreMetrics {
     pub memory_used_bytes: u64,
     /// Gauge: bytes of layers that have become files and stay in memory for reads.
     pub memory_resident_bytes: u64,
+    /// Blocks of layer files that were in the cache when they were asked for.
+    pub block_cache_hits: u64,
+    /// Blocks that were read from files.
+    pub block_cache_misses: u64,
+    /// Gauge: memory of the cache's blocks.
+    pub block_cache_bytes: u64,
     pub get_page_requests: u64,
     pub get_page_seconds: f64,
     /// Requests that stand in line; gauge.

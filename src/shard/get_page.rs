@@ -234,6 +234,7 @@ impl<I: Io> Timeline<I> {
     /// A page that exists at `lsn`.
     pub(super) async fn page(&self, key: Key, lsn: Lsn) -> Result<Bytes, ReadError> {
         let what = || format!("{key:?}");
+        self.context.recent.note(self.id, key);
         let collected = self.collect_counted(key, lsn).await;
         let (mut values, layers) = collected.map_err(|e| damaged(&what(), lsn, &e))?;
         let base = match values.last() {

@@ -53,6 +53,7 @@ pub mod tenants;
 pub mod timeline;
 pub mod timestamps;
 mod turn;
+pub mod warm;
 
 #[cfg(test)]
 pub(crate) use idle::CANARY_CLOSE_IN_USE;

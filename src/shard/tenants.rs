@@ -39,6 +39,7 @@ use super::reader::{PageBackend, ReadError};
 use super::tenant_config::TenantConfig;
 use super::timeline::{Signal, Timeline, TimelineConfig};
 use super::turn::Turn;
+use super::warm::RecentPages;
 use crate::base::{Kind, TenantShardId, TimelineId};
 use crate::io::durable::TEMP_SUFFIX;
 use crate::io::{Io, IoCause, IoError, TaskClass};
@@ -91,6 +92,7 @@ pub struct ShardContext<I: Io, C: Connector> {
 pub struct Shard<I: Io, C: Connector> {
     pub(super) context: ShardContext<I, C>,
     pub(super) cache: Rc<BlockCache>,
+    pub(super) recent: Rc<RecentPages>,
     pub(super) memory: Rc<MemoryBudget>,
     pub(super) counters: Rc<Counters>,
     pub(super) slots: RefCell<BTreeMap<TimelineKey, Slot<I>>>,
@@ -122,6 +124,7 @@ impl<I: Io, C: Connector> Shard<I, C> {
         let cache = Rc::new(BlockCache::new(context.block_cache_bytes));
         let shard = Rc::new(Shard {
             cache,
+            recent: Rc::default(),
             memory: MemoryBudget::new(context.memory_budget_bytes),
             counters: Rc::new(Counters::default()),
             slots: RefCell::default(),
@@ -356,7 +359,7 @@ impl<I: Io, C: Connector> CoreControl for Rc<Shard<I, C>> {
     }
 
     fn metrics(&self) -> CoreMetrics {
-        let counters = &self.counters;
+        let (counters, cache) = (&self.counters, self.cache.stats());
         let mut metrics = CoreMetrics {
             core: self.context.core,
             wal_bytes_received: counters.wal_bytes.get(),
@@ -387,6 +390,9 @@ impl<I: Io, C: Connector> CoreControl for Rc<Shard<I, C>> {
             l0_layers_max: counters.l0_layers.get(),
             memory_used_bytes: self.memory.used_bytes(),
             memory_resident_bytes: self.memory.resident_bytes(),
+            block_cache_hits: cache.hits,
+            block_cache_misses: cache.misses,
+            block_cache_bytes: cache.held_bytes as u64,
             read_layers: counters.read_layers.get(),
             read_records: counters.read_records.get(),
             ..CoreMetrics::default()

@@ -26,6 +26,7 @@ use super::reader::PageQuota;
 use super::sizes::Sizes;
 use super::stored::StoredLayer;
 use super::turn::Turn;
+use super::warm::RecentPages;
 use crate::base::{Kind, Lsn, TenantShardId, TimelineId};
 use crate::config::Config;
 use crate::io::{Instant, Io};
@@ -103,6 +104,8 @@ pub struct TimelineContext<I: Io> {
     pub background_redo: Rc<dyn Fn() -> RedoMaker>,
     /// Verified blocks of the core's layer files.
     pub cache: Rc<BlockCache>,
+    /// Pages of the core that were asked for last.
+    pub recent: Rc<RecentPages>,
     /// Memory of all open and frozen layers of the core.
     pub memory: Rc<MemoryBudget>,
     /// Counters of the core.

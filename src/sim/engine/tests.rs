@@ -304,6 +304,41 @@ fn a_merge_goes_on_when_inputs_are_collected() {
     }
 }
 
+/// Blocks that are read for all pages after four layers were merged into others.
+async fn reads_after_a_merge(
+    io: SimIo,
+    outside: Rc<Outside>,
+    asked_before: bool,
+) -> Result<u64, String> {
+    let started = start(&io, &outside).await?;
+    let (shard, timeline) = &started;
+    layers(&started, &outside, 3).await?;
+    if asked_before {
+        check_after(timeline, &outside, timeline.lsns().last_record).await?;
+    }
+    layers(&started, &outside, 1).await?;
+    while timeline.l0_count() > 0 {
+        io.sleep(Duration::from_millis(1)).await;
+    }
+    let before = shard.metrics().block_cache_misses;
+    check_after(timeline, &outside, timeline.lsns().last_record).await?;
+    let reads = shard.metrics().block_cache_misses - before;
+    started.0.shutdown().await;
+    Ok(reads)
+}
+
+#[test]
+fn pages_that_were_asked_for_are_in_the_cache_after_a_merge() {
+    let reads = |asked_before| {
+        let (mut world, outside) = by_hand(1, SimOptions::default()).unwrap();
+        outside.cache_bytes.set(Some(64 << 20));
+        outside.compaction.set(Some((4, 1_000_000)));
+        world.run(move |io| reads_after_a_merge(io, outside, asked_before)).unwrap().unwrap()
+    };
+    assert_eq!(reads(true), 0);
+    assert!(reads(false) > 10);
+}
+
 #[test]
 fn every_kind_of_compaction_happens() {
     let written = |seeds: std::ops::Range<u64>| {

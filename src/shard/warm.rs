@@ -1,0 +1,125 @@
+//! New layers are opened and read before they take the place of others.
+//!
+//! What compaction replaces is in the block cache where it is read often, and what it makes is not.
+//! Without more, every such page would wait for the device once after each merge, just while that is
+//! busy with compaction. So the core remembers which pages were asked for last, and reads the new
+//! layers there before the layer map has them; nobody waits for that. Leaper (Yang et al., VLDB
+//! 2020) does the same with a prediction in place of a memory.
+
+use std::cell::RefCell;
+use std::hash::BuildHasher;
+use std::rc::Rc;
+
+use foldhash::fast::FixedState;
+
+use super::layer_map::LayerSpan;
+use super::stored::StoredLayer;
+use super::timeline::Timeline;
+use crate::base::{Key, Lsn, TimelineId};
+use crate::io::Io;
+use crate::layers::{LayerDesc, LayerError, LayerOwner};
+use crate::limits::{LAYER_WARM_UP, RECENT_PAGES};
+
+type Page = (TimelineId, Key);
+
+/// The pages of a core that were asked for last: one for each of [`RECENT_PAGES`] hashes.
+#[derive(Default)]
+pub struct RecentPages {
+    /// Empty before the first page.
+    slots: RefCell<Vec<Option<Page>>>,
+}
+
+impl RecentPages {
+    /// The page was asked for.
+    pub(super) fn note(&self, timeline: TimelineId, key: Key) {
+        let mut slots = self.slots.borrow_mut();
+        if slots.is_empty() {
+            slots.resize(RECENT_PAGES, None);
+        }
+        let place = FixedState::default().hash_one((timeline, key)) % RECENT_PAGES as u64;
+        if let Some(slot) = slots.get_mut(place as usize) {
+            *slot = Some((timeline, key));
+        }
+    }
+
+    /// Those of one timeline, in order.
+    fn of(&self, timeline: TimelineId) -> Vec<Key> {
+        let slots = self.slots.borrow();
+        let own = slots.iter().flatten().filter(|(of, _)| *of == timeline);
+        let mut keys: Vec<Key> = own.map(|(_, key)| *key).collect();
+        keys.sort_unstable();
+        keys
+    }
+}
+
+impl<I: Io> Timeline<I> {
+    /// Layer files of this timeline, open, and in the cache where pages were asked for lately.
+    pub(super) async fn warmed_up(
+        &self,
+        files: &[LayerDesc],
+    ) -> Vec<(LayerSpan, Rc<StoredLayer<I>>)> {
+        let owner = LayerOwner { shard: self.tenant, timeline: self.id };
+        let mut layers = Vec::with_capacity(files.len());
+        let recent = self.context.recent.of(self.id);
+        let end = self.context.io.now() + LAYER_WARM_UP;
+        for desc in files {
+            let (io, cache) = (self.context.io.clone(), self.context.cache.clone());
+            let (dir, name) = (&self.context.dir, desc.name.clone());
+            let layer = StoredLayer::new(io, dir, name, desc.file_bytes, owner, cache);
+            let span = layer.span();
+            let first = recent.partition_point(|key| *key < span.keys.start);
+            let last = recent.partition_point(|key| *key < span.keys.end);
+            for key in recent.get(first..last).unwrap_or_default() {
+                // Reads try again, and are told what is wrong.
+                if self.context.io.now() >= end || layer.warm_up(*key).await.is_err() {
+                    break;
+                }
+                self.context.io.yield_if_needed().await;
+            }
+            // Those without such a page are opened all the same.
+            let _ = layer.reader().await;
+            layers.push((span, layer));
+        }
+        layers
+    }
+}
+
+impl<I: Io> StoredLayer<I> {
+    /// Brings what the newest version of a page needs of this layer into the cache.
+    async fn warm_up(&self, key: Key) -> Result<(), LayerError> {
+        let reader = self.reader().await?;
+        // A block that is used once is the first that the cache drops.
+        for _ in 0..2 {
+            reader.collect(key, &(Lsn(0)..Lsn::MAX), &mut Vec::new()).await?;
+        }
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::base::RelNode;
+
+    #[test]
+    fn the_last_pages_of_each_timeline_are_remembered() {
+        let pages = RecentPages::default();
+        let key = |block| Key::rel_block(RelNode { spc: 1, db: 2, rel: 3 }.fork(0), block);
+        let [one, other] = [TimelineId([1; 16]), TimelineId([2; 16])];
+        assert!(pages.of(one).is_empty());
+        for block in [5, 3, 5, 4] {
+            pages.note(one, key(block));
+        }
+        pages.note(other, key(9));
+        assert_eq!(pages.of(one), [key(3), key(4), key(5)]);
+        assert_eq!(pages.of(other), [key(9)]);
+        // Many more than there is room for: newer ones take the places, and most of the last
+        // are there.
+        let many = 4 * RECENT_PAGES as u32;
+        (0..many).for_each(|block| pages.note(one, key(block)));
+        let kept = pages.of(one);
+        assert!(kept.len() <= RECENT_PAGES);
+        let newest = kept.iter().filter(|kept| **kept >= key(many - RECENT_PAGES as u32)).count();
+        assert!(newest > RECENT_PAGES / 2, "{newest}");
+    }
+}
