@@ -446,7 +446,7 @@ fn scenario(seed: u64, story: &Rc<Story>) -> Result<u64, String> {
 #[test]
 fn trees_of_timelines_are_right_through_crashes() {
     let story = Rc::new(Story::default());
-    for seed in 0..24 {
+    for seed in 0..32 {
         if let Err(problem) = scenario(seed, &story) {
             panic!("seed {seed}: {problem}");
         }
