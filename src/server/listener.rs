@@ -31,6 +31,16 @@ pub fn listen(address: SocketAddr) -> Result<(TcpListener, SocketAddr), String> 
     Ok((listener, bound))
 }
 
+/// Makes sure that no other program listens at `address`: with `SO_REUSEPORT` the kernel would let
+/// it have a part of the connections. Asked before the first of the cores listens.
+///
+/// # Errors
+/// The operating system's words.
+pub fn claim(address: SocketAddr) -> Result<(), String> {
+    let claimed = std::net::TcpListener::bind(address);
+    claimed.map(drop).map_err(|error| format!("cannot listen at {address}: {error}"))
+}
+
 /// Accepts until the service's `stop` closes.
 pub async fn accept<B: PageBackend>(listener: TcpListener, service: Rc<Service<B>>, mesh: Mesh) {
     loop {
