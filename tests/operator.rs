@@ -171,6 +171,9 @@ fn branches_say_where_they_can_be_read(
     run("detach-ancestor", alone, &[]);
     assert!(run("lease", alone, &[]).starts_with(&format!("readable from {end} on")));
     more();
+    // What is collected is in files.
+    let path = format!("/v1/tenant/{}/timeline/{ancestor}/checkpoint", id.shard());
+    assert_eq!(http(node, "PUT", &path, "").0, 204);
     run("gc", id, &["--horizon-bytes", "0", "--pitr-interval-s", "0"]);
     let cutoff = info(node, id).gc_cutoff_lsn;
     assert!(cutoff > end, "{cutoff}");
