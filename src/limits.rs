@@ -182,6 +182,14 @@ pub const CONNECTION_DRAIN_MS_MAX: u64 = 5_000;
 /// How long the admin API waits for a core's answer.
 pub const CONTROL_REPLY_MS_MAX: u64 = 30_000;
 
+/// For so long a node that starts looks whether somebody else listens at its address, in
+/// milliseconds.
+pub const LISTEN_PROBE_MS_MAX: u64 = 1000;
+
+/// For so long a question about the keyspace waits for WAL, in milliseconds.
+pub const KEYSPACE_WAIT_MS_MAX: u64 = 10_000;
+const _: () = assert!(KEYSPACE_WAIT_MS_MAX < CONTROL_REPLY_MS_MAX);
+
 /// Largest body of an admin request, in bytes.
 pub const ADMIN_BODY_BYTES_MAX: usize = 64 * 1024;
 

@@ -207,8 +207,11 @@ impl Collector for Depths {
 }
 
 /// The whole page of metrics.
-pub(super) fn text(cores: &[CoreMetrics], timelines: &[TimelineInfo]) -> String {
+pub(super) fn text(cores: &[CoreMetrics], timelines: &[TimelineInfo], spare_bytes: u64) -> String {
     let mut registry = Registry::with_prefix("pgstrata");
+    let spare = Gauge::<u64, AtomicU64>::default();
+    spare.set(spare_bytes);
+    registry.register("spare_bytes", "Bytes of removed files kept for new ones", spare);
     for &(name, help, read) in COUNTERS {
         let family = Family::<CoreLabel, Counter>::default();
         for metrics in cores {
@@ -307,7 +310,8 @@ mod tests {
         [3, 4, 1000].into_iter().for_each(|number| histogram.count(number));
         let mut core = CoreMetrics { core: 1, wal_bytes_received: 77, ..CoreMetrics::default() };
         histogram.add_to(&mut core.redo_chain_records);
-        let text = text(&[CoreMetrics::default(), core], &[]);
+        let text = text(&[CoreMetrics::default(), core], &[], 4711);
+        assert!(text.contains("\npgstrata_spare_bytes 4711\n"), "{text}");
         assert!(text.contains("pgstrata_wal_bytes_received_total{core=\"1\"} 77"), "{text}");
         for (name, _, _) in COUNTERS {
             assert_eq!(text.matches(&format!("pgstrata_{name}_total{{")).count(), 2, "{name}");
@@ -326,7 +330,7 @@ mod tests {
         (counts[2], counts[5], counts[7]) = (3, 1, 2);
         let read_layers = Distribution { counts, sum: 40, max: 20 };
         let core = CoreMetrics { core: 1, read_layers, ..CoreMetrics::default() };
-        let text = text(&[core], &[]);
+        let text = text(&[core], &[], 0);
         for line in [
             "pgstrata_read_layers_bucket{core=\"1\",le=\"1.0\"} 0",
             "pgstrata_read_layers_bucket{core=\"1\",le=\"2.0\"} 3",

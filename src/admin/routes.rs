@@ -33,6 +33,7 @@
 
 use std::collections::BTreeMap;
 use std::future::Future;
+use std::sync::Arc;
 use std::time::Duration;
 
 use axum::Router;
@@ -40,7 +41,7 @@ use axum::body::{Body, to_bytes};
 use axum::extract::rejection::JsonRejection;
 use axum::extract::rejection::QueryRejection;
 use axum::extract::{DefaultBodyLimit, Json, Path, Query, Request, State};
-use axum::http::{Method, StatusCode};
+use axum::http::{Method, StatusCode, Uri};
 use axum::middleware::{Next, from_fn};
 use axum::response::{IntoResponse, Response};
 use axum::routing::{get, put};
@@ -65,6 +66,8 @@ use crate::shard::tenant_config::TenantConfig;
 pub struct AdminState {
     /// The cores' inboxes.
     pub mesh: Mesh,
+    /// Says how many bytes of removed files the node keeps; blocks.
+    pub spare_bytes: Arc<dyn Fn() -> u64 + Send + Sync>,
 }
 
 /// An error as the client gets it.
@@ -159,9 +162,16 @@ fn router(state: AdminState) -> Router {
         .route("/v1/redo", get(redo_children))
         .route("/metrics", get(metrics_text))
         .fallback(|| async { not_found("there is no such path; see /v1/status, /v1/tenant") })
+        .method_not_allowed_fallback(wrong_method)
         .layer(DefaultBodyLimit::max(ADMIN_BODY_BYTES_MAX))
         .layer(from_fn(drop_body))
         .with_state(state)
+}
+
+/// The allowed methods stand in the header `allow`.
+async fn wrong_method(method: Method, path: Uri) -> ApiError {
+    let message = format!("{} is nothing to {method}; see the header allow", path.path());
+    ApiError { status: StatusCode::METHOD_NOT_ALLOWED, message }
 }
 
 /// Takes the body of a request that means nothing by it off the connection, so that it is not in
@@ -343,12 +353,16 @@ async fn create_timeline(
     match (source, branch) {
         (Some(source), None) => {
             let tenant: TenantShardId = tenant.parse().map_err(bad_request)?;
+            source.check().map_err(bad_request)?;
             let request = CreateTimeline { tenant, timeline, source };
             let core = owner(&tenant, state.mesh.cores());
             state.ask(core, |reply| Control::CreateTimeline(request, reply)).await??;
             Ok(StatusCode::ACCEPTED)
         }
         (None, Some(NewBranch { ancestor, lsn, source })) => {
+            if let Some(source) = &source {
+                source.check().map_err(bad_request)?;
+            }
             let TenantInfo { tenant, .. } = find_tenant(&state, &tenant).await?;
             let request = CreateBranch { tenant, timeline, ancestor, lsn, source };
             state.change(&tenant, Change::Branch(request)).await?;
@@ -432,7 +446,10 @@ async fn metrics_text(State(state): State<AdminState>) -> Result<Response, ApiEr
         cores.push(state.ask(core, Control::Metrics).await?);
     }
     let timelines = state.timelines().await?;
-    let text = metrics::text(&cores, &timelines);
+    let spare_bytes = state.spare_bytes.clone();
+    let spare_bytes =
+        tokio::task::spawn_blocking(move || spare_bytes()).await.map_err(unavailable)?;
+    let text = metrics::text(&cores, &timelines, spare_bytes);
     let content_type = "application/openmetrics-text; version=1.0.0; charset=utf-8";
     Ok(([("content-type", content_type)], text).into_response())
 }

@@ -31,6 +31,10 @@ pub struct AdminClient {
 impl AdminClient {
     /// A client for the node at `base`, such as `http://127.0.0.1:9898`.
     pub fn new(base: &str) -> Result<Self, CommandError> {
+        let is_http = |url: reqwest::Url| url.scheme() == "http" || url.scheme() == "https";
+        if !base.parse().is_ok_and(is_http) {
+            return Err(format!("--admin {base}: write it as a URL: http://HOST:PORT").into());
+        }
         let base = base.trim_end_matches('/').to_owned();
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
         let client =

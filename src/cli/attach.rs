@@ -155,13 +155,13 @@ pub struct StatusArgs {
 
 /// Runs `pgstrata status`.
 pub fn status(args: StatusArgs) -> Result<(), CommandError> {
-    let client = AdminClient::new(&args.admin)?;
+    let timelines = AdminClient::new(&args.admin)?.timelines()?;
     let header = ["tenant", "timeline", "state", "last record", "journal", "on disk", "layers"];
     println!(
         "{:<37} {:<32} {:<11} {:<14} {:<14} {:<14} {:>6}",
         header[0], header[1], header[2], header[3], header[4], header[5], header[6]
     );
-    for info in client.timelines()? {
+    for info in timelines {
         let state = format!("{:?}", info.state);
         println!(
             "{:<37} {:<32} {:<11} {:<14} {:<14} {:<14} {:>6}",

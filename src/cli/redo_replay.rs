@@ -5,6 +5,7 @@
     reason = "a command-line tool that drives other programs: no data path, nothing to simulate"
 )]
 
+use std::fmt::Display;
 use std::path::PathBuf;
 use std::time::Duration;
 
@@ -35,8 +36,9 @@ pub(super) struct ReplayArgs {
 
 /// Runs it; an error if PostgreSQL refuses the input again, or native redo makes another page.
 pub(super) fn replay(args: ReplayArgs) -> Result<(), CommandError> {
-    let file = Bytes::from(std::fs::read(&args.file)?);
-    let input = Failed::decode(&file)?;
+    let named = |problem: &dyn Display| format!("{}: {problem}", args.file.display());
+    let file = Bytes::from(std::fs::read(&args.file).map_err(|error| named(&error))?);
+    let input = Failed::decode(&file).map_err(|error| named(&error))?;
     let request = protocol::decode_request(&input.frames)?;
     describe(&input, &request);
     let root = std::env::temp_dir().join(format!("pgstrata-replay-{}", std::process::id()));

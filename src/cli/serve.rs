@@ -1,6 +1,7 @@
 //! `pgstrata serve`: the node.
 
 use std::fs::{File, OpenOptions};
+use std::io::IsTerminal;
 use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -35,11 +36,13 @@ pub fn serve(args: ServeArgs) -> Result<(), CommandError> {
     let mut config = Config::load(args.config.as_deref(), &args.settings)?;
     let filter = EnvFilter::try_new(&config.log_filter)
         .map_err(|error| format!("setting log_filter: {error}"))?;
-    tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).init();
+    // Colours are for people, not for files and journals of services.
+    let log = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr);
+    log.with_ansi(std::io::stderr().is_terminal()).init();
     config.walredo_library = find_library(&config.walredo_library)?;
     if !config.postgres_bin.is_file() {
         return Err(format!(
-            "postgres_bin: there is no {}; install PostgreSQL 15 or set postgres_bin",
+            "postgres_bin: {} is no file; install PostgreSQL 15 or set postgres_bin",
             config.postgres_bin.display()
         )
         .into());
@@ -120,7 +123,9 @@ async fn run(config: Arc<Config>) -> Result<(), CommandError> {
     let admin_address = listener.local_addr()?;
     let node = Node::start::<NodeShard>(config.clone()).await?;
     let (stop_admin, admin_stopped) = tokio::sync::oneshot::channel::<()>();
-    let state = AdminState { mesh: node.mesh() };
+    let spares = spares(&config);
+    let spare_bytes = Arc::new(move || spares.kept_bytes());
+    let state = AdminState { mesh: node.mesh(), spare_bytes };
     let admin = tokio::spawn(serve_admin(listener, state, async move {
         // A dropped sender means the same as a message.
         let _ = admin_stopped.await;

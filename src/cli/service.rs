@@ -218,7 +218,7 @@ pub fn find_library(configured: &Path) -> Result<PathBuf, String> {
         return if configured.is_file() {
             Ok(configured.to_owned())
         } else {
-            Err(format!("walredo_library: there is no {}", configured.display()))
+            Err(format!("walredo_library: {} is no file", configured.display()))
         };
     }
     let program = std::env::current_exe().map_err(|error| error.to_string())?;

@@ -15,7 +15,7 @@ pub struct SimulateArgs {
     #[arg(long)]
     seed: Option<u64>,
     /// Run so many seeds; 100, with --crash-points 1.
-    #[arg(long, conflicts_with = "seed")]
+    #[arg(long, conflicts_with = "seed", value_parser = clap::value_parser!(u64).range(1..))]
     seeds: Option<u64>,
     /// First seed of a row.
     #[arg(long, default_value_t = 0)]

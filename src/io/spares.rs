@@ -46,6 +46,8 @@ const TRIM: &str = "trim";
 pub struct Spares {
     dir: PathBuf,
     bytes_max: u64,
+    /// Renames without replacing anything.
+    rename_new: fn(&Path, &Path) -> Result<()>,
 }
 
 struct Spare {
@@ -56,7 +58,13 @@ struct Spare {
 impl Spares {
     /// Keeps up to `bytes_max` bytes of files in `dir`, for files of the same file system.
     pub fn new(dir: &Path, bytes_max: u64) -> Spares {
-        Spares { dir: dir.to_owned(), bytes_max }
+        Spares { dir: dir.to_owned(), bytes_max, rename_new }
+    }
+
+    /// As on a file system that cannot rename without replacing.
+    #[cfg(test)]
+    pub(super) fn without_rename_new(self) -> Spares {
+        Spares { rename_new: |_, _| Err(nix::errno::Errno::EINVAL.into()), ..self }
     }
 
     /// Makes the directory ready for a new process: creates it, and frees what an earlier process
@@ -95,6 +103,12 @@ impl Spares {
         }
         found.sort_by(|a, b| (a.bytes, &a.path).cmp(&(b.bytes, &b.path)));
         Ok(found)
+    }
+
+    /// Bytes of all files there now; 0 if the directory cannot be read.
+    pub fn kept_bytes(&self) -> u64 {
+        let kinds = [None, Some(CLAIMED), Some(TRIM)];
+        kinds.into_iter().map(|kind| self.list(kind).map_or(0, |spares| bytes(&spares))).sum()
     }
 
     /// Removes the file at `path`, which nobody has open; its space may be kept.
@@ -166,7 +180,7 @@ impl Spares {
                 fs::rename(&claimed, spare.path.with_extension(TRIM))?;
                 return Ok(false);
             }
-            return match rename_new(&claimed, target) {
+            return match (self.rename_new)(&claimed, target) {
                 Ok(()) => Ok(true),
                 Err(error) => {
                     // The first error is the one that counts.
@@ -187,7 +201,7 @@ impl Spares {
         // The tail of a longer one has to be given back, for which somebody waits.
         let most = least.saturating_add(least / SPARE_LONGER_SHARE);
         for spare in self.list(None)?.into_iter().rev().filter(|spare| spare.bytes <= most) {
-            match rename_new(&spare.path, target) {
+            match (self.rename_new)(&spare.path, target) {
                 Ok(()) => return Ok(true),
                 // Somebody else has it.
                 Err(error) if error.kind() == ErrorKind::NotFound && !spare.path.exists() => {}
@@ -396,6 +410,18 @@ mod tests {
     }
 
     #[test]
+    fn what_cannot_be_renamed_stays_where_it_is() {
+        let place = Place::new("rename");
+        let spares = place.spares(100 * MIB).without_rename_new();
+        let (target, spare) = (place.0.join("target"), place.file("spare/00", 2 * MIB));
+        assert_eq!(spares.take(2 * MIB, &target).unwrap_err().kind(), ErrorKind::InvalidInput);
+        let zeroed = spares.take_zeroed(2 * MIB, &target);
+        assert_eq!(zeroed.unwrap_err().kind(), ErrorKind::InvalidInput);
+        assert!(!target.exists() && spare.exists());
+        assert_eq!((place.spare_count(), spares.kept_bytes()), (1, 2 * MIB));
+    }
+
+    #[test]
     fn what_is_too_much_goes_bit_by_bit() {
         let place = Place::new("trim");
         let spares = place.spares(7 * MIB);
@@ -410,6 +436,7 @@ mod tests {
         assert!(!place.0.join("tree").exists());
         // Nobody is to look through those for which there is no room.
         assert_eq!(sizes(&spares), [3 * MIB, 3 * MIB]);
+        assert_eq!(spares.kept_bytes(), 9 * MIB, "with what is being given back");
         assert_eq!(trim(&spares), 3);
         // Those that come one by one may take the place of a longer one.
         spares.remove(&place.file("d", 2 * MIB)).unwrap();

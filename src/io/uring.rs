@@ -117,6 +117,7 @@ impl UringIo {
     }
 
     /// Opens the file that `take` puts there, or creates it. After an error there is no new file.
+    #[allow(clippy::disallowed_methods, reason = "this is the door to the file system")]
     async fn reuse_or_create(
         &self,
         path: &Path,
@@ -131,14 +132,16 @@ impl UringIo {
             // Without spares everything goes on.
             Some(Ok(false) | Err(_)) | None => return Ok((self.create(path).await?, false)),
         }
-        match self.open(path).await {
-            Ok(file) => Ok((file, true)),
-            Err(error) => {
-                // The first error is the one that counts.
-                let _ = self.remove(path).await;
-                Err(error)
-            }
-        }
+        let error = match self.open(path).await {
+            Ok(file) => return Ok((file, true)),
+            Err(error) => error,
+        };
+        // Not back to the spares: whoever takes it next would fare the same.
+        tracing::warn!("space of a removed file cannot be used again: {error}");
+        let doomed = path.to_owned();
+        let removed = glommio::executor().spawn_blocking(move || std::fs::remove_file(doomed));
+        removed.await.map_err(|_| error)?;
+        Ok((self.create(path).await?, false))
     }
 
     fn queue(&self, class: TaskClass) -> TaskQueueHandle {
@@ -511,6 +514,37 @@ mod tests {
             assert_eq!(count(&spare), 1);
         };
         with_spares_in("other", other, story);
+    }
+
+    #[test]
+    fn a_spare_that_cannot_be_opened_is_no_obstacle() {
+        let story = |io: UringIo, dir: PathBuf, spare: PathBuf| async move {
+            fs::write(spare.join("00"), vec![1; 2 * MIB as usize]).unwrap();
+            let path = dir.join("file");
+            // Nobody can open a socket's name.
+            let take = |_: &Spares, target: &Path| {
+                std::os::unix::net::UnixListener::bind(target).map(|_| true)
+            };
+            let (file, reused) = io.reuse_or_create(&path, take).await.unwrap();
+            assert!(!reused && fs::symlink_metadata(&path).unwrap().is_file());
+            assert_eq!(file.len().await.unwrap(), 0);
+            file.allocate(MIB).await.unwrap();
+            file.close().await.unwrap();
+            assert_eq!((count(&dir), count(&spare)), (2, 1));
+            fs::remove_file(&path).unwrap();
+            creates_and_removes(&io, &dir).await;
+        };
+        with_spares_in("unopened", |dir| dir.join("spare"), story);
+    }
+
+    #[test]
+    fn spares_may_be_where_nothing_can_be_renamed_without_replacing() {
+        let story = |_: UringIo, dir: PathBuf, spare: PathBuf| async move {
+            fs::write(spare.join("00"), vec![1; 2 * MIB as usize]).unwrap();
+            let spares = Spares::new(&spare, 1 << 30).without_rename_new();
+            creates_and_removes(&UringIo::new(Some(Arc::new(spares))), &dir).await;
+        };
+        with_spares_in("rename", |dir| dir.join("spare"), story);
     }
 
     #[test]

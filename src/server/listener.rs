@@ -11,7 +11,9 @@ use bytes::BytesMut;
 use futures_util::AsyncWriteExt;
 use glommio::net::{TcpListener, TcpStream};
 
-use crate::limits::{CONNECTION_IDLE_MS_MAX, CONNECTION_WRITE_MS_MAX, CONNECTIONS_PER_CORE_MAX};
+use crate::limits::{
+    CONNECTION_IDLE_MS_MAX, CONNECTION_WRITE_MS_MAX, CONNECTIONS_PER_CORE_MAX, LISTEN_PROBE_MS_MAX,
+};
 use crate::server::counters::count;
 use crate::server::mesh::{Connection, Mesh, Message};
 use crate::server::page_service::{End, Service, Session, serve};
@@ -29,6 +31,24 @@ pub fn listen(address: SocketAddr) -> Result<(TcpListener, SocketAddr), String> 
         .map_err(|error| format!("cannot listen at {address}: {error}"))?;
     let bound = listener.local_addr().map_err(|error| error.to_string())?;
     Ok((listener, bound))
+}
+
+/// Makes sure that no other program listens at `address`: with `SO_REUSEPORT` the kernel would let
+/// it have a part of the connections. Asked before the first of the cores listens.
+///
+/// A socket without that option cannot be bound where old connections of an earlier node still
+/// linger, so this tries whether somebody answers.
+///
+/// # Errors
+/// Somebody does.
+pub fn check_free(address: SocketAddr) -> Result<(), String> {
+    let limit = Duration::from_millis(LISTEN_PROBE_MS_MAX);
+    let answers = std::net::TcpStream::connect_timeout(&address, limit);
+    // The kernel may connect a socket with itself.
+    match answers.and_then(|stream| Ok(stream.local_addr()? == stream.peer_addr()?)) {
+        Ok(false) => Err(format!("cannot listen at {address}: another program does already")),
+        Ok(true) | Err(_) => Ok(()),
+    }
 }
 
 /// Accepts until the service's `stop` closes.

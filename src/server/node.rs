@@ -343,6 +343,7 @@ impl Node {
 
     /// All cores listen at the address that the first one got.
     async fn listen(&mut self) -> Result<(), NodeError> {
+        listener::check_free(self.address).map_err(NodeError::Listen)?;
         for core in 0..self.mesh.cores() {
             let (reply, bound) = oneshot::channel();
             let sent = self.mesh.send(core, Message::Listen(self.address, reply));

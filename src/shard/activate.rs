@@ -10,6 +10,7 @@
 //! again by the next asker; other failures stand until the node is started again.
 
 use std::cell::RefCell;
+use std::collections::BTreeMap;
 use std::path::Path;
 use std::pin::Pin;
 use std::rc::Rc;
@@ -142,7 +143,7 @@ impl<I: Io> Slot<I> {
         }
     }
 
-    /// The timeline as the admin API shows it, when it is not open.
+    /// The timeline as the admin API shows it, when it is not open; but see [`readable_from`].
     pub(super) fn info(&self, (tenant, timeline): TimelineKey, core: usize) -> TimelineInfo {
         let (state, error, brief) = match self {
             Slot::Importing(_) => (TimelineState::Importing, None, None),
@@ -197,6 +198,29 @@ impl<I: Io> Slot<I> {
             open_layer_bytes: 0,
             journal_bytes: 0,
         }
+    }
+}
+
+/// From where on a timeline can be read. What a branch has of its ancestor's history is as long as
+/// that of the ancestor; and a collection of the ancestor leaves of it the branch point at least.
+pub(super) fn readable_from<I: Io>(
+    slots: &BTreeMap<TimelineKey, Slot<I>>,
+    key: TimelineKey,
+) -> Lsn {
+    let Some(slot) = slots.get(&key) else { return Lsn::INVALID };
+    let own = match slot {
+        Slot::Ready(timeline) => timeline.gc_cutoff().max(timeline.start_lsn()),
+        Slot::Idle(brief) | Slot::Branching(brief) => brief.gc_cutoff_lsn,
+        Slot::Loading(loading) => loading.brief.gc_cutoff_lsn,
+        Slot::Importing(_) | Slot::Failed(_) | Slot::Damaged(..) | Slot::Deleting(_) => {
+            return Lsn::INVALID;
+        }
+    };
+    match slot.ancestry() {
+        Ancestry::Branch(point) => {
+            own.max(point.lsn.min(readable_from(slots, (key.0, point.timeline))))
+        }
+        Ancestry::Root | Ancestry::Unknown => own,
     }
 }
 

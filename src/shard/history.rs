@@ -261,13 +261,15 @@ impl<I: Io> Timeline<I> {
         if lsn < start {
             return Err(ReadError::BelowStart { request: lsn, start });
         }
-        let last = self.lsns().last_record;
-        if lsn > last {
-            return Err(ReadError::BadLsn(format!(
-                "{lsn} has not come yet; the timeline is at {last}"
-            )));
+        if lsn > self.lsns().last_record {
+            return Err(self.still_to_come(lsn));
         }
         Ok(self.history.times.borrow().of_lsn(lsn))
+    }
+
+    pub(super) fn still_to_come(&self, lsn: Lsn) -> ReadError {
+        let last = self.lsns().last_record;
+        ReadError::BadLsn(format!("{lsn} has not come yet; the timeline is at {last}"))
     }
 
     /// Writes commit times up to `lsn` to their file, unless they are there. Part of a checkpoint,

@@ -4,10 +4,15 @@
 //! key by key, so no range has a key without a page. The directory of relations names the forks;
 //! each fork's size is read at the same LSN.
 
+use std::time::Duration;
+
+use futures_util::future::{Either, select};
+
 use super::reader::{ReadError, RequestLsn};
 use super::timeline::Timeline;
 use crate::base::{Key, Lsn, RelTag, Value};
 use crate::io::Io;
+use crate::limits::KEYSPACE_WAIT_MS_MAX;
 
 /// The ranges, and the LSN that they are of.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -27,7 +32,8 @@ impl Keyspace {
 }
 
 impl<I: Io> Timeline<I> {
-    /// The pages of relations at an LSN, which is waited for; `None`: that of the newest record.
+    /// The pages of relations at an LSN, which is waited for, but not for long; `None`: that of the
+    /// newest record.
     ///
     /// # Errors
     /// As of a page read.
@@ -37,7 +43,16 @@ impl<I: Io> Timeline<I> {
             None => RequestLsn { request: Lsn::MAX, not_modified_since: Lsn::INVALID },
         };
         let _read = self.enter()?;
-        let lsn = self.effective_lsn(request).await?;
+        let lsn = {
+            let effective = std::pin::pin!(self.effective_lsn(request));
+            let limit = Duration::from_millis(KEYSPACE_WAIT_MS_MAX);
+            let limit = std::pin::pin!(self.context.io.sleep(limit));
+            match select(effective, limit).await {
+                Either::Left((lsn, _)) => lsn?,
+                // Said before whoever asks gives up.
+                Either::Right(_) => return Err(self.still_to_come(request.request)),
+            }
+        };
         let forks = self.forks_with_blocks(lsn).await;
         self.noted(self.still_retained(lsn, forks)).map(|forks| Keyspace { lsn, forks })
     }

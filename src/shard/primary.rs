@@ -1,5 +1,6 @@
 //! Connections to a running primary.
 
+use super::control::TimelineSource;
 use super::follow::Connector;
 use super::index::{ClusterIdentity, WalSourceConfig};
 use crate::io::foreign::ForeignFile;
@@ -8,6 +9,39 @@ use crate::wal::receiver::{self, NetStream, PrimaryStream};
 use crate::wal::source::SourceError;
 use crate::wal::source::connection::{Connection, SlotName};
 use crate::wal::source::conninfo::ConnInfo;
+
+impl WalSourceConfig {
+    /// Looks for what can be told to be wrong before anything is done.
+    ///
+    /// # Errors
+    /// Connection string or slot cannot be right.
+    pub fn check(&self) -> Result<(), String> {
+        check(&self.conninfo, self.slot.as_deref())
+    }
+}
+
+impl TimelineSource {
+    /// As [`WalSourceConfig::check`].
+    ///
+    /// # Errors
+    /// As there.
+    pub fn check(&self) -> Result<(), String> {
+        match self {
+            TimelineSource::Primary { conninfo, slot } => check(conninfo, slot.as_deref()),
+            TimelineSource::Backup { primary, slot, .. }
+            | TimelineSource::Pgdata { primary, slot, .. } => match primary {
+                Some(conninfo) => check(conninfo, slot.as_deref()),
+                None => Ok(()),
+            },
+        }
+    }
+}
+
+fn check(conninfo: &str, slot: Option<&str>) -> Result<(), String> {
+    conninfo.parse::<ConnInfo>().map_err(|error| error.to_string())?;
+    let slot = slot.map(str::parse::<SlotName>).transpose();
+    slot.map(drop).map_err(|error| error.to_string())
+}
 
 /// Logs in for replication. A password comes from the connection string or the file that it names.
 pub(super) async fn open(conninfo: &str) -> Result<Connection<NetStream>, SourceError> {

@@ -23,7 +23,7 @@ use std::path::{Path, PathBuf};
 use std::rc::Rc;
 use std::sync::Arc;
 
-use super::activate::{Slot, TimelineKey};
+use super::activate::{Slot, TimelineKey, readable_from};
 use super::background::Background;
 use super::control::{
     Change, ControlError, CoreControl, CoreMetrics, CreateTimeline, TenantInfo, TimelineInfo,
@@ -280,7 +280,7 @@ impl<I: Io, C: Connector> Shard<I, C> {
                 kind: Kind::Invalid,
                 message: format!(
                     "timeline {id} of tenant {tenant} exists already; if it is broken and its \
-                     data are not needed, remove {} while the node is stopped",
+                     data are not needed, delete it first (its files are in {})",
                     dir.display()
                 ),
             }),
@@ -324,15 +324,16 @@ impl<I: Io, C: Connector> PageBackend for Rc<Shard<I, C>> {
 impl<I: Io, C: Connector> CoreControl for Rc<Shard<I, C>> {
     fn timelines(&self) -> Vec<TimelineInfo> {
         let slots = self.slots.borrow();
-        slots
-            .iter()
-            .map(|(key, slot)| {
-                if let Slot::Ready(timeline) = slot {
-                    timeline.want_logical_size();
-                }
-                slot.info(*key, self.context.core)
-            })
-            .collect()
+        let one = |(key, slot): (&TimelineKey, &Slot<I>)| {
+            if let Slot::Ready(timeline) = slot {
+                timeline.want_logical_size();
+            }
+            TimelineInfo {
+                gc_cutoff_lsn: readable_from(&slots, *key),
+                ..slot.info(*key, self.context.core)
+            }
+        };
+        slots.iter().map(one).collect()
     }
 
     fn tenants(&self) -> Vec<TenantInfo> {
@@ -463,7 +464,7 @@ impl<I: Io, C: Connector> CoreControl for Rc<Shard<I, C>> {
                 lease.map(HistoryReply::Lease).map_err(|e| control(e.kind(), e.to_string()))
             }
             HistoryRequest::Leases => Ok(HistoryReply::Leases {
-                gc_cutoff_lsn: found.gc_cutoff(),
+                gc_cutoff_lsn: readable_from(&self.slots.borrow(), (tenant, timeline)),
                 leases: found.leases(),
             }),
             HistoryRequest::Gc(request) => {

@@ -52,8 +52,11 @@ struct Figures {
 /// # Errors
 /// The node cannot be asked, does not take in WAL any more, or is not there in time.
 pub fn run(args: &IngestArgs) -> Result<(), CommandError> {
-    if !(args.time > 0.0 && args.time < 1e7 && args.progress >= 0.0) {
-        return Err("--time and --progress: numbers of seconds".into());
+    if !(args.time > 0.0 && args.time < 1e7) {
+        return Err("--time: a number above 0".into());
+    }
+    if args.progress.is_nan() || args.progress < 0.0 {
+        return Err("--progress: a number of seconds, or 0".into());
     }
     let client = AdminClient::new(&args.admin)?;
     let look = || -> Result<(Instant, Lsn), CommandError> {
