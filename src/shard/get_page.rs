@@ -116,11 +116,7 @@ impl<I: Io> Timeline<I> {
         key: Key,
         lsn: Lsn,
     ) -> Result<(Vec<(Lsn, Value)>, u64), LayerError> {
-        let mut below = Lsn(lsn.0 + 1);
-        #[cfg(test)]
-        if CANARY_WRONG_END.get() {
-            below = lsn;
-        }
+        let mut below = end_of(lsn);
         let (mut found, mut layers) = (Vec::new(), 0);
         let mut older = self.collect_own(key, below, &mut found, &mut layers).await?;
         while let Some(Older { timeline, lsn, _read }) = older {
@@ -151,15 +147,7 @@ impl<I: Io> Timeline<I> {
             }
             (mutable.layers.search(key, below), Older::of(&mutable))
         };
-        // A delta layer may reach below the image that a read ends at: what it has there is in the
-        // image already.
-        let image = layers.last().map(|layer| layer.span()).filter(|span| span.is_image);
-        let newer = image.map_or(Lsn(0), |span| span.lsns.end)..below;
-        #[cfg(test)]
-        let newer = match planted(Planted::ReadBelowImage) {
-            true => range.clone(),
-            false => newer,
-        };
+        let newer = of_deltas(layers.last().map(|layer| layer.span()).as_ref(), below);
         match descend(layers, key, (&range, &newer), (found, layers_read)).await? {
             Lookup::Continue => Ok(older),
             Lookup::Complete | Lookup::Absent => Ok(None),
@@ -306,6 +294,25 @@ impl<I: Io> Timeline<I> {
     }
 }
 
+/// Where a read at `lsn` ends.
+pub(super) fn end_of(lsn: Lsn) -> Lsn {
+    #[cfg(test)]
+    if CANARY_WRONG_END.get() {
+        return lsn;
+    }
+    Lsn(lsn.0.saturating_add(1))
+}
+
+/// The LSNs that a read below `below` takes from delta layers. One may reach below the image that
+/// the read ends at, the `last` of its layers: what it has there is in the image already.
+pub(super) fn of_deltas(last: Option<&LayerSpan>, below: Lsn) -> LsnRange {
+    #[cfg(test)]
+    if planted(Planted::ReadBelowImage) {
+        return Lsn(0)..below;
+    }
+    last.filter(|span| span.is_image).map_or(Lsn(0), |span| span.lsns.end)..below
+}
+
 /// Looks into layers, newest first, until one has a base. `images` and `deltas` are the LSNs that
 /// are taken from each kind.
 ///
@@ -369,7 +376,7 @@ fn damaged(what: &str, lsn: Lsn, error: &LayerError) -> ReadError {
     ReadError::Damaged { what: what.to_owned(), lsn, problem: error.to_string() }
 }
 
-fn check_rel(rel: RelTag) -> Result<(), ReadError> {
+pub(super) fn check_rel(rel: RelTag) -> Result<(), ReadError> {
     let RelNode { rel: number, .. } = rel.node;
     if number == 0 {
         return Err(ReadError::BadRequest("relation number 0".to_owned()));
@@ -397,6 +404,10 @@ impl<I: Io> TimelineReader for Timeline<I> {
         }
         let result = self.page(Key::rel_block(rel, block), lsn).await;
         self.noted(self.still_retained(lsn, result))
+    }
+
+    fn held_page(&self, rel: RelTag, block: BlockNumber, lsn: RequestLsn) -> Option<Bytes> {
+        self.page_if_held(rel, block, lsn)
     }
 
     fn quota(&self) -> PageQuota {

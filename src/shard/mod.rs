@@ -28,6 +28,7 @@ pub mod gate;
 pub mod gc;
 pub mod get_page;
 pub mod health;
+pub mod held;
 pub mod history;
 mod idle;
 pub mod import;

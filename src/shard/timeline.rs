@@ -15,6 +15,7 @@ use super::compact::Compaction;
 use super::control::{DetachState, ImportProgress, TimelineInfo, TimelineState};
 use super::gate::Gate;
 use super::health::Health;
+use super::held::Room;
 use super::history::History;
 use super::idle::Usage;
 use super::index::{ClusterIdentity, IndexLayer, TimelineIndex, WalSourceConfig};
@@ -23,7 +24,7 @@ use super::lsns::{Advance, LsnWaiters, Lsns};
 use super::memory::{MemoryBudget, Share};
 use super::metrics::Counters;
 use super::reader::PageQuota;
-use super::sizes::Sizes;
+use super::sizes::{FoundSizes, Sizes};
 use super::stored::StoredLayer;
 use super::turn::Turn;
 use crate::base::{Kind, Lsn, TenantShardId, TimelineId};
@@ -148,6 +149,9 @@ pub struct Timeline<I: Io> {
     pub(super) ingesting: Cell<bool>,
     /// Room for the changes of one record.
     pub(super) changes: Cell<Vec<Change>>,
+    /// Room for what a read finds that does not wait.
+    pub(super) held: Cell<Room>,
+    pub(super) found_sizes: FoundSizes,
     pub(super) stopping: Cell<bool>,
     pub(super) usage: Usage,
     /// Tells the WAL receiver to stop.
@@ -310,6 +314,8 @@ impl<I: Io> Timeline<I> {
             archived: Cell::new(index.archived),
             ingesting: Cell::new(false),
             changes: Cell::default(),
+            held: Cell::default(),
+            found_sizes: FoundSizes::default(),
             stopping: Cell::new(false),
             usage: Usage::new(open_since),
             stop_signal: Signal::new(),

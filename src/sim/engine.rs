@@ -18,7 +18,9 @@ use super::faults::{self, FaultClass};
 use super::primary::Primary;
 use super::redo::ToyRedoFactory;
 use super::{Outcome, SimIo, SimOptions, SimWorld};
-use crate::base::{Key, Lsn, TenantId, TenantShardId, TimelineId, Timestamp, Value};
+use crate::base::{
+    BlockNumber, Key, Kind, Lsn, RelTag, TenantId, TenantShardId, TimelineId, Timestamp, Value,
+};
 use crate::io::{Io, TaskClass, durable};
 use crate::layers::{ImageWriter, LayerOwner};
 use crate::shard::background;
@@ -300,6 +302,40 @@ pub(super) enum Compared {
     Refused(ReadError),
 }
 
+thread_local! {
+    /// Pages that were told without waiting, and pages that were not.
+    pub(super) static HELD: Cell<[u64; 2]> = const { Cell::new([0; 2]) };
+}
+
+/// Reads a page in both ways.
+///
+/// # Errors
+/// The outer one: they contradict each other.
+pub(super) async fn read_page(
+    timeline: &Timeline<SimIo>,
+    rel: RelTag,
+    block: BlockNumber,
+    request: RequestLsn,
+) -> Result<Result<Bytes, ReadError>, String> {
+    let last = timeline.lsns().last_record;
+    let before = timeline.held_page(rel, block, request);
+    let page = timeline.get_page(rel, block, request).await;
+    let is_same_lsn = request.request <= last || timeline.lsns().last_record == last;
+    let after = timeline.held_page(rel, block, request).filter(|_| is_same_lsn);
+    let [told, not] = HELD.get();
+    HELD.set(if after.is_some() { [told + 1, not] } else { [told, not + 1] });
+    let contradicts = |held: &Bytes| match &page {
+        Ok(page) => page != held,
+        // In the same step, or for good.
+        Err(error) => error.kind() == Kind::Invalid,
+    };
+    let before = before.filter(|_| is_same_lsn && page.is_ok());
+    match before.iter().chain(&after).any(contradicts) {
+        true => Err(format!("{rel} block {block} at {request:?} is held as another page")),
+        false => Ok(page),
+    }
+}
+
 /// Reads one page and the size of its fork at an LSN, and compares them.
 ///
 /// # Errors
@@ -324,7 +360,7 @@ pub(super) async fn compare_page(
         (rel, block, lsn, primary.page_at(rel, block, lsn))
     };
     let request = RequestLsn { request: lsn, not_modified_since: lsn };
-    let page = timeline.get_page(rel, block, request).await;
+    let page = read_page(timeline, rel, block, request).await?;
     if page.as_ref().is_ok_and(|page| *page != expected) {
         return Err(format!("{rel} block {block} at {lsn} is wrong"));
     }
