@@ -420,6 +420,7 @@ impl<I: Io, C: Connector> Shard<I, C> {
             redo: self.redo_of(tenant, settings),
             background_redo: self.background_redo_of(tenant, settings),
             cache: self.cache.clone(),
+            pages: self.pages.clone(),
             memory: self.memory.clone(),
             counters: self.counters.clone(),
             config: self.config_of(tenant),

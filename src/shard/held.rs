@@ -1,7 +1,7 @@
 //! Pages that can be told at once: nothing has to be waited for, and nothing is allocated.
 //!
-//! Most requests are for pages whose newest version is an image in the block cache. Those are
-//! answered here in one synchronous step. Whatever stands in the way, a block that is not in
+//! Most requests are for pages whose newest version is an image in the block cache, or that were
+//! rebuilt lately. Those are answered here in one synchronous step. Whatever stands in the way, a block that is not in
 //! memory, records that must be applied, WAL that has not come, an error of any kind, leads to "not
 //! held"; then [`super::get_page`] reads the page, and its word is the one that counts. What is
 //! looked at and in which order is the same in both, but that no second look at the retained
@@ -56,14 +56,18 @@ impl<I: Io> Timeline<I> {
         if block >= self.size_if_held(rel, lsn, room)? {
             return Some(zero_page());
         }
-        let layers = self.collect_if_held(Key::rel_block(rel, block), lsn, room)?;
+        let key = Key::rel_block(rel, block);
+        if let Some(rebuilt) = self.rebuilt_page(key, lsn).filter(|known| lsn <= known.until) {
+            self.note_read(0, 0);
+            return Some(rebuilt.page);
+        }
+        let layers = self.collect_if_held(key, lsn, room)?;
         let page = match room.values.pop()? {
             (_, Value::Image(page)) if page.len() == PAGE_SIZE => page,
             (_, Value::ZeroPage) => zero_page(),
             _ => return None,
         };
-        self.context.counters.read_layers.note(layers);
-        self.context.counters.read_records.note(0);
+        self.note_read(layers, 0);
         Some(page)
     }
 

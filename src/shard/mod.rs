@@ -43,6 +43,7 @@ pub mod logical_size;
 pub mod lsns;
 pub mod memory;
 pub mod metrics;
+pub mod pages;
 pub mod plan;
 pub mod pressure;
 pub mod primary;

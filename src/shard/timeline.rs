@@ -23,6 +23,7 @@ use super::layer_map::LayerMap;
 use super::lsns::{Advance, LsnWaiters, Lsns};
 use super::memory::{MemoryBudget, Share};
 use super::metrics::Counters;
+use super::pages::{PageCache, TimelineNumber};
 use super::reader::PageQuota;
 use super::sizes::{FoundSizes, Sizes};
 use super::stored::StoredLayer;
@@ -104,6 +105,8 @@ pub struct TimelineContext<I: Io> {
     pub background_redo: Rc<dyn Fn() -> RedoMaker>,
     /// Verified blocks of the core's layer files.
     pub cache: Rc<BlockCache>,
+    /// Recently rebuilt pages of the core.
+    pub pages: Rc<PageCache>,
     /// Memory of all open and frozen layers of the core.
     pub memory: Rc<MemoryBudget>,
     /// Counters of the core.
@@ -121,6 +124,8 @@ pub struct Timeline<I: Io> {
     pub tenant: TenantShardId,
     /// The timeline.
     pub id: TimelineId,
+    /// Its number in the cache of pages.
+    pub(super) number: TimelineNumber,
     pub(super) cluster: ClusterIdentity,
     pub(super) source: Option<WalSourceConfig>,
     pub(super) journal: Journal<I>,
@@ -278,6 +283,7 @@ impl<I: Io> Timeline<I> {
         Ok(Rc::new(Timeline {
             tenant: index.tenant,
             id: index.timeline,
+            number: context.pages.next_timeline(),
             cluster: index.cluster,
             source: index.source,
             journal,

@@ -247,6 +247,8 @@ pub(super) async fn start_shard(io: &SimIo, outside: &Rc<Outside>) -> Result<Sim
     let by_chance =
         (1 + (io.random_u64() % 4) as usize, [10, 50, 200, 5_000][(io.random_u64() % 4) as usize]);
     let (threshold, image_percent) = outside.compaction.get().unwrap_or(by_chance);
+    let by_chance = (io.random_u64() % (1 << 20)) as usize;
+    let block_cache_bytes = outside.cache_bytes.get().unwrap_or(by_chance);
     let context = ShardContext {
         core: 0,
         io: io.clone(),
@@ -266,10 +268,9 @@ pub(super) async fn start_shard(io: &SimIo, outside: &Rc<Outside>) -> Result<Sim
             timeline_idle_ms: outside.timeline_idle_ms.get(),
             page_quota: PageQuota::default(),
         },
-        block_cache_bytes: {
-            let by_chance = (io.random_u64() % (1 << 20)) as usize;
-            outside.cache_bytes.get().unwrap_or(by_chance)
-        },
+        block_cache_bytes,
+        // Half of the nodes rebuild every page anew: what is wrong below must be seen.
+        page_cache_bytes: if block_cache_bytes % 2 == 0 { 0 } else { block_cache_bytes / 4 },
         memory_budget_bytes: if large { 1 << 30 } else { budget },
         connector: SimConnector { io: io.clone(), outside: outside.clone() },
         redo: Rc::new(ToyRedoFactory),
