@@ -65,6 +65,8 @@ pub struct Config {
     pub spare_bytes: u64,
     /// Memory of each core for verified blocks of layer files.
     pub block_cache_bytes: u64,
+    /// Memory of each core for recently rebuilt pages.
+    pub page_cache_bytes: u64,
     /// The `postgres` program of PostgreSQL 15 that applies WAL records.
     pub postgres_bin: PathBuf,
     /// The library that makes it do so; empty: `neon_walredo.so` beside this program, or in
@@ -104,6 +106,7 @@ impl Default for Config {
             page_bytes_in_flight: QUOTA_BYTES_IN_FLIGHT,
             spare_bytes: 1024 * 1024 * 1024,
             block_cache_bytes: 64 * 1024 * 1024,
+            page_cache_bytes: 32 * 1024 * 1024,
             postgres_bin: PathBuf::from("/usr/lib/postgresql/15/bin/postgres"),
             walredo_library: PathBuf::new(),
             redo_timeout_ms: 60_000,

@@ -19,6 +19,8 @@ pub const JOURNAL_REPLAY_BYTES: usize = 1024 * 1024;
 
 /// Relation sizes that one timeline keeps in memory.
 pub const REL_SIZE_CACHE_ENTRIES_MAX: usize = 64 * 1024;
+/// Forks of a timeline of which it is remembered what size a read has found.
+pub const FOUND_SIZES: usize = 64;
 /// A single WAL record may leave at most this many blocks of a fork empty before the one that it
 /// writes. PostgreSQL extends relations block by block; gaps come from crashes only.
 pub const REL_GAP_BLOCKS_MAX: u32 = 1024 * 1024;

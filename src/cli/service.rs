@@ -62,6 +62,7 @@ impl CoreService for NodeShard {
             data_dir: config.data_dir.clone(),
             config: TimelineConfig::from(&**config),
             block_cache_bytes: config.block_cache_bytes as usize,
+            page_cache_bytes: config.page_cache_bytes as usize,
             memory_budget_bytes: config.memory_budget_bytes,
             connector: PrimaryConnector,
             redo: Rc::new(ChildFactory::new(config, context.cpu)),

@@ -19,6 +19,7 @@ use std::cell::{Cell, RefCell};
 use std::collections::{HashMap, HashSet, VecDeque};
 
 use bytes::Bytes;
+use foldhash::fast::RandomState;
 
 /// Hits beyond this number are not counted.
 const HITS_MAX: u8 = 3;
@@ -65,11 +66,11 @@ struct Block {
 #[derive(Debug, Default)]
 struct State {
     budget_bytes: usize,
-    blocks: HashMap<Name, Block>,
+    blocks: HashMap<Name, Block, RandomState>,
     small: VecDeque<Name>,
     main: VecDeque<Name>,
     ghosts: VecDeque<Name>,
-    ghost_names: HashSet<Name>,
+    ghost_names: HashSet<Name, RandomState>,
     small_bytes: usize,
     main_bytes: usize,
     hits: u64,
@@ -96,18 +97,20 @@ impl BlockCache {
 
     /// The block, if it is held.
     pub(super) fn get(&self, layer: LayerNumber, block: u32) -> Option<Bytes> {
-        let state = &mut *self.state.borrow_mut();
-        match state.blocks.get_mut(&(layer, block)) {
-            Some(found) => {
-                found.hits = (found.hits + 1).min(HITS_MAX);
-                state.hits += 1;
-                Some(found.bytes.clone())
-            }
-            None => {
-                state.misses += 1;
-                None
-            }
+        let found = self.held(layer, block);
+        if found.is_none() {
+            self.state.borrow_mut().misses += 1;
         }
+        found
+    }
+
+    /// The same for who comes again by [`Self::get`] if it is not held: that counts the miss.
+    pub(super) fn held(&self, layer: LayerNumber, block: u32) -> Option<Bytes> {
+        let state = &mut *self.state.borrow_mut();
+        let found = state.blocks.get_mut(&(layer, block))?;
+        found.hits = (found.hits + 1).min(HITS_MAX);
+        state.hits += 1;
+        Some(found.bytes.clone())
     }
 
     /// Takes in a block. One that is larger than the small queue's part of the budget is not kept:

@@ -325,6 +325,30 @@ impl<I: Io> DeltaLayer<I> {
         Ok(Lookup::Continue)
     }
 
+    /// See [`crate::layers::FileLayer::collect_held`].
+    pub(super) fn collect_held(
+        &self,
+        key: Key,
+        lsns: &LsnRange,
+        out: &mut Vec<(Lsn, Value)>,
+    ) -> Option<(Lookup, bool)> {
+        if !self.name().keys().contains(&key) || !filter::may_contain(&self.filter, key) {
+            return Some((Lookup::Continue, false));
+        }
+        let after = self.index.partition_point(|block| (block.key, block.lsn) < (key, lsns.end));
+        for (number, place) in self.index.iter().enumerate().take(after).rev() {
+            let block = self.file.held_block(u32::try_from(number).ok()?)?;
+            let done = collect_in_block(&block, key, lsns, out).ok()?;
+            if done != Lookup::Continue {
+                return Some((done, true));
+            }
+            if place.key != key || place.lsn < lsns.start {
+                break;
+            }
+        }
+        Some((Lookup::Continue, after > 0))
+    }
+
     /// For every key of the range, its newest value with `lsn < below`, unless `out` has a newer.
     ///
     /// # Errors

@@ -204,6 +204,11 @@ impl<I: Io> LayerFile<I> {
         Ok(block)
     }
 
+    /// The same, if it is in the cache.
+    pub(super) fn held_block(&self, number: u32) -> Option<Bytes> {
+        self.cache.held(self.number, number)
+    }
+
     /// Checks that `start..end` of the file holds zeros; for the gaps of less than two blocks
     /// that alignment makes.
     pub(super) async fn check_zeros(&self, start: u64, end: u64) -> Result<(), LayerError> {
@@ -342,6 +347,20 @@ impl<I: Io> FileLayer<I> {
         match self {
             FileLayer::Delta(layer) => layer.collect(key, lsns, out).await,
             FileLayer::Image(layer) => layer.collect(key, lsns, out).await,
+        }
+    }
+
+    /// [`FileLayer::collect`], if all that it needs is in memory, and whether it looks into data
+    /// blocks. Otherwise, and after any error, `None`; `out` may have got some of the values then.
+    pub fn collect_held(
+        &self,
+        key: Key,
+        lsns: &LsnRange,
+        out: &mut Vec<(Lsn, Value)>,
+    ) -> Option<(Lookup, bool)> {
+        match self {
+            FileLayer::Delta(layer) => layer.collect_held(key, lsns, out),
+            FileLayer::Image(layer) => layer.collect_held(key, lsns, out),
         }
     }
 

@@ -40,6 +40,12 @@ impl FrozenLayer {
         self.versions.collect(key, lsns, out)
     }
 
+    /// Appends the newest value of `key` within `lsns` to `out` if that is a base; `None` if it is
+    /// not.
+    pub fn newest(&self, key: Key, lsns: &LsnRange, out: &mut Vec<(Lsn, Value)>) -> Option<Lookup> {
+        self.versions.newest(key, lsns, out)
+    }
+
     /// For every key of the range, its newest value with `lsn < below`, unless `out` has a newer.
     pub fn scan(&self, keys: &KeyRange, below: Lsn, out: &mut Newest) {
         self.versions.scan(keys, below, out);

@@ -291,6 +291,29 @@ impl<I: Io> ImageLayer<I> {
         Ok(Lookup::Complete)
     }
 
+    /// See [`crate::layers::FileLayer::collect_held`].
+    pub(super) fn collect_held(
+        &self,
+        key: Key,
+        lsns: &LsnRange,
+        out: &mut Vec<(Lsn, Value)>,
+    ) -> Option<(Lookup, bool)> {
+        let lsn = self.name().lsns().start;
+        if !self.name().keys().contains(&key) || !lsns.contains(&lsn) {
+            return Some((Lookup::Continue, false));
+        }
+        let Some((number, blob)) = self.index.find(key) else {
+            return Some((Lookup::Absent, false));
+        };
+        let is_read = blob.form != Form::Zero;
+        let value = match is_read {
+            true => Value::Image(self.file.held_block(number)?),
+            false => Value::ZeroPage,
+        };
+        out.push((lsn, value));
+        Some((Lookup::Complete, is_read))
+    }
+
     /// For every key of the range, its value if the layer's LSN is below `below`, unless `out` has
     /// a newer.
     ///

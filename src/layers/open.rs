@@ -169,12 +169,16 @@ impl Versions {
         std::iter::successors(newest, |version| self.versions.get(version.previous as usize))
     }
 
-    pub(super) fn collect(&self, key: Key, lsns: &LsnRange, out: &mut Vec<(Lsn, Value)>) -> Lookup {
-        let place = match key.is_of_relation() {
+    /// Number of the newest version.
+    fn place(&self, key: Key) -> Option<u32> {
+        match key.is_of_relation() {
             true => self.relations.get(key),
             false => self.others.get(&key).copied(),
-        };
-        for version in place.into_iter().flat_map(|place| self.chain(place)) {
+        }
+    }
+
+    pub(super) fn collect(&self, key: Key, lsns: &LsnRange, out: &mut Vec<(Lsn, Value)>) -> Lookup {
+        for version in self.place(key).into_iter().flat_map(|place| self.chain(place)) {
             if version.lsn < lsns.start {
                 break;
             }
@@ -186,6 +190,25 @@ impl Versions {
             }
         }
         Lookup::Continue
+    }
+
+    pub(super) fn newest(
+        &self,
+        key: Key,
+        lsns: &LsnRange,
+        out: &mut Vec<(Lsn, Value)>,
+    ) -> Option<Lookup> {
+        let Some(version) = self.place(key).and_then(|place| {
+            let within = |version: &&Version| version.lsn < lsns.end;
+            self.chain(place).find(within).filter(|version| version.lsn >= lsns.start)
+        }) else {
+            return Some(Lookup::Continue);
+        };
+        if !self.is_base(version) {
+            return None;
+        }
+        out.push((version.lsn, self.value(version)));
+        Some(Lookup::Complete)
     }
 
     pub(super) fn scan(&self, keys: &KeyRange, below: Lsn, out: &mut Newest) {
@@ -302,6 +325,12 @@ impl OpenLayer {
     /// first base.
     pub fn collect(&self, key: Key, lsns: &LsnRange, out: &mut Vec<(Lsn, Value)>) -> Lookup {
         self.versions.collect(key, lsns, out)
+    }
+
+    /// Appends the newest value of `key` within `lsns` to `out` if that is a base; `None` if it is
+    /// not.
+    pub fn newest(&self, key: Key, lsns: &LsnRange, out: &mut Vec<(Lsn, Value)>) -> Option<Lookup> {
+        self.versions.newest(key, lsns, out)
     }
 
     /// For every key of the range, its newest value with `lsn < below`, unless `out` has a newer.

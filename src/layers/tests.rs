@@ -193,14 +193,57 @@ fn image_keys() -> KeyRange {
 }
 
 /// Every answer of an open layer; an error in its place where it refuses.
+/// The answers of a layer, and that those without waiting are the same, if there are any: at the
+/// latest when all that is needed has been read.
 async fn answers(layer: &FileLayer<SimIo>) -> Vec<Result<(Vec<(Lsn, Value)>, Lookup), LayerError>> {
     let mut all = Vec::new();
     for (key, lsns) in questions() {
         let mut out = Vec::new();
-        let answer = layer.collect(key, &lsns, &mut out).await;
-        all.push(answer.map(|lookup| (out, lookup)));
+        let before = held(layer, key, &lsns);
+        let answer = layer.collect(key, &lsns, &mut out).await.map(|lookup| (out, lookup));
+        let after = held(layer, key, &lsns);
+        assert!(before.is_none() || before == after, "{key} {lsns:?}");
+        assert_eq!(after, answer.clone().ok(), "{key} {lsns:?}");
+        all.push(answer);
     }
     all
+}
+
+/// What [`FileLayer::collect_held`] says.
+fn held(
+    layer: &FileLayer<SimIo>,
+    key: Key,
+    lsns: &LsnRange,
+) -> Option<(Vec<(Lsn, Value)>, Lookup)> {
+    let mut out = Vec::new();
+    let (lookup, is_read) = layer.collect_held(key, lsns, &mut out)?;
+    assert_eq!(is_read, layer.needs_blocks(key, lsns), "{key} {lsns:?}");
+    Some((out, lookup))
+}
+
+#[test]
+fn a_block_that_is_not_in_the_cache_is_not_held() {
+    simulate(|io| async move {
+        let entries = sample_entries();
+        let desc = write_delta(&io, &entries, Lsn(90)..Lsn(200)).await.unwrap();
+        let layer = open(&io, &desc.name).await.unwrap();
+        let (key, lsn, _) = entries[0].clone();
+        let lsns = lsn..Lsn(lsn.0 + 1);
+        assert_eq!(held(&layer, key, &lsns), None);
+        layer.collect(key, &lsns, &mut Vec::new()).await.unwrap();
+        assert_eq!(held(&layer, key, &lsns), Some(twin_collect(&entries, key, &lsns)));
+        layer.close().await.unwrap();
+        let values = sample_image();
+        let desc = write_image(&io, &values, image_keys(), Lsn(115)).await.unwrap();
+        let layer = open(&io, &desc.name).await.unwrap();
+        let lsns = Lsn(0)..Lsn(200);
+        let is_zero = |value: &Value| *value == Value::ZeroPage;
+        let (key, _) = values.iter().find(|(_, value)| !is_zero(value)).unwrap();
+        assert_eq!(held(&layer, *key, &lsns), None);
+        layer.collect(*key, &lsns, &mut Vec::new()).await.unwrap();
+        assert!(held(&layer, *key, &lsns).is_some());
+        layer.close().await.unwrap();
+    });
 }
 
 #[test]
@@ -540,7 +583,12 @@ proptest! {
         for (key, lsns) in questions() {
             let mut out = Vec::new();
             let lookup = open_layer.collect(key, &lsns, &mut out);
-            assert_eq!((out, lookup), twin_collect(&entries, key, &lsns));
+            let expected = twin_collect(&entries, key, &lsns);
+            assert_eq!((&out, lookup), (&expected.0, expected.1));
+            let is_base = out.first().is_none_or(|(_, value)| value.is_base());
+            let mut newest = Vec::new();
+            let lookup = open_layer.newest(key, &lsns, &mut newest);
+            assert_eq!(lookup.map(|lookup| (newest, lookup)), is_base.then_some(expected));
         }
         for (keys, below) in &scans {
             let mut out = Newest::new();

@@ -6,26 +6,62 @@
 //! cost what their tasks and sockets take.
 
 use std::cell::RefCell;
-use std::io::Result;
+use std::io::{IoSlice, Result};
 use std::pin::Pin;
 use std::task::{Context, Poll};
 
-use bytes::BytesMut;
+use bytes::{Bytes, BytesMut};
 use futures_util::AsyncRead;
 
-use crate::limits::{CONNECTION_READ_BYTES, CONNECTION_REPLY_BYTES_MAX, REPLY_BUFFERS_SPARE_MAX};
+use crate::limits::{
+    CONNECTION_READ_BYTES, CONNECTION_REPLY_BYTES_MAX, PAGE_REQUESTS_CONCURRENT_MAX,
+    REPLY_BUFFERS_SPARE_MAX,
+};
+use crate::server::socket::Stream;
 
 /// The buffers of one core.
 pub struct Buffers {
     received: RefCell<Vec<u8>>,
     /// Empty, but with memory.
     spare: RefCell<Vec<BytesMut>>,
+    /// Empty, but with memory.
+    pages: RefCell<Vec<Page>>,
+}
+
+/// A page that is part of a reply without being copied: it goes behind so many bytes of the
+/// buffer in which replies are collected.
+pub struct Page {
+    /// Those bytes.
+    pub behind: usize,
+    /// The page.
+    pub bytes: Bytes,
+}
+
+/// Replies of which the pages stand elsewhere, as the pieces that make them up.
+fn pieces<'a>(head: &'a [u8], pages: &'a [Page]) -> impl Iterator<Item = &'a [u8]> {
+    let starts = std::iter::once(0).chain(pages.iter().map(|page| page.behind));
+    let with_page = starts.zip(pages).flat_map(|(start, page)| {
+        [head.get(start..page.behind).unwrap_or_default(), &page.bytes[..]]
+    });
+    let end = pages.last().map_or(0, |page| page.behind);
+    with_page.chain(head.get(end..)).filter(|piece| !piece.is_empty())
+}
+
+/// What is left of replies of which `sent` bytes are gone, in one piece.
+fn rest_of(head: &[u8], pages: &[Page], mut sent: usize) -> BytesMut {
+    let mut rest = BytesMut::with_capacity(pieces(head, pages).map(<[u8]>::len).sum());
+    for piece in pieces(head, pages) {
+        let gone = sent.min(piece.len());
+        rest.extend_from_slice(piece.get(gone..).unwrap_or_default());
+        sent -= gone;
+    }
+    rest
 }
 
 impl Default for Buffers {
     fn default() -> Self {
         let received = RefCell::new(vec![0; CONNECTION_READ_BYTES]);
-        Buffers { received, spare: RefCell::default() }
+        Buffers { received, spare: RefCell::default(), pages: RefCell::default() }
     }
 }
 
@@ -61,6 +97,44 @@ impl Buffers {
                 Poll::Pending
             }
         }
+    }
+
+    /// Room for the pages of some replies; empty.
+    pub fn take_pages(&self) -> Vec<Page> {
+        self.pages.take()
+    }
+
+    /// Sends `unwritten` with `pages`, if there are any, as far as that goes without waiting, and
+    /// leaves the rest in `unwritten`, in one piece. The pages' room goes back.
+    ///
+    /// # Errors
+    /// Those of the write.
+    pub fn send_now<S: Stream>(
+        &self,
+        stream: &mut S,
+        unwritten: &mut BytesMut,
+        mut pages: Vec<Page>,
+    ) -> Result<()> {
+        assert!(pages.len() <= PAGE_REQUESTS_CONCURRENT_MAX, "{} pages at once", pages.len());
+        if pages.is_empty() {
+            self.pages.replace(pages);
+            return Ok(());
+        }
+        let mut slices = [IoSlice::new(&[]); 2 * PAGE_REQUESTS_CONCURRENT_MAX + 1];
+        let (mut used, mut total) = (0, 0);
+        for (slice, piece) in slices.iter_mut().zip(pieces(unwritten, &pages)) {
+            *slice = IoSlice::new(piece);
+            (used, total) = (used + 1, total + piece.len());
+        }
+        let sent = stream.send_now(slices.get(..used).unwrap_or_default());
+        match sent {
+            Ok(sent) if sent == total => unwritten.clear(),
+            Ok(sent) => *unwritten = rest_of(unwritten, &pages, sent),
+            Err(_) => {}
+        }
+        pages.clear();
+        self.pages.replace(pages);
+        sent.map(|_| ())
     }
 
     fn give_back(&self, buffer: BytesMut) {
@@ -124,6 +198,24 @@ mod tests {
         let mut other = Pieces([Some(&b"x"[..])].into());
         let _ = buffers.poll_read(&mut other, &mut context, &mut unread, &mut unwritten);
         assert!(unwritten.capacity() > 0 && unwritten.as_ptr() == memory);
+    }
+
+    #[test]
+    fn what_was_not_sent_is_left_wherever_the_cut_is() {
+        let page = |behind, text: &'static [u8]| Page { behind, bytes: Bytes::from_static(text) };
+        let cases = [
+            (&b"abcdef"[..], vec![page(2, b"PAGE"), page(3, b"NEXT")], &b"abPAGEcNEXTdef"[..]),
+            (b"ab", vec![page(1, b"P"), page(2, b"Q")], b"aPbQ"),
+            (b"ab", vec![page(0, b"P")], b"Pab"),
+            (b"ab", vec![], b"ab"),
+            (b"", vec![], b""),
+        ];
+        for (head, pages, whole) in cases {
+            assert_eq!(pieces(head, &pages).collect::<Vec<_>>().concat(), whole);
+            for sent in 0..=whole.len() {
+                assert_eq!(rest_of(head, &pages, sent), whole[sent..], "{sent}");
+            }
+        }
     }
 
     #[test]

@@ -385,10 +385,7 @@ pub fn encode_response(version: Version, request: &Request, answer: &Answer, out
         Answer::DbSize(_) => TAG_REPLY_DB_SIZE,
         Answer::GetSlruSegment(_) => TAG_REPLY_SLRU_SEGMENT,
     });
-    if version == Version::V3 {
-        put_header(version, &request.header, out);
-        put_query(&request.query, out);
-    }
+    put_echo(version, request, out);
     match answer {
         Answer::Exists(exists) => out.put_u8(u8::from(*exists)),
         Answer::Nblocks(blocks) => out.put_u32(*blocks),
@@ -405,6 +402,19 @@ pub fn encode_response(version: Version, request: &Request, answer: &Answer, out
             out.put_u32(blocks as u32);
             out.put_slice(pages);
         }
+    }
+}
+
+/// Appends the reply to `request`, which is for a page, to `out`, but for the page: that ends it.
+pub fn encode_page_head(version: Version, request: &Request, out: &mut BytesMut) {
+    out.put_u8(TAG_REPLY_GET_PAGE);
+    put_echo(version, request, out);
+}
+
+fn put_echo(version: Version, request: &Request, out: &mut BytesMut) {
+    if version == Version::V3 {
+        put_header(version, &request.header, out);
+        put_query(&request.query, out);
     }
 }
 

@@ -13,15 +13,15 @@
 use std::collections::BTreeMap;
 use std::future::poll_fn;
 use std::io::{Error, ErrorKind};
-use std::pin::pin;
+use std::pin::{Pin, pin};
 use std::rc::Rc;
 use std::sync::Arc;
 use std::time::Duration;
 
 use async_channel::Receiver;
 use bytes::BytesMut;
-use futures_util::AsyncWriteExt;
 use futures_util::future::{Either, LocalBoxFuture, select};
+use futures_util::{AsyncWriteExt, StreamExt};
 
 use self::lease::describe;
 use crate::base::{Kind, Lsn, TenantShardId, TimelineId};
@@ -155,7 +155,8 @@ where
     S: Stream,
     B: PageBackend,
 {
-    let mut connection = Conn { stream, session, service };
+    let stop = Box::pin(service.stop.clone());
+    let mut connection = Conn { stream, session, service, stop };
     match connection.run().await {
         Ok(None) => End::Closed,
         Ok(Some(target)) => End::Move { target, session: Box::new(connection.session) },
@@ -178,6 +179,8 @@ struct Conn<'a, S, B> {
     stream: &'a mut S,
     session: Session,
     service: &'a Service<B>,
+    /// The service's, for reads: it stays registered from one to the next.
+    stop: Pin<Box<Receiver<()>>>,
 }
 
 /// What a message at the command level leads to.
@@ -260,8 +263,7 @@ where
         let Session { unread, unwritten, .. } = &mut self.session;
         let (stream, buffers) = (&mut *self.stream, &self.service.buffers);
         let read = pin!(poll_fn(|context| buffers.poll_read(stream, context, unread, unwritten)));
-        let stop = pin!(self.service.stop.recv());
-        match select(read, stop).await {
+        match select(read, self.stop.next()).await {
             Either::Left((Ok(length), _)) => Ok(length > 0),
             Either::Left((Err(error), _)) => Err(error.into()),
             Either::Right(_) => Err(shutdown()),

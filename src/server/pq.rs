@@ -265,17 +265,20 @@ pub fn decode_message(buffer: &mut BytesMut) -> Result<Option<Message>, PqError>
         .map_err(|problem| PqError::MessageLayout { tag, problem })
 }
 
-/// What is behind the `CopyData` message at the front of `buffer`, if that is one and is all there.
-fn skip_copy_data(buffer: &[u8]) -> Option<&[u8]> {
+/// Body of the `CopyData` message at the front of `buffer`, if that is one and is all there, and
+/// what is behind it.
+pub fn split_copy_data(buffer: &[u8]) -> Option<(&[u8], &[u8])> {
     let rest = buffer.strip_prefix(b"d")?;
     let size = peek_u32(rest)? as usize;
     let is_possible = (LENGTH_BYTES..=CLIENT_MESSAGE_BYTES_MAX).contains(&size);
-    is_possible.then_some(rest)?.get(size..)
+    let (message, behind) = is_possible.then_some(rest)?.split_at_checked(size)?;
+    Some((message.get(LENGTH_BYTES..)?, behind))
 }
 
 /// How many messages at the front of `buffer` are `CopyData` and all there.
 pub fn copy_data_count(buffer: &[u8]) -> usize {
-    std::iter::successors(Some(buffer), |rest| skip_copy_data(rest)).count() - 1
+    let skip = |rest| split_copy_data(rest).map(|(_, behind)| behind);
+    std::iter::successors(Some(buffer), |rest| skip(*rest)).count() - 1
 }
 
 fn decode_body(tag: u8, body: Bytes) -> Result<Message, &'static str> {
@@ -326,11 +329,16 @@ fn take_target(rest: &mut &[u8]) -> Result<Target, &'static str> {
 
 /// Appends a message of type `tag` whose body `put` writes.
 pub fn put_message(out: &mut BytesMut, tag: u8, put: impl FnOnce(&mut BytesMut)) {
+    put_message_head(out, tag, 0, put);
+}
+
+/// The same of a message of which `rest` bytes follow behind those.
+pub fn put_message_head(out: &mut BytesMut, tag: u8, rest: usize, put: impl FnOnce(&mut BytesMut)) {
     out.put_u8(tag);
     let start = out.len();
     out.put_u32(0);
     put(out);
-    let length = (out.len() - start) as u32;
+    let length = (out.len() - start + rest) as u32;
     if let Some(field) = out.get_mut(start..start + LENGTH_BYTES) {
         field.copy_from_slice(&length.to_be_bytes());
     }

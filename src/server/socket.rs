@@ -4,13 +4,16 @@
 //! connection to the core that owns the client's tenant, with whatever it has received and not
 //! given out yet.
 
-use std::io::{Error, ErrorKind, Read, Result, Write};
+use std::io::{Error, ErrorKind, IoSlice, Read, Result, Write};
+use std::os::fd::AsRawFd;
 use std::path::Path;
 use std::pin::Pin;
 use std::sync::Arc;
 use std::task::{Context, Poll, ready};
 
 use futures_util::{AsyncRead, AsyncWrite};
+use nix::errno::Errno;
+use nix::sys::socket::{MsgFlags, sendmsg};
 use rustls::pki_types::pem::PemObject;
 use rustls::pki_types::{CertificateDer, PrivateKeyDer};
 use rustls::{ServerConfig, ServerConnection};
@@ -30,6 +33,17 @@ pub trait Stream: AsyncRead + AsyncWrite + Unpin {
     /// There is nothing to encrypt with.
     fn encrypt(&mut self) -> Result<()> {
         Err(ErrorKind::Unsupported.into())
+    }
+
+    /// Sends as much of the pieces, one after the other, as goes without waiting; returns how many
+    /// bytes that was, none where this way does not exist. Nothing may be under way that was
+    /// written before.
+    ///
+    /// # Errors
+    /// Those of a write.
+    fn send_now(&mut self, pieces: &[IoSlice<'_>]) -> Result<usize> {
+        let _ = pieces;
+        Ok(0)
     }
 }
 
@@ -95,7 +109,7 @@ impl<S> Socket<S> {
     }
 }
 
-impl<S: AsyncRead + AsyncWrite + Unpin> Stream for Socket<S> {
+impl<S: AsyncRead + AsyncWrite + AsRawFd + Unpin> Stream for Socket<S> {
     fn can_encrypt(&self) -> bool {
         self.config.is_some() && self.tls.is_none()
     }
@@ -105,6 +119,18 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Stream for Socket<S> {
         let tls = ServerConnection::new(config).map_err(Error::other)?;
         self.tls = Some(Box::new(tls));
         Ok(())
+    }
+
+    fn send_now(&mut self, pieces: &[IoSlice<'_>]) -> Result<usize> {
+        if self.tls.is_some() {
+            return Ok(0);
+        }
+        let flags = MsgFlags::MSG_DONTWAIT | MsgFlags::MSG_NOSIGNAL;
+        match sendmsg::<()>(self.raw.as_raw_fd(), pieces, &[], flags, None) {
+            Ok(sent) => Ok(sent),
+            Err(Errno::EAGAIN | Errno::EINTR) => Ok(0),
+            Err(errno) => Err(errno.into()),
+        }
     }
 }
 

@@ -445,6 +445,7 @@ impl<I: Io, C: Connector> Shard<I, C> {
             background_redo: self.background_redo_of(tenant, settings),
             cache: self.cache.clone(),
             recent: self.recent.clone(),
+            pages: self.pages.clone(),
             memory: self.memory.clone(),
             counters: self.counters.clone(),
             config: self.config_of(tenant),

@@ -21,6 +21,7 @@ use super::branch::{Older, below_branch_point};
 use super::compact::{Planted, planted};
 use super::layer_map::LayerSpan;
 use super::leases::LeaseError;
+use super::pages::RebuiltPage;
 use super::reader::{PageQuota, ReadError, RequestLsn, TimelineReader};
 use super::stored::StoredLayer;
 use super::timeline::Timeline;
@@ -41,6 +42,9 @@ thread_local! {
     /// Plants a bug that the simulator must find: reads leave out the version at the LSN itself,
     /// as if the range were closed at the wrong end.
     pub(crate) static CANARY_WRONG_END: std::cell::Cell<bool> =
+        const { std::cell::Cell::new(false) };
+    /// Plants another one: a page that was rebuilt lately is taken for the page of any later LSN.
+    pub(crate) static CANARY_STALE_PAGES: std::cell::Cell<bool> =
         const { std::cell::Cell::new(false) };
     /// Layers are read one after the other, to see what reading them together is worth.
     pub(crate) static ONE_AFTER_THE_OTHER: std::cell::Cell<bool> =
@@ -107,39 +111,33 @@ impl<I: Io> Timeline<I> {
 
     /// Versions of `key` with LSNs at or below `lsn`, newest first, up to a base.
     async fn collect(&self, key: Key, lsn: Lsn) -> Result<Vec<(Lsn, Value)>, LayerError> {
-        Ok(self.collect_counted(key, lsn).await?.0)
+        Ok(self.collect_from(key, Lsn(0), lsn).await?.values)
     }
 
-    /// [`Self::collect`], with the number of layer files of which blocks were needed.
-    async fn collect_counted(
-        &self,
-        key: Key,
-        lsn: Lsn,
-    ) -> Result<(Vec<(Lsn, Value)>, u64), LayerError> {
-        let mut below = Lsn(lsn.0 + 1);
-        #[cfg(test)]
-        if CANARY_WRONG_END.get() {
-            below = lsn;
-        }
-        let (mut found, mut layers) = (Vec::new(), 0);
-        let mut older = self.collect_own(key, below, &mut found, &mut layers).await?;
+    /// [`Self::collect`] of what is not below `start`.
+    async fn collect_from(&self, key: Key, start: Lsn, lsn: Lsn) -> Result<Collected, LayerError> {
+        let mut below = end_of(lsn);
+        let mut collected = Collected::default();
+        let mut older = self.collect_own(key, start..below, &mut collected).await?;
         while let Some(Older { timeline, lsn, _read }) = older {
             below = below_branch_point(below, lsn);
-            older = timeline.collect_own(key, below, &mut found, &mut layers).await?;
+            if below <= start {
+                break;
+            }
+            older = timeline.collect_own(key, start..below, &mut collected).await?;
         }
-        Ok((found, layers))
+        Ok(collected)
     }
 
-    /// What this timeline's own layers have below `below`; returns where the search must go on.
+    /// What this timeline's own layers have within `range`; returns where the search must go on.
     async fn collect_own(
         &self,
         key: Key,
-        below: Lsn,
-        found: &mut Vec<(Lsn, Value)>,
-        layers_read: &mut u64,
+        range: LsnRange,
+        collected: &mut Collected,
     ) -> Result<Option<Older<I>>, LayerError> {
-        let range = Lsn(0)..below;
-        let (layers, older) = {
+        let Collected { values: found, layers: layers_read, is_absent } = collected;
+        let (mut layers, older) = {
             let mutable = self.mutable.borrow();
             if mutable.open.collect(key, &range, found) != Lookup::Continue {
                 return Ok(None);
@@ -149,18 +147,16 @@ impl<I: Io> Timeline<I> {
                     return Ok(None);
                 }
             }
-            (mutable.layers.search(key, below), Older::of(&mutable))
+            (mutable.layers.search(key, range.end), Older::of(&mutable))
         };
-        // A delta layer may reach below the image that a read ends at: what it has there is in the
-        // image already.
-        let image = layers.last().map(|layer| layer.span()).filter(|span| span.is_image);
-        let newer = image.map_or(Lsn(0), |span| span.lsns.end)..below;
-        #[cfg(test)]
-        let newer = match planted(Planted::ReadBelowImage) {
-            true => range.clone(),
-            false => newer,
-        };
-        match descend(layers, key, (&range, &newer), (found, layers_read)).await? {
+        let newer = of_deltas(layers.last().map(|layer| layer.span()).as_ref(), range.end);
+        let newer = newer.start.max(range.start)..newer.end;
+        if range.start > Lsn(0) {
+            layers.retain(|layer| layer.name().lsns().end > range.start);
+        }
+        let found = descend(layers, key, (&range, &newer), (found, layers_read)).await?;
+        *is_absent |= found == Lookup::Absent;
+        match found {
             Lookup::Continue => Ok(older),
             Lookup::Complete | Lookup::Absent => Ok(None),
         }
@@ -235,13 +231,36 @@ impl<I: Io> Timeline<I> {
     pub(super) async fn page(&self, key: Key, lsn: Lsn) -> Result<Bytes, ReadError> {
         let what = || format!("{key:?}");
         self.context.recent.note(self.id, key);
-        let collected = self.collect_counted(key, lsn).await;
-        let (mut values, layers) = collected.map_err(|e| damaged(&what(), lsn, &e))?;
-        let base = match values.last() {
-            Some((_, Value::Image(image))) => Some(image.clone()),
-            Some((_, Value::ZeroPage)) => Some(zero_page()),
-            Some((_, Value::WalRecord { will_init: true, .. })) => None,
-            Some(_) | None => {
+        let mut known = self.rebuilt_page(key, lsn);
+        if let Some(RebuiltPage { until, page, .. }) = &known
+            && lsn <= *until
+        {
+            self.note_read(0, 0);
+            return Ok(page.clone());
+        }
+        let start = known.as_ref().map_or(Lsn(0), |known| end_of(known.until));
+        let mut collected =
+            self.collect_from(key, start, lsn).await.map_err(|e| damaged(&what(), lsn, &e))?;
+        if collected.is_absent && known.take().is_some() {
+            // It should not have gone; whatever there is to say of that, all of its history says.
+            let all = self.collect_from(key, Lsn(0), lsn).await;
+            collected = all.map_err(|e| damaged(&what(), lsn, &e))?;
+        }
+        let Collected { mut values, layers, .. } = collected;
+        let newest = values.first().map(|(at, _)| *at);
+        let mut is_stored = true;
+        let base = match (values.last(), &known) {
+            (Some((_, Value::Image(image))), _) => Some(image.clone()),
+            (Some((_, Value::ZeroPage)), _) => Some(zero_page()),
+            (Some((_, Value::WalRecord { will_init: true, .. })), _) => {
+                is_stored = false;
+                None
+            }
+            (_, Some(known)) => {
+                is_stored = false;
+                Some(known.page.clone())
+            }
+            (Some(_) | None, None) => {
                 return Err(ReadError::Damaged {
                     what: what(),
                     lsn,
@@ -249,18 +268,41 @@ impl<I: Io> Timeline<I> {
                 });
             }
         };
-        if base.is_some() {
+        if is_stored {
             values.pop();
         }
-        self.context.counters.read_layers.note(layers);
-        self.context.counters.read_records.note(values.len() as u64);
+        is_stored &= values.is_empty();
+        self.note_read(layers, values.len() as u64);
         values.reverse();
         let page = plan::rebuild(&*self.context.redo, key, base, values).await?;
         if page.len() != PAGE_SIZE {
             let problem = format!("it has {} bytes instead of {PAGE_SIZE}", page.len());
             return Err(ReadError::Damaged { what: what(), lsn, problem });
         }
+        // What stands in a layer is found there as fast.
+        if let Some(from) = newest.or(known.map(|known| known.from))
+            && !is_stored
+        {
+            let rebuilt = RebuiltPage { from, until: lsn, page: page.clone() };
+            self.context.pages.put(self.number, key, rebuilt);
+        }
         Ok(page)
+    }
+
+    /// The page at `lsn` or before, if it was rebuilt lately.
+    pub(super) fn rebuilt_page(&self, key: Key, lsn: Lsn) -> Option<RebuiltPage> {
+        let known = self.context.pages.get(self.number, key, lsn);
+        #[cfg(test)]
+        if CANARY_STALE_PAGES.get() {
+            return known.map(|known| RebuiltPage { until: Lsn::MAX, ..known });
+        }
+        known
+    }
+
+    /// Counts a read of a page.
+    pub(super) fn note_read(&self, layers: u64, records: u64) {
+        self.context.counters.read_layers.note(layers);
+        self.context.counters.read_records.note(records);
     }
 
     /// Size in blocks of a fork at `lsn`; `None` when it does not exist.
@@ -305,6 +347,36 @@ impl<I: Io> Timeline<I> {
         let present = newest.into_iter().filter(|(_, (_, value))| exists(value));
         Ok(present.filter_map(|(key, _)| key.as_rel_dir()).collect())
     }
+}
+
+/// What a read has found.
+#[derive(Default)]
+struct Collected {
+    /// Newest first, up to a base.
+    values: Vec<(Lsn, Value)>,
+    /// Layer files of which blocks were needed.
+    layers: u64,
+    /// An image layer ended it that does not have the key.
+    is_absent: bool,
+}
+
+/// Where a read at `lsn` ends.
+pub(super) fn end_of(lsn: Lsn) -> Lsn {
+    #[cfg(test)]
+    if CANARY_WRONG_END.get() {
+        return lsn;
+    }
+    Lsn(lsn.0.saturating_add(1))
+}
+
+/// The LSNs that a read below `below` takes from delta layers. One may reach below the image that
+/// the read ends at, the `last` of its layers: what it has there is in the image already.
+pub(super) fn of_deltas(last: Option<&LayerSpan>, below: Lsn) -> LsnRange {
+    #[cfg(test)]
+    if planted(Planted::ReadBelowImage) {
+        return Lsn(0)..below;
+    }
+    last.filter(|span| span.is_image).map_or(Lsn(0), |span| span.lsns.end)..below
 }
 
 /// Looks into layers, newest first, until one has a base. `images` and `deltas` are the LSNs that
@@ -370,7 +442,7 @@ fn damaged(what: &str, lsn: Lsn, error: &LayerError) -> ReadError {
     ReadError::Damaged { what: what.to_owned(), lsn, problem: error.to_string() }
 }
 
-fn check_rel(rel: RelTag) -> Result<(), ReadError> {
+pub(super) fn check_rel(rel: RelTag) -> Result<(), ReadError> {
     let RelNode { rel: number, .. } = rel.node;
     if number == 0 {
         return Err(ReadError::BadRequest("relation number 0".to_owned()));
@@ -398,6 +470,10 @@ impl<I: Io> TimelineReader for Timeline<I> {
         }
         let result = self.page(Key::rel_block(rel, block), lsn).await;
         self.noted(self.still_retained(lsn, result))
+    }
+
+    fn held_page(&self, rel: RelTag, block: BlockNumber, lsn: RequestLsn) -> Option<Bytes> {
+        self.page_if_held(rel, block, lsn)
     }
 
     fn quota(&self) -> PageQuota {

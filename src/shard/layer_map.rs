@@ -32,9 +32,9 @@ use std::cmp::{Ordering, Reverse};
 use std::collections::{BTreeMap, BTreeSet};
 use std::ops::Bound;
 
-use cover::{Cover, LayerId, Place};
+use cover::{Cover, Place};
 
-pub use cover::Steps;
+pub use cover::{LayerId, Steps};
 pub use totals::{Totals, recount};
 
 use crate::base::{Key, KeyRange, Lsn, LsnRange};
@@ -231,7 +231,7 @@ impl<L> LayerMap<L> {
     /// The newest image layer that covers `key` with an LSN below `below`, and its end.
     fn newest_image(&self, key: Key, below: Lsn, steps: &mut Steps) -> Option<(Lsn, LayerId)> {
         let mut image: Option<(Lsn, LayerId)> = None;
-        for (end, id) in self.cover.images(key, below, steps) {
+        self.cover.images(key, below, steps, |end, id| {
             let is_newer = image.is_none_or(|(other_end, other)| match end.cmp(&other_end) {
                 Ordering::Equal => self.layer(id).0 < self.layer(other).0,
                 order => order.is_gt(),
@@ -239,8 +239,26 @@ impl<L> LayerMap<L> {
             if is_newer {
                 image = Some((end, id));
             }
-        }
+        });
         image
+    }
+
+    /// [`LayerMap::search`] by number, into `found`, which is cleared first; the layers are
+    /// [`LayerMap::found`] by their numbers as long as the map does not change.
+    pub fn search_into(&self, key: Key, below: Lsn, steps: &mut Steps, found: &mut Vec<LayerId>) {
+        found.clear();
+        let image = self.newest_image(key, below, steps);
+        let floor = image.map_or(Lsn(0), |(end, _)| end);
+        self.cover.deltas(key, (floor, below), steps, found);
+        if found.len() > 1 {
+            found.sort_unstable_by(|a, b| self.layer(*a).0.cmp(self.layer(*b).0));
+        }
+        found.extend(image.map(|(_, id)| id));
+    }
+
+    /// A layer that [`LayerMap::search_into`] has just found.
+    pub fn found(&self, id: LayerId) -> (&LayerSpan, &L) {
+        self.layer(id)
     }
 
     /// LSN of the newest image layer that covers `key` with an LSN below `below`.
@@ -259,11 +277,8 @@ impl<L: Clone> LayerMap<L> {
 
     /// [`Self::search`], which adds what it looked at to `steps`.
     pub fn search_counted(&self, key: Key, below: Lsn, steps: &mut Steps) -> Vec<L> {
-        let image = self.newest_image(key, below, steps);
-        let floor = image.map_or(Lsn(0), |(end, _)| end);
-        let mut ids = self.cover.deltas(key, floor, below, steps);
-        ids.sort_unstable_by(|a, b| self.layer(*a).0.cmp(self.layer(*b).0));
-        ids.extend(image.map(|(_, id)| id));
+        let mut ids = Vec::new();
+        self.search_into(key, below, steps, &mut ids);
         ids.into_iter().map(|id| self.layer(id).1.clone()).collect()
     }
 

@@ -170,6 +170,11 @@ pub trait TimelineReader: 'static {
         block: BlockNumber,
         lsn: RequestLsn,
     ) -> Result<Bytes, ReadError>;
+    /// The same page, if it can be told at once; `None` says nothing of it, and nothing was begun.
+    fn held_page(&self, rel: RelTag, block: BlockNumber, lsn: RequestLsn) -> Option<Bytes> {
+        let _ = (rel, block, lsn);
+        None
+    }
     /// What the timeline's tenant may have, at the moment.
     fn quota(&self) -> PageQuota {
         PageQuota::default()

@@ -12,7 +12,7 @@ use std::collections::{BTreeMap, HashMap};
 use foldhash::fast::RandomState;
 
 use crate::base::{BlockNumber, Lsn, RelTag, SlruKind};
-use crate::limits::REL_SIZE_CACHE_ENTRIES_MAX;
+use crate::limits::{FOUND_SIZES, REL_SIZE_CACHE_ENTRIES_MAX};
 
 /// The newest size of a fork.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -124,10 +124,72 @@ impl Sizes {
     }
 }
 
+/// What a read has found of a fork: its size at any LSN from `from` to `until`.
+#[derive(Clone, Copy, Debug)]
+struct Found {
+    rel: RelTag,
+    from: Lsn,
+    until: Lsn,
+    blocks: BlockNumber,
+}
+
+/// Sizes that reads have found, some forks' last ones. History does not change, so nothing has to
+/// be forgotten.
+pub struct FoundSizes([Cell<Option<Found>>; FOUND_SIZES]);
+
+impl Default for FoundSizes {
+    fn default() -> Self {
+        FoundSizes([const { Cell::new(None) }; FOUND_SIZES])
+    }
+}
+
+impl FoundSizes {
+    fn place(&self, rel: RelTag) -> Option<&Cell<Option<Found>>> {
+        let number = rel.node.rel.wrapping_add(u32::from(rel.fork) << 3);
+        self.0.get(number as usize % FOUND_SIZES)
+    }
+
+    /// The fork's size in blocks at `lsn`, if it is known.
+    pub fn get(&self, rel: RelTag, lsn: Lsn) -> Option<BlockNumber> {
+        let found = self.place(rel)?.get()?;
+        let fits = found.rel == rel && (found.from..=found.until).contains(&lsn);
+        fits.then_some(found.blocks)
+    }
+
+    /// The size at `lsn`, which has not changed since `from`.
+    pub fn put(&self, rel: RelTag, (from, lsn): (Lsn, Lsn), blocks: BlockNumber) {
+        let Some(place) = self.place(rel) else { return };
+        let same = place.get().filter(|found| found.rel == rel && found.from == from);
+        let until = same.map_or(lsn, |found| found.until.max(lsn));
+        place.set(Some(Found { rel, from, until, blocks }));
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
     use crate::base::RelNode;
+
+    #[test]
+    fn a_size_is_known_for_the_lsns_between_which_it_was_found() {
+        let found = FoundSizes::default();
+        let rel = |rel| RelNode { spc: 1663, db: 5, rel }.fork(0);
+        let lsns = || (8..34).map(Lsn);
+        let known = |rel| lsns().filter_map(|lsn| found.get(rel, lsn)).collect::<Vec<_>>();
+        found.put(rel(1), (Lsn(10), Lsn(12)), 7);
+        found.put(rel(2), (Lsn(9), Lsn(9)), 1);
+        assert_eq!((known(rel(1)), known(rel(2))), (vec![7; 3], vec![1]));
+        assert_eq!(found.get(rel(1), Lsn(10)).and(found.get(rel(1), Lsn(12))), Some(7));
+        // Later and earlier than before.
+        found.put(rel(1), (Lsn(10), Lsn(15)), 7);
+        found.put(rel(1), (Lsn(10), Lsn(11)), 7);
+        assert_eq!(known(rel(1)), [7; 6]);
+        // Another size, and a fork at the same place.
+        found.put(rel(1), (Lsn(20), Lsn(21)), 8);
+        assert_eq!(known(rel(1)), [8; 2]);
+        found.put(rel(1 + FOUND_SIZES as u32), (Lsn(20), Lsn(21)), 9);
+        assert_eq!((known(rel(1)), known(rel(1).node.fork(1))), (vec![], vec![]));
+    }
 
     #[test]
     fn sizes_are_those_of_the_table_however_they_are_found() {

@@ -131,6 +131,20 @@ impl<I: Io> StoredLayer<I> {
         }
     }
 
+    /// [`Source::collect`], if it need not wait. `None` also after an error and where a layer in
+    /// memory has a newest value that is no base; `out` may have got some of the values then.
+    pub(super) fn collect_held(
+        &self,
+        key: Key,
+        lsns: &LsnRange,
+        out: &mut Vec<(Lsn, Value)>,
+    ) -> Option<(Lookup, bool)> {
+        match self.in_memory() {
+            Some(layer) => Some((layer.newest(key, lsns, out)?, false)),
+            None => self.reader.borrow().as_ref()?.collect_held(key, lsns, out),
+        }
+    }
+
     /// Where it is read: in memory or in its file, which is opened if need be.
     pub(super) async fn source(&self) -> Result<Source<I>, LayerError> {
         match self.in_memory() {

@@ -35,6 +35,7 @@ use super::import::{self, ImportError, ImportJob, Progress};
 use super::index::INDEX_FILE;
 use super::memory::MemoryBudget;
 use super::metrics::Counters;
+use super::pages::PageCache;
 use super::reader::{PageBackend, ReadError};
 use super::tenant_config::TenantConfig;
 use super::timeline::{Signal, Timeline, TimelineConfig};
@@ -78,6 +79,8 @@ pub struct ShardContext<I: Io, C: Connector> {
     pub config: TimelineConfig,
     /// Memory for verified blocks of layer files, in bytes.
     pub block_cache_bytes: usize,
+    /// Memory for recently rebuilt pages, in bytes.
+    pub page_cache_bytes: usize,
     /// Memory for open and frozen layers, in bytes.
     pub memory_budget_bytes: u64,
     /// Connects to WAL sources.
@@ -93,6 +96,7 @@ pub struct Shard<I: Io, C: Connector> {
     pub(super) context: ShardContext<I, C>,
     pub(super) cache: Rc<BlockCache>,
     pub(super) recent: Rc<RecentPages>,
+    pub(super) pages: Rc<PageCache>,
     pub(super) memory: Rc<MemoryBudget>,
     pub(super) counters: Rc<Counters>,
     pub(super) slots: RefCell<BTreeMap<TimelineKey, Slot<I>>>,
@@ -122,9 +126,11 @@ impl<I: Io, C: Connector> Shard<I, C> {
     /// hurts no other.
     pub async fn start(context: ShardContext<I, C>) -> Result<Rc<Self>, IoError> {
         let cache = Rc::new(BlockCache::new(context.block_cache_bytes));
+        let pages = Rc::new(PageCache::new(context.page_cache_bytes));
         let shard = Rc::new(Shard {
             cache,
             recent: Rc::default(),
+            pages,
             memory: MemoryBudget::new(context.memory_budget_bytes),
             counters: Rc::new(Counters::default()),
             slots: RefCell::default(),

@@ -15,6 +15,7 @@ use super::compact::Compaction;
 use super::control::{DetachState, ImportProgress, TimelineInfo, TimelineState};
 use super::gate::Gate;
 use super::health::Health;
+use super::held::Room;
 use super::history::History;
 use super::idle::Usage;
 use super::index::{ClusterIdentity, IndexLayer, TimelineIndex, WalSourceConfig};
@@ -22,8 +23,9 @@ use super::layer_map::LayerMap;
 use super::lsns::{Advance, LsnWaiters, Lsns};
 use super::memory::{MemoryBudget, Share};
 use super::metrics::Counters;
+use super::pages::{PageCache, TimelineNumber};
 use super::reader::PageQuota;
-use super::sizes::Sizes;
+use super::sizes::{FoundSizes, Sizes};
 use super::stored::StoredLayer;
 use super::turn::Turn;
 use super::warm::RecentPages;
@@ -106,6 +108,8 @@ pub struct TimelineContext<I: Io> {
     pub cache: Rc<BlockCache>,
     /// Pages of the core that were asked for last.
     pub recent: Rc<RecentPages>,
+    /// Recently rebuilt pages of the core.
+    pub pages: Rc<PageCache>,
     /// Memory of all open and frozen layers of the core.
     pub memory: Rc<MemoryBudget>,
     /// Counters of the core.
@@ -123,6 +127,8 @@ pub struct Timeline<I: Io> {
     pub tenant: TenantShardId,
     /// The timeline.
     pub id: TimelineId,
+    /// Its number in the cache of pages.
+    pub(super) number: TimelineNumber,
     pub(super) cluster: ClusterIdentity,
     pub(super) source: Option<WalSourceConfig>,
     pub(super) journal: Journal<I>,
@@ -151,6 +157,9 @@ pub struct Timeline<I: Io> {
     pub(super) ingesting: Cell<bool>,
     /// Room for the changes of one record.
     pub(super) changes: Cell<Vec<Change>>,
+    /// Room for what a read finds that does not wait.
+    pub(super) held: Cell<Room>,
+    pub(super) found_sizes: FoundSizes,
     pub(super) stopping: Cell<bool>,
     pub(super) usage: Usage,
     /// Tells the WAL receiver to stop.
@@ -277,6 +286,7 @@ impl<I: Io> Timeline<I> {
         Ok(Rc::new(Timeline {
             tenant: index.tenant,
             id: index.timeline,
+            number: context.pages.next_timeline(),
             cluster: index.cluster,
             source: index.source,
             journal,
@@ -313,6 +323,8 @@ impl<I: Io> Timeline<I> {
             archived: Cell::new(index.archived),
             ingesting: Cell::new(false),
             changes: Cell::default(),
+            held: Cell::default(),
+            found_sizes: FoundSizes::default(),
             stopping: Cell::new(false),
             usage: Usage::new(open_since),
             stop_signal: Signal::new(),

@@ -7,7 +7,7 @@ use std::rc::Rc;
 use std::time::Duration;
 
 use super::engine::{
-    Outside, SimShard, TENANT, TIMELINE, import, live_and_die, start_shard, timeline_dir,
+    Outside, SimShard, TENANT, TIMELINE, import, live_and_die, read_page, start_shard, timeline_dir,
 };
 use super::{SimIo, SimOptions, SimWorld, check_seeds};
 use crate::base::{Kind, Lsn, TimelineId};
@@ -155,7 +155,7 @@ async fn check_page(
         true => RequestLsn { request: Lsn::MAX, not_modified_since: START },
         false => RequestLsn { request: at, not_modified_since: START },
     };
-    let page = timeline.get_page(rel, block, request).await;
+    let page = read_page(&timeline, rel, block, request).await?;
     let size = timeline.rel_size(rel, request).await;
     // The newest moves on where WAL comes in.
     let at = if newest { last } else { at };

@@ -18,7 +18,9 @@ use super::faults::{self, FaultClass};
 use super::primary::Primary;
 use super::redo::ToyRedoFactory;
 use super::{Outcome, SimIo, SimOptions, SimWorld};
-use crate::base::{Key, Lsn, TenantId, TenantShardId, TimelineId, Timestamp, Value};
+use crate::base::{
+    BlockNumber, Key, Kind, Lsn, RelTag, TenantId, TenantShardId, TimelineId, Timestamp, Value,
+};
 use crate::io::{Io, TaskClass, durable};
 use crate::layers::{ImageWriter, LayerOwner};
 use crate::shard::background;
@@ -245,6 +247,8 @@ pub(super) async fn start_shard(io: &SimIo, outside: &Rc<Outside>) -> Result<Sim
     let by_chance =
         (1 + (io.random_u64() % 4) as usize, [10, 50, 200, 5_000][(io.random_u64() % 4) as usize]);
     let (threshold, image_percent) = outside.compaction.get().unwrap_or(by_chance);
+    let by_chance = (io.random_u64() % (1 << 20)) as usize;
+    let block_cache_bytes = outside.cache_bytes.get().unwrap_or(by_chance);
     let context = ShardContext {
         core: 0,
         io: io.clone(),
@@ -264,9 +268,12 @@ pub(super) async fn start_shard(io: &SimIo, outside: &Rc<Outside>) -> Result<Sim
             timeline_idle_ms: outside.timeline_idle_ms.get(),
             page_quota: PageQuota::default(),
         },
-        block_cache_bytes: {
-            let by_chance = (io.random_u64() % (1 << 20)) as usize;
-            outside.cache_bytes.get().unwrap_or(by_chance)
+        block_cache_bytes,
+        // Half of the nodes rebuild every page anew: what is wrong below must be seen.
+        page_cache_bytes: if block_cache_bytes.is_multiple_of(2) {
+            0
+        } else {
+            block_cache_bytes / 4
         },
         memory_budget_bytes: if large { 1 << 30 } else { budget },
         connector: SimConnector { io: io.clone(), outside: outside.clone() },
@@ -300,6 +307,40 @@ pub(super) enum Compared {
     Refused(ReadError),
 }
 
+thread_local! {
+    /// Pages that were told without waiting, and pages that were not.
+    pub(super) static HELD: Cell<[u64; 2]> = const { Cell::new([0; 2]) };
+}
+
+/// Reads a page in both ways.
+///
+/// # Errors
+/// The outer one: they contradict each other.
+pub(super) async fn read_page(
+    timeline: &Timeline<SimIo>,
+    rel: RelTag,
+    block: BlockNumber,
+    request: RequestLsn,
+) -> Result<Result<Bytes, ReadError>, String> {
+    let last = timeline.lsns().last_record;
+    let before = timeline.held_page(rel, block, request);
+    let page = timeline.get_page(rel, block, request).await;
+    let is_same_lsn = request.request <= last || timeline.lsns().last_record == last;
+    let after = timeline.held_page(rel, block, request).filter(|_| is_same_lsn);
+    let [told, not] = HELD.get();
+    HELD.set(if after.is_some() { [told + 1, not] } else { [told, not + 1] });
+    let contradicts = |held: &Bytes| match &page {
+        Ok(page) => page != held,
+        // In the same step, or for good.
+        Err(error) => error.kind() == Kind::Invalid,
+    };
+    let before = before.filter(|_| is_same_lsn && page.is_ok());
+    match before.iter().chain(&after).any(contradicts) {
+        true => Err(format!("{rel} block {block} at {request:?} is held as another page")),
+        false => Ok(page),
+    }
+}
+
 /// Reads one page and the size of its fork at an LSN, and compares them.
 ///
 /// # Errors
@@ -324,7 +365,7 @@ pub(super) async fn compare_page(
         (rel, block, lsn, primary.page_at(rel, block, lsn))
     };
     let request = RequestLsn { request: lsn, not_modified_since: lsn };
-    let page = timeline.get_page(rel, block, request).await;
+    let page = read_page(timeline, rel, block, request).await?;
     if page.as_ref().is_ok_and(|page| *page != expected) {
         return Err(format!("{rel} block {block} at {lsn} is wrong"));
     }

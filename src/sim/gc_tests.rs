@@ -17,7 +17,8 @@ use std::time::Duration;
 use futures_util::future::{join, try_join3};
 
 use super::engine::{
-    Outside, START, SimShard, TENANT, TIMELINE, import, live_and_die, start, timeline_dir,
+    Outside, START, SimShard, TENANT, TIMELINE, import, live_and_die, read_page, start,
+    timeline_dir,
 };
 use super::{SimIo, SimOptions, SimWorld};
 use crate::base::{Key, Lsn, RelTag, Timestamp};
@@ -130,7 +131,7 @@ impl Life {
                 let expected = primary.borrow().size_at(rel, lsn);
                 (blocks == expected, format!("{rel} at {lsn} has {blocks} blocks, not {expected}"))
             }),
-            _ => self.timeline.get_page(rel, block, request).await.map(|page| {
+            _ => read_page(&self.timeline, rel, block, request).await?.map(|page| {
                 let expected = primary.borrow().page_at(rel, block, lsn);
                 (page == expected, format!("{rel} block {block} at {lsn} is wrong"))
             }),

@@ -36,6 +36,16 @@ fn tenant(n: u8) -> TenantShardId {
 struct Pages {
     served: Cell<u64>,
     quota: Cell<PageQuota>,
+    /// Pages can be told at once.
+    holds: Cell<bool>,
+}
+
+impl Pages {
+    fn page(&self) -> Bytes {
+        static PAGE: [u8; PAGE_BYTES] = [5; PAGE_BYTES];
+        self.served.set(self.served.get() + 1);
+        Bytes::from_static(&PAGE)
+    }
 }
 
 struct Backend(Rc<Pages>);
@@ -53,9 +63,10 @@ fn no<T>() -> Result<T, ReadError> {
 
 impl TimelineReader for Pages {
     async fn get_page(&self, _: RelTag, _: BlockNumber, _: RequestLsn) -> Result<Bytes, ReadError> {
-        static PAGE: [u8; PAGE_BYTES] = [5; PAGE_BYTES];
-        self.served.set(self.served.get() + 1);
-        Ok(Bytes::from_static(&PAGE))
+        Ok(self.page())
+    }
+    fn held_page(&self, _: RelTag, _: BlockNumber, _: RequestLsn) -> Option<Bytes> {
+        self.holds.get().then(|| self.page())
     }
     fn quota(&self) -> PageQuota {
         self.quota.get()
@@ -160,8 +171,8 @@ async fn get_pages(stream: &mut TcpStream, count: usize, replies: &mut Vec<u8>) 
 
 /// Pages that the flood got while each of some single requests of `quiet` was under way, sorted;
 /// and whether all of the flood's connections went on.
-async fn pages_waited(flood: TenantShardId, quiet: TenantShardId) -> (Vec<u64>, bool) {
-    let pages = Rc::new(Pages::default());
+async fn pages_waited(flood: TenantShardId, quiet: TenantShardId, holds: bool) -> (Vec<u64>, bool) {
+    let pages = Rc::new(Pages { holds: holds.into(), ..Pages::default() });
     let (address, service, stopper) = start(&pages);
     let rounds = Rc::new(RefCell::new(vec![0; FLOOD_CONNECTIONS]));
     let over = Rc::new(Cell::new(false));
@@ -208,8 +219,18 @@ where
 
 #[test]
 fn a_flood_of_one_tenant_holds_up_another_for_some_ticks_only() {
-    let ((fair, all_go_on), (unfair, _)) = on_an_executor(|| async {
-        (pages_waited(tenant(1), tenant(2)).await, pages_waited(tenant(1), tenant(1)).await)
+    flood(false);
+}
+
+#[test]
+fn nor_does_a_flood_of_pages_that_are_told_at_once() {
+    flood(true);
+}
+
+fn flood(holds: bool) {
+    let ((fair, all_go_on), (unfair, _)) = on_an_executor(move || async move {
+        let fair = pages_waited(tenant(1), tenant(2), holds).await;
+        (fair, pages_waited(tenant(1), tenant(1), holds).await)
     });
     assert!(all_go_on, "the flood starves");
     // On the way to the server, in line, and on the way back: the first and the last are the

@@ -24,6 +24,14 @@ use crate::shard::reader::{ReadError, RequestLsn, TimelineReader};
 /// Every tenant whose first byte is not 0xff exists; a page's bytes name the core and the block.
 struct Fake(usize);
 
+impl Fake {
+    fn page(&self, block: BlockNumber) -> Bytes {
+        let mut page = vec![self.0 as u8; PAGE_BYTES];
+        page[..4].copy_from_slice(&block.to_be_bytes());
+        page.into()
+    }
+}
+
 impl TimelineReader for Fake {
     async fn get_page(
         &self,
@@ -34,9 +42,10 @@ impl TimelineReader for Fake {
         if block == 13 {
             return Err(ReadError::BadRequest("thirteen".to_owned()));
         }
-        let mut page = vec![self.0 as u8; PAGE_BYTES];
-        page[..4].copy_from_slice(&block.to_be_bytes());
-        Ok(page.into())
+        Ok(self.page(block))
+    }
+    fn held_page(&self, _rel: RelTag, block: BlockNumber, _lsn: RequestLsn) -> Option<Bytes> {
+        (block % 4 < 2 && block != 13).then(|| self.page(block))
     }
     async fn rel_exists(&self, _rel: RelTag, _lsn: RequestLsn) -> Result<bool, ReadError> {
         Ok(true)

@@ -6,19 +6,21 @@
 
 use std::pin::pin;
 
-use bytes::Bytes;
+use bytes::{Buf, Bytes};
 use futures_util::StreamExt;
 use futures_util::future::{Either, select};
 use futures_util::stream::FuturesOrdered;
 
 use super::request::{ANY_HEADER, Reply, handle};
-use super::{Conn, Fault, Wanted, shutdown};
+use super::{Conn, Fault, Session, Wanted, shutdown};
 use crate::limits::{CONNECTION_REPLY_BYTES_MAX, PAGE_REQUESTS_CONCURRENT_MAX};
 use crate::server::admission::Permit;
+use crate::server::buffers::Page;
 use crate::server::counters::count;
 use crate::server::fair::{Ask, Class};
 use crate::server::page_protocol::{
-    PAGE_BYTES, REPLY_OVERHEAD_BYTES_MAX, Version, encode_error, encode_response,
+    PAGE_BYTES, Query, REPLY_OVERHEAD_BYTES_MAX, Version, decode_request, encode_error,
+    encode_page_head, encode_response,
 };
 use crate::server::pq::{self, Message, SqlState};
 use crate::server::socket::Stream;
@@ -56,6 +58,8 @@ where
                 let _permit = self.admit(&wanted, &*timeline, class, batch).await?;
                 self.answer(version, &timeline, batch).await?;
                 there -= batch;
+                // Pages that are held never wait, nor does a socket that always has more requests.
+                glommio::yield_if_needed().await;
                 continue;
             }
             // Before a message that is none, what came before it is answered.
@@ -101,8 +105,65 @@ where
         }
     }
 
-    /// Answers the next `requests` messages, which are whole, all of them at once.
+    /// Answers the next `requests` messages, which are whole.
     async fn answer(
+        &mut self,
+        version: Version,
+        timeline: &B::Timeline,
+        requests: usize,
+    ) -> Result<(), Fault> {
+        let mut pages = self.service.buffers.take_pages();
+        let answered = self.answer_held(version, timeline, requests, &mut pages);
+        let unwritten = &mut self.session.unwritten;
+        self.service.buffers.send_now(self.stream, unwritten, pages).map_err(Fault::Io)?;
+        if self.session.unwritten.len() > CONNECTION_REPLY_BYTES_MAX {
+            self.flush().await?;
+        }
+        match requests - answered {
+            0 => Ok(()),
+            rest => self.answer_rest(version, timeline, rest).await,
+        }
+    }
+
+    /// Answers up to `requests` messages in one step, up to the first that is not for a page that
+    /// is held; returns their number. The pages are left out of the replies, and go to `pages`. What
+    /// is wrong with a message is not said here.
+    fn answer_held(
+        &mut self,
+        version: Version,
+        timeline: &B::Timeline,
+        requests: usize,
+        pages: &mut Vec<Page>,
+    ) -> usize {
+        let Session { unread, unwritten, .. } = &mut self.session;
+        let start = (self.service.now)();
+        let (mut rest, mut answered) = (&unread[..], 0);
+        while answered < requests
+            && let Some((message, behind)) = pq::split_copy_data(rest)
+            && let Ok(request) = decode_request(version, message)
+            && let Query::GetPage { rel, block } = request.query
+            && let Some(bytes) = timeline.held_page(rel, block, request.header.lsn)
+        {
+            assert_eq!(bytes.len(), PAGE_BYTES, "a page has the length of a page");
+            pq::put_message_head(unwritten, b'd', PAGE_BYTES, |out| {
+                encode_page_head(version, &request, out);
+            });
+            pages.push(Page { behind: unwritten.len(), bytes });
+            (rest, answered) = (behind, answered + 1);
+        }
+        let used = unread.len() - rest.len();
+        unread.advance(used);
+        if answered > 0 {
+            let counters = &self.service.counters;
+            let spent = (self.service.now)().saturating_sub(start);
+            counters.get_page_requests.set(counters.get_page_requests.get() + answered as u64);
+            counters.get_page_time.set(counters.get_page_time.get() + spent);
+        }
+        answered
+    }
+
+    /// Answers the next `requests` messages, which are whole, all of them at once.
+    async fn answer_rest(
         &mut self,
         version: Version,
         timeline: &B::Timeline,

@@ -21,7 +21,7 @@ use std::collections::BTreeMap;
 use crate::base::{Key, KeyRange, Lsn, LsnRange};
 
 /// Number of a layer within the map.
-pub(super) type LayerId = u32;
+pub type LayerId = u32;
 
 /// What a search looked at; see [`super::LayerMap::search_counted`].
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -306,32 +306,36 @@ impl Cover {
         std::iter::successors(first, move |node| Some(node.fork.as_ref()?.side(&key)))
     }
 
-    /// Of every list with images of `key` the one with the highest LSN below `below`: its `end`
-    /// and its number.
-    pub(super) fn images(&self, key: Key, below: Lsn, steps: &mut Steps) -> Vec<(Lsn, LayerId)> {
-        let mut found = Vec::new();
+    /// Gives `take` of every list with images of `key` the one with the highest LSN below `below`:
+    /// its `end` and its number.
+    pub(super) fn images(
+        &self,
+        key: Key,
+        below: Lsn,
+        steps: &mut Steps,
+        mut take: impl FnMut(Lsn, LayerId),
+    ) {
         for node in self.path(key) {
             steps.nodes += 1;
             for chain in &node.lists.images.0 {
                 steps.lists += 1;
                 if let Some((_, entry)) = chain.range(..below).next_back() {
                     steps.layers += 1;
-                    found.push((entry.end, entry.id));
+                    take(entry.end, entry.id);
                 }
             }
         }
-        found
     }
 
-    /// Deltas of `key` that begin below `below` and end above `floor`, in no order.
+    /// Appends the deltas of `key` that begin below `below` and end above `floor` to `found`, in no
+    /// order.
     pub(super) fn deltas(
         &self,
         key: Key,
-        floor: Lsn,
-        below: Lsn,
+        (floor, below): (Lsn, Lsn),
         steps: &mut Steps,
-    ) -> Vec<LayerId> {
-        let mut found = Vec::new();
+        found: &mut Vec<LayerId>,
+    ) {
         for node in self.path(key) {
             steps.nodes += 1;
             for chain in &node.lists.deltas.0 {
@@ -346,7 +350,6 @@ impl Cover {
                 }
             }
         }
-        found
     }
 
     /// All layers of `key` that begin below `below`, in no order.

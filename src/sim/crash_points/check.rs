@@ -10,7 +10,9 @@ use crate::shard::control::{CoreControl, TimelineInfo, TimelineState};
 use crate::shard::reader::{PageBackend, ReadError, RequestLsn, TimelineReader};
 use crate::shard::timeline::Timeline;
 use crate::sim::SimIo;
-use crate::sim::engine::{Outside, SimShard, TENANT, TIMELINE, start_shard, timeline_dir};
+use crate::sim::engine::{
+    Outside, SimShard, TENANT, TIMELINE, read_page, start_shard, timeline_dir,
+};
 use crate::sim::primary::Primary;
 
 /// Records that are new to the node when it catches up.
@@ -174,7 +176,7 @@ impl Check {
                 return Err(fail(format!("{size} blocks, not {expected}")));
             }
             for block in 0..=expected {
-                let page = timeline.get_page(rel, block, request).await;
+                let page = read_page(timeline, rel, block, request).await?;
                 let page = page.map_err(|error| fail(format!("block {block}: {error}")))?;
                 if page != self.outside.primary.borrow().page_at(rel, block, lsn) {
                     return Err(fail(format!("block {block} is wrong")));

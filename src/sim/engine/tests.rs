@@ -5,7 +5,8 @@ use crate::base::Key;
 use crate::limits::COMPACT_L0_INPUT_BYTES_MAX;
 use crate::shard::compact::{MERGE_BYTES_MAX, PLANTED, Planted, WRITTEN};
 use crate::shard::gc::GcRequest;
-use crate::shard::get_page::CANARY_WRONG_END;
+use crate::shard::get_page::{CANARY_STALE_PAGES, CANARY_WRONG_END};
+use crate::shard::held::CANARY_NOT_THE_NEWEST;
 use crate::sim::check_seeds;
 
 /// A planted bug must be found within this many seeds.
@@ -360,6 +361,34 @@ fn every_kind_of_compaction_happens() {
     let [_, l1, ..] = written(20..40);
     MERGE_BYTES_MAX.set(COMPACT_L0_INPUT_BYTES_MAX);
     assert!(l1 > 5);
+}
+
+#[test]
+fn pages_are_read_with_and_without_waiting() {
+    HELD.set([0; 2]);
+    for seed in 0..20 {
+        calm(seed, Plant::Nothing).unwrap();
+    }
+    let [told, not] = HELD.get();
+    assert!(told > 300 && not > 300, "{told} told, {not} not");
+}
+
+#[test]
+fn a_held_page_that_is_not_the_newest_is_found() {
+    CANARY_NOT_THE_NEWEST.set(true);
+    let result = found(Plant::Nothing);
+    CANARY_NOT_THE_NEWEST.set(false);
+    let (seed, problem) = result.expect("the planted bug was not found");
+    println!("found at seed {seed}: {problem}");
+}
+
+#[test]
+fn a_rebuilt_page_that_is_used_for_too_long_is_found() {
+    CANARY_STALE_PAGES.set(true);
+    let result = found(Plant::Nothing);
+    CANARY_STALE_PAGES.set(false);
+    let (seed, problem) = result.expect("the planted bug was not found");
+    println!("found at seed {seed}: {problem}");
 }
 
 #[test]
