@@ -270,7 +270,11 @@ pub(super) async fn start_shard(io: &SimIo, outside: &Rc<Outside>) -> Result<Sim
         },
         block_cache_bytes,
         // Half of the nodes rebuild every page anew: what is wrong below must be seen.
-        page_cache_bytes: if block_cache_bytes % 2 == 0 { 0 } else { block_cache_bytes / 4 },
+        page_cache_bytes: if block_cache_bytes.is_multiple_of(2) {
+            0
+        } else {
+            block_cache_bytes / 4
+        },
         memory_budget_bytes: if large { 1 << 30 } else { budget },
         connector: SimConnector { io: io.clone(), outside: outside.clone() },
         redo: Rc::new(ToyRedoFactory),
