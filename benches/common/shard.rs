@@ -242,7 +242,7 @@ where
             data_dir: data_dir.clone(),
             config,
             block_cache_bytes: Config::default().block_cache_bytes as usize,
-            page_cache_bytes: Config::default().page_cache_bytes as usize,
+            page_cache_bytes: (defaults.page_cache_bytes / scale) as usize,
             memory_budget_bytes,
             connector: Replay { from, wal, open: gate.clone() },
             redo: Rc::new(Children(data_dir)),
