@@ -23,7 +23,6 @@ use fastrand::Rng;
 use pgstrata::base::RelTag;
 use pgstrata::cli::demo_node::DemoNode;
 use pgstrata::cli::page_client::PageClient;
-use pgstrata::cli::pg::StopMode;
 use pgstrata::cli::verify_files::{ForkFiles, scan};
 use pgstrata::server::page_protocol::{Answer, Query};
 
@@ -544,9 +543,7 @@ fn corpus() -> Vec<Vec<u8>> {
 fn garbage_hurts_nobody() {
     let wanted = std::env::var("HOSTILE_MESSAGES").map_or(20_000, |text| text.parse().unwrap());
     let root = Root::new("hostile");
-    let mut cluster = root.cluster("cluster", false);
-    cluster.pgbench_init("postgres", 1).unwrap();
-    cluster.stop(StopMode::Fast).unwrap();
+    let cluster = root.stopped_cluster();
     let node = root.node(&["log_filter=warn"]);
     let id = Id(1, 1);
     succeeds(&node, "import", id, &["--pgdata", cluster.data().to_str().unwrap()]);

@@ -14,7 +14,6 @@ use common::*;
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use pgstrata::base::RelTag;
 use pgstrata::cli::demo_node::DemoNode;
-use pgstrata::cli::pg::StopMode;
 use pgstrata::cli::verify_files::{ForkFiles, scan};
 
 /// What a connection may take of the node's memory, the kernel's part apart.
@@ -82,9 +81,7 @@ fn idle_connections_are_cheap() {
     // The node has as many files as this process, and some of its own.
     let connections: usize = wanted.min((hard as usize).saturating_sub(500));
     let root = Root::new("idle");
-    let mut cluster = root.cluster("cluster", false);
-    cluster.pgbench_init("postgres", 1).unwrap();
-    cluster.stop(StopMode::Fast).unwrap();
+    let cluster = root.stopped_cluster();
     // One core has them all.
     let node = root.node(&["cores=[0]", "log_filter=warn"]);
     let id = Id(1, 1);

@@ -27,14 +27,6 @@ fn text(path: &Path) -> &str {
     path.to_str().unwrap()
 }
 
-/// A cluster that was shut down cleanly, with a bit of data.
-fn stopped_cluster(root: &Root) -> PgCluster {
-    let mut cluster = root.cluster("cluster", false);
-    cluster.pgbench_init("postgres", 1).unwrap();
-    cluster.stop(StopMode::Fast).unwrap();
-    cluster
-}
-
 fn start_up() -> Vec<u8> {
     let body = b"\0\x03\0\0user\0u\0\0";
     let mut out = (body.len() as u32 + 4).to_be_bytes().to_vec();
@@ -94,7 +86,7 @@ fn read_all(node: &DemoNode, id: Id, lsn: Lsn, files: &DataDirectory) -> (u64, V
 #[test]
 fn damaged_layers_and_indexes_are_named_and_stay_alone() {
     let root = Root::new("damage");
-    let cluster = stopped_cluster(&root);
+    let cluster = root.stopped_cluster();
     let mut node = root.node(&[]);
     let [layer, index, healthy] = [Id(1, 1), Id(1, 2), Id(1, 3)];
     let args = ["--pgdata", text(cluster.data())];
@@ -404,7 +396,7 @@ fn psql(node: &DemoNode, command: &str) -> (String, String) {
 #[test]
 fn leases_are_taken_over_libpq() {
     let root = Root::new("lease");
-    let cluster = stopped_cluster(&root);
+    let cluster = root.stopped_cluster();
     let mut node = root.node(&[]);
     let id = Id(1, 1);
     succeeds(&node, "import", id, &["--pgdata", text(cluster.data())]);

@@ -11,7 +11,6 @@ use std::process::Command;
 use common::*;
 use pgstrata::base::Lsn;
 use pgstrata::cli::demo_node::DemoNode;
-use pgstrata::cli::pg::StopMode;
 
 /// Runs the program, not for longer than half a minute; whether it succeeded, and what it said.
 fn pgstrata(args: &[&str]) -> (bool, String) {
@@ -82,9 +81,7 @@ fn commands_name_what_is_wrong() {
 #[test]
 fn a_node_names_what_is_wrong() {
     let root = Root::new("operator");
-    let mut cluster = root.cluster("cluster", false);
-    cluster.pgbench_init("postgres", 1).unwrap();
-    cluster.stop(StopMode::Fast).unwrap();
+    let mut cluster = root.stopped_cluster();
     let node = root.node(&[]);
     let (admin, id) = (node.admin_url(), Id(1, 1));
     let (tenant, timeline) = (id.shard().to_string(), id.timeline().to_string());

@@ -15,7 +15,7 @@ use std::time::Duration;
 use common::*;
 use pgstrata::base::RelTag;
 use pgstrata::cli::demo_node::DemoNode;
-use pgstrata::cli::pg::{StopMode, command, run};
+use pgstrata::cli::pg::{command, run};
 use pgstrata::cli::verify_files::{ForkFiles, scan};
 use rustls::pki_types::pem::PemObject;
 use rustls::pki_types::{CertificateDer, ServerName};
@@ -144,9 +144,7 @@ fn pages_over_tls(node: &DemoNode, ca: &PathBuf, id: Id, lsn: u64, rel: RelTag, 
 #[test]
 fn libpq_speaks_tls_with_the_node() {
     let root = Root::new("tls");
-    let mut cluster = root.cluster("cluster", false);
-    cluster.pgbench_init("postgres", 1).unwrap();
-    cluster.stop(StopMode::Fast).unwrap();
+    let cluster = root.stopped_cluster();
     let ((cert, key), (_, other_key)) = (certificate(&root, "node"), certificate(&root, "other"));
     let settings =
         [format!("tls_cert_file={}", cert.display()), format!("tls_key_file={}", key.display())];

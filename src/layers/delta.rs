@@ -26,7 +26,8 @@ use crate::layers::index::{self, BlockRef};
 use crate::layers::packer::Packer;
 use crate::layers::writer::{LayerFileWriter, Parts};
 use crate::layers::{
-    BlockCache, LayerDesc, LayerError, LayerName, LayerOwner, Lookup, Newest, filter, keep_newest,
+    Answer, BlockCache, LayerDesc, LayerError, LayerName, LayerOwner, Lookup, Newest, Values,
+    filter, keep_newest,
 };
 use crate::limits::{
     LAYER_BLOCK_BYTES_MAX, LAYER_BLOCK_BYTES_TARGET, LAYER_DELTA_BLOCKS_MAX, LAYER_DELTA_KEYS_MAX,
@@ -304,7 +305,7 @@ impl<I: Io> DeltaLayer<I> {
         &self,
         key: Key,
         lsns: &LsnRange,
-        out: &mut Vec<(Lsn, Value)>,
+        out: &mut Values,
     ) -> Result<Lookup, LayerError> {
         if !self.name().keys().contains(&key) || !filter::may_contain(&self.filter, key) {
             return Ok(Lookup::Continue);
@@ -325,28 +326,23 @@ impl<I: Io> DeltaLayer<I> {
         Ok(Lookup::Continue)
     }
 
-    /// See [`crate::layers::FileLayer::collect_held`].
-    pub(super) fn collect_held(
-        &self,
-        key: Key,
-        lsns: &LsnRange,
-        out: &mut Vec<(Lsn, Value)>,
-    ) -> Option<(Lookup, bool)> {
+    /// See [`crate::layers::FileLayer::held`].
+    pub(super) fn held(&self, key: Key, lsns: &LsnRange, out: &mut Values) -> Option<Answer> {
         if !self.name().keys().contains(&key) || !filter::may_contain(&self.filter, key) {
-            return Some((Lookup::Continue, false));
+            return Some(Answer { lookup: Lookup::Continue, is_read: false });
         }
         let after = self.index.partition_point(|block| (block.key, block.lsn) < (key, lsns.end));
         for (number, place) in self.index.iter().enumerate().take(after).rev() {
             let block = self.file.held_block(u32::try_from(number).ok()?)?;
-            let done = collect_in_block(&block, key, lsns, out).ok()?;
-            if done != Lookup::Continue {
-                return Some((done, true));
+            let lookup = collect_in_block(&block, key, lsns, out).ok()?;
+            if lookup != Lookup::Continue {
+                return Some(Answer { lookup, is_read: true });
             }
             if place.key != key || place.lsn < lsns.start {
                 break;
             }
         }
-        Some((Lookup::Continue, after > 0))
+        Some(Answer { lookup: Lookup::Continue, is_read: after > 0 })
     }
 
     /// For every key of the range, its newest value with `lsn < below`, unless `out` has a newer.
@@ -439,7 +435,7 @@ fn collect_in_block(
     block: &Bytes,
     key: Key,
     lsns: &LsnRange,
-    out: &mut Vec<(Lsn, Value)>,
+    out: &mut Values,
 ) -> Result<Lookup, &'static str> {
     let mut entries = BlockEntries::new(block);
     let mut found = Vec::new();

@@ -6,7 +6,7 @@ use std::rc::Rc;
 use bytes::Bytes;
 
 use crate::base::checksum::crc32c;
-use crate::base::{Key, KeyRange, Lsn, LsnRange, Value};
+use crate::base::{Key, KeyRange, Lsn, LsnRange};
 use crate::io::{ALIGNMENT, File, Io, align_down, align_up};
 use crate::layers::block_cache::LayerNumber;
 use crate::layers::format::{
@@ -16,8 +16,8 @@ use crate::layers::format::{
 use crate::layers::index::Expected;
 use crate::layers::packer::unpack;
 use crate::layers::{
-    BlockCache, Damage, DeltaLayer, ImageLayer, LayerDesc, LayerError, LayerName, LayerOwner,
-    Lookup, Newest,
+    Answer, BlockCache, Damage, DeltaLayer, ImageLayer, LayerDesc, LayerError, LayerName,
+    LayerOwner, Lookup, Newest, Values,
 };
 use crate::limits::{LAYER_OPEN_READ_BYTES, LAYER_READ_BYTES_MAX};
 
@@ -342,7 +342,7 @@ impl<I: Io> FileLayer<I> {
         &self,
         key: Key,
         lsns: &LsnRange,
-        out: &mut Vec<(Lsn, Value)>,
+        out: &mut Values,
     ) -> Result<Lookup, LayerError> {
         match self {
             FileLayer::Delta(layer) => layer.collect(key, lsns, out).await,
@@ -350,17 +350,12 @@ impl<I: Io> FileLayer<I> {
         }
     }
 
-    /// [`FileLayer::collect`], if all that it needs is in memory, and whether it looks into data
-    /// blocks. Otherwise, and after any error, `None`; `out` may have got some of the values then.
-    pub fn collect_held(
-        &self,
-        key: Key,
-        lsns: &LsnRange,
-        out: &mut Vec<(Lsn, Value)>,
-    ) -> Option<(Lookup, bool)> {
+    /// [`FileLayer::collect`], if all that it needs is in memory. Otherwise, and after any error,
+    /// `None`; `out` may have got some of the values then.
+    pub fn held(&self, key: Key, lsns: &LsnRange, out: &mut Values) -> Option<Answer> {
         match self {
-            FileLayer::Delta(layer) => layer.collect_held(key, lsns, out),
-            FileLayer::Image(layer) => layer.collect_held(key, lsns, out),
+            FileLayer::Delta(layer) => layer.held(key, lsns, out),
+            FileLayer::Image(layer) => layer.held(key, lsns, out),
         }
     }
 

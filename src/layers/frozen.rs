@@ -9,7 +9,7 @@ use std::path::Path;
 use crate::base::{Key, KeyRange, Lsn, LsnRange, Value};
 use crate::io::Io;
 use crate::layers::open::Versions;
-use crate::layers::{DeltaWriter, LayerDesc, LayerError, LayerOwner, Lookup, Newest};
+use crate::layers::{DeltaWriter, LayerDesc, LayerError, LayerOwner, Lookup, Newest, Values};
 
 /// A closed layer in memory.
 #[derive(Debug)]
@@ -36,13 +36,13 @@ impl FrozenLayer {
 
     /// Appends the values of `key` within `lsns` to `out`, newest first, up to and including the
     /// first base.
-    pub fn collect(&self, key: Key, lsns: &LsnRange, out: &mut Vec<(Lsn, Value)>) -> Lookup {
+    pub fn collect(&self, key: Key, lsns: &LsnRange, out: &mut Values) -> Lookup {
         self.versions.collect(key, lsns, out)
     }
 
     /// Appends the newest value of `key` within `lsns` to `out` if that is a base; `None` if it is
     /// not.
-    pub fn newest(&self, key: Key, lsns: &LsnRange, out: &mut Vec<(Lsn, Value)>) -> Option<Lookup> {
+    pub fn newest(&self, key: Key, lsns: &LsnRange, out: &mut Values) -> Option<Lookup> {
         self.versions.newest(key, lsns, out)
     }
 

@@ -21,7 +21,8 @@ use crate::layers::index::{BlobRef, Form, ImageIndex};
 use crate::layers::packer::Packer;
 use crate::layers::writer::{LayerFileWriter, Parts};
 use crate::layers::{
-    BlockCache, LayerDesc, LayerError, LayerName, LayerOwner, Lookup, Newest, keep_newest,
+    Answer, BlockCache, LayerDesc, LayerError, LayerName, LayerOwner, Lookup, Newest, Values,
+    keep_newest,
 };
 use crate::limits::{LAYER_BLOCK_BYTES_MAX, LAYER_IMAGE_VALUES_MAX};
 
@@ -278,7 +279,7 @@ impl<I: Io> ImageLayer<I> {
         &self,
         key: Key,
         lsns: &LsnRange,
-        out: &mut Vec<(Lsn, Value)>,
+        out: &mut Values,
     ) -> Result<Lookup, LayerError> {
         let lsn = self.name().lsns().start;
         if !self.name().keys().contains(&key) || !lsns.contains(&lsn) {
@@ -291,19 +292,14 @@ impl<I: Io> ImageLayer<I> {
         Ok(Lookup::Complete)
     }
 
-    /// See [`crate::layers::FileLayer::collect_held`].
-    pub(super) fn collect_held(
-        &self,
-        key: Key,
-        lsns: &LsnRange,
-        out: &mut Vec<(Lsn, Value)>,
-    ) -> Option<(Lookup, bool)> {
+    /// See [`crate::layers::FileLayer::held`].
+    pub(super) fn held(&self, key: Key, lsns: &LsnRange, out: &mut Values) -> Option<Answer> {
         let lsn = self.name().lsns().start;
         if !self.name().keys().contains(&key) || !lsns.contains(&lsn) {
-            return Some((Lookup::Continue, false));
+            return Some(Answer { lookup: Lookup::Continue, is_read: false });
         }
         let Some((number, blob)) = self.index.find(key) else {
-            return Some((Lookup::Absent, false));
+            return Some(Answer { lookup: Lookup::Absent, is_read: false });
         };
         let is_read = blob.form != Form::Zero;
         let value = match is_read {
@@ -311,7 +307,7 @@ impl<I: Io> ImageLayer<I> {
             false => Value::ZeroPage,
         };
         out.push((lsn, value));
-        Some((Lookup::Complete, is_read))
+        Some(Answer { lookup: Lookup::Complete, is_read })
     }
 
     /// For every key of the range, its value if the layer's LSN is below `below`, unless `out` has

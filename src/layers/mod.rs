@@ -99,6 +99,19 @@ pub enum Lookup {
     Absent,
 }
 
+/// Versions of one value, each with its LSN, newest first.
+pub type Values = Vec<(Lsn, Value)>;
+
+/// What a layer said when it was asked for a key, apart from the versions.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Answer {
+    /// Whether older layers must be searched too.
+    pub lookup: Lookup,
+    /// True if blocks of a file were needed, from the cache or the disk: what filter or index tell,
+    /// or memory, is free.
+    pub is_read: bool,
+}
+
 /// The newest value of each key, as `scan` gathers it from several layers in any order.
 pub type Newest = BTreeMap<Key, (Lsn, Value)>;
 

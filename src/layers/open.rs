@@ -23,7 +23,7 @@ use crate::base::{Key, KeyRange, Lsn, LsnRange, Value};
 use crate::layers::frozen::FrozenLayer;
 use crate::layers::places::Places;
 use crate::layers::rows::Rows;
-use crate::layers::{Lookup, Newest, keep_newest};
+use crate::layers::{Lookup, Newest, Values, keep_newest};
 
 /// Memory that a key takes in the ordered table.
 const KEY_BYTES: usize = 2 * (size_of::<Key>() + size_of::<u32>());
@@ -177,7 +177,7 @@ impl Versions {
         }
     }
 
-    pub(super) fn collect(&self, key: Key, lsns: &LsnRange, out: &mut Vec<(Lsn, Value)>) -> Lookup {
+    pub(super) fn collect(&self, key: Key, lsns: &LsnRange, out: &mut Values) -> Lookup {
         for version in self.place(key).into_iter().flat_map(|place| self.chain(place)) {
             if version.lsn < lsns.start {
                 break;
@@ -192,12 +192,7 @@ impl Versions {
         Lookup::Continue
     }
 
-    pub(super) fn newest(
-        &self,
-        key: Key,
-        lsns: &LsnRange,
-        out: &mut Vec<(Lsn, Value)>,
-    ) -> Option<Lookup> {
+    pub(super) fn newest(&self, key: Key, lsns: &LsnRange, out: &mut Values) -> Option<Lookup> {
         let Some(version) = self.place(key).and_then(|place| {
             let within = |version: &&Version| version.lsn < lsns.end;
             self.chain(place).find(within).filter(|version| version.lsn >= lsns.start)
@@ -323,13 +318,13 @@ impl OpenLayer {
 
     /// Appends the values of `key` within `lsns` to `out`, newest first, up to and including the
     /// first base.
-    pub fn collect(&self, key: Key, lsns: &LsnRange, out: &mut Vec<(Lsn, Value)>) -> Lookup {
+    pub fn collect(&self, key: Key, lsns: &LsnRange, out: &mut Values) -> Lookup {
         self.versions.collect(key, lsns, out)
     }
 
     /// Appends the newest value of `key` within `lsns` to `out` if that is a base; `None` if it is
     /// not.
-    pub fn newest(&self, key: Key, lsns: &LsnRange, out: &mut Vec<(Lsn, Value)>) -> Option<Lookup> {
+    pub fn newest(&self, key: Key, lsns: &LsnRange, out: &mut Values) -> Option<Lookup> {
         self.versions.newest(key, lsns, out)
     }
 

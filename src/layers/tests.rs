@@ -15,6 +15,8 @@ use crate::io::{File, Io};
 use crate::sim::{SimIo, SimOptions, SimWorld};
 
 mod campaign;
+mod changed_bytes;
+mod held;
 
 type Entries = Vec<(Key, Lsn, Value)>;
 
@@ -118,7 +120,7 @@ async fn open(io: &SimIo, name: &LayerName) -> Result<FileLayer<SimIo>, LayerErr
 }
 
 /// What a right reader says of a list of values.
-fn twin_collect(entries: &Entries, key: Key, lsns: &LsnRange) -> (Vec<(Lsn, Value)>, Lookup) {
+fn twin_collect(entries: &Entries, key: Key, lsns: &LsnRange) -> (Values, Lookup) {
     let mut out = Vec::new();
     for (_, lsn, value) in entries.iter().rev().filter(|(k, l, _)| *k == key && lsns.contains(l)) {
         out.push((*lsn, value.clone()));
@@ -192,10 +194,9 @@ fn image_keys() -> KeyRange {
     key(0)..key(IMAGE_KEYS_END)
 }
 
-/// Every answer of an open layer; an error in its place where it refuses.
-/// The answers of a layer, and that those without waiting are the same, if there are any: at the
-/// latest when all that is needed has been read.
-async fn answers(layer: &FileLayer<SimIo>) -> Vec<Result<(Vec<(Lsn, Value)>, Lookup), LayerError>> {
+/// Every answer of an open layer; an error in its place where it refuses. Those without waiting
+/// are the same where there are any: at the latest when all that is needed has been read.
+async fn answers(layer: &FileLayer<SimIo>) -> Vec<Result<(Values, Lookup), LayerError>> {
     let mut all = Vec::new();
     for (key, lsns) in questions() {
         let mut out = Vec::new();
@@ -209,41 +210,12 @@ async fn answers(layer: &FileLayer<SimIo>) -> Vec<Result<(Vec<(Lsn, Value)>, Loo
     all
 }
 
-/// What [`FileLayer::collect_held`] says.
-fn held(
-    layer: &FileLayer<SimIo>,
-    key: Key,
-    lsns: &LsnRange,
-) -> Option<(Vec<(Lsn, Value)>, Lookup)> {
+/// What [`FileLayer::held`] says.
+fn held(layer: &FileLayer<SimIo>, key: Key, lsns: &LsnRange) -> Option<(Values, Lookup)> {
     let mut out = Vec::new();
-    let (lookup, is_read) = layer.collect_held(key, lsns, &mut out)?;
+    let Answer { lookup, is_read } = layer.held(key, lsns, &mut out)?;
     assert_eq!(is_read, layer.needs_blocks(key, lsns), "{key} {lsns:?}");
     Some((out, lookup))
-}
-
-#[test]
-fn a_block_that_is_not_in_the_cache_is_not_held() {
-    simulate(|io| async move {
-        let entries = sample_entries();
-        let desc = write_delta(&io, &entries, Lsn(90)..Lsn(200)).await.unwrap();
-        let layer = open(&io, &desc.name).await.unwrap();
-        let (key, lsn, _) = entries[0].clone();
-        let lsns = lsn..Lsn(lsn.0 + 1);
-        assert_eq!(held(&layer, key, &lsns), None);
-        layer.collect(key, &lsns, &mut Vec::new()).await.unwrap();
-        assert_eq!(held(&layer, key, &lsns), Some(twin_collect(&entries, key, &lsns)));
-        layer.close().await.unwrap();
-        let values = sample_image();
-        let desc = write_image(&io, &values, image_keys(), Lsn(115)).await.unwrap();
-        let layer = open(&io, &desc.name).await.unwrap();
-        let lsns = Lsn(0)..Lsn(200);
-        let is_zero = |value: &Value| *value == Value::ZeroPage;
-        let (key, _) = values.iter().find(|(_, value)| !is_zero(value)).unwrap();
-        assert_eq!(held(&layer, *key, &lsns), None);
-        layer.collect(*key, &lsns, &mut Vec::new()).await.unwrap();
-        assert!(held(&layer, *key, &lsns).is_some());
-        layer.close().await.unwrap();
-    });
 }
 
 #[test]
@@ -294,110 +266,6 @@ fn an_image_layer_answers_for_all_keys_of_its_range() {
         layer.scan(&(key(1)..key(8)), Lsn(115), &mut out).await.unwrap();
         assert!(out.is_empty());
         layer.close().await.unwrap();
-    });
-}
-
-/// Turns every byte in turn; reads must be right or refused, and `verify` must see it.
-async fn mutate_every_byte(io: &SimIo, desc: &LayerDesc) {
-    let path = path_of(desc);
-    let good = contents(io, &path).await;
-    let layer = open(io, &desc.name).await.unwrap();
-    let right = answers(&layer).await;
-    layer.close().await.unwrap();
-    for at in 0..good.len() {
-        // The long zero tails of header and footer are sampled.
-        let tail = |start: usize| (start + 200..start + 4088).contains(&at) && at % 61 != 0;
-        if tail(0) || tail(good.len() - 4096) {
-            continue;
-        }
-        let mut bad = good.clone();
-        bad[at] ^= 1 << (at % 8);
-        replace(io, &path, &bad).await;
-        assert!(verify(io, &path).await.is_err(), "byte {at} was changed unnoticed");
-        if let Ok(layer) = open(io, &desc.name).await {
-            for (answer, right) in answers(&layer).await.iter().zip(&right) {
-                assert!(answer.is_err() || answer == right, "byte {at}: a wrong value was read");
-            }
-            layer.close().await.unwrap();
-        }
-    }
-    for len in (0..good.len()).step_by(512) {
-        replace(io, &path, &good[..len]).await;
-        assert!(open(io, &desc.name).await.is_err(), "a file cut to {len} bytes was opened");
-    }
-    replace(io, &path, &good).await;
-    verify(io, &path).await.unwrap();
-}
-
-#[test]
-fn every_changed_byte_of_a_delta_file_is_found() {
-    simulate(|io| async move {
-        let mut entries = sample_entries();
-        entries.retain(|(_, _, value)| value.encoded_len() < 10_000);
-        let desc = write_delta(&io, &entries, Lsn(90)..Lsn(200)).await.unwrap();
-        mutate_every_byte(&io, &desc).await;
-    });
-}
-
-#[test]
-fn every_changed_byte_of_an_image_file_is_found() {
-    simulate(|io| async move {
-        let mut values = sample_image();
-        values.remove(&key(3));
-        let desc = write_image(&io, &values, image_keys(), Lsn(115)).await.unwrap();
-        mutate_every_byte(&io, &desc).await;
-    });
-}
-
-#[test]
-fn a_tightly_packed_delta_layer_is_like_another_and_every_changed_byte_is_found() {
-    simulate(|io| async move {
-        let mut entries = sample_entries();
-        entries.retain(|(_, _, value)| value.encoded_len() < 10_000);
-        let desc = write_delta(&io, &entries, Lsn(90)..Lsn(200)).await.unwrap();
-        let layer = open(&io, &desc.name).await.unwrap();
-        let right = answers(&layer).await;
-        layer.close().await.unwrap();
-        io.remove(&path_of(&desc)).await.unwrap();
-        let lsns = Lsn(90)..Lsn(200);
-        let writer = DeltaWriter::create(&io, dir(), owner(), lsns, 0).await.unwrap();
-        let mut writer = writer.pack_tightly();
-        for (key, lsn, value) in &entries {
-            writer.add(*key, *lsn, value).await.unwrap();
-        }
-        let tight = writer.finish(Key::MIN..Key::MAX).await.unwrap();
-        assert_eq!(tight.name, desc.name);
-        let layer = open(&io, &tight.name).await.unwrap();
-        let FileLayer::Delta(delta) = &layer else { panic!("{}", tight.name) };
-        assert!(delta.index().iter().any(|block| block.packed.codec == Codec::Zstd));
-        assert_eq!(answers(&layer).await, right);
-        layer.close().await.unwrap();
-        mutate_every_byte(&io, &tight).await;
-    });
-}
-
-#[test]
-fn a_tightly_packed_image_layer_is_like_another_and_every_changed_byte_is_found() {
-    simulate(|io| async move {
-        let mut values = sample_image();
-        values.remove(&key(3));
-        let desc = write_image(&io, &values, image_keys(), Lsn(115)).await.unwrap();
-        let layer = open(&io, &desc.name).await.unwrap();
-        let right = answers(&layer).await;
-        layer.close().await.unwrap();
-        io.remove(&path_of(&desc)).await.unwrap();
-        let writer = ImageWriter::create(&io, dir(), owner(), Lsn(115), 0).await.unwrap();
-        let mut writer = writer.pack_tightly();
-        for (key, value) in &values {
-            writer.add(*key, value).await.unwrap();
-        }
-        let tight = writer.finish(image_keys()).await.unwrap();
-        let layer = open(&io, &tight.name).await.unwrap();
-        let FileLayer::Image(image) = &layer else { panic!("{}", tight.name) };
-        assert!(image.index().blobs().iter().any(|blob| blob.packed.codec == Codec::Zstd));
-        assert_eq!(answers(&layer).await, right);
-        layer.close().await.unwrap();
-        mutate_every_byte(&io, &tight).await;
     });
 }
 

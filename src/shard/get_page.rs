@@ -30,7 +30,7 @@ use crate::base::{
     BlockNumber, Key, KeyRange, Kind, Lsn, LsnRange, RelNode, RelTag, SlruKind, Timestamp, Value,
 };
 use crate::io::Io;
-use crate::layers::{LayerError, Lookup, Newest};
+use crate::layers::{Answer, LayerError, Lookup, Newest, Values};
 use crate::limits::READ_LAYERS_CONCURRENT_MAX;
 use crate::redo::plan;
 
@@ -110,7 +110,7 @@ impl<I: Io> Timeline<I> {
     }
 
     /// Versions of `key` with LSNs at or below `lsn`, newest first, up to a base.
-    async fn collect(&self, key: Key, lsn: Lsn) -> Result<Vec<(Lsn, Value)>, LayerError> {
+    async fn collect(&self, key: Key, lsn: Lsn) -> Result<Values, LayerError> {
         Ok(self.collect_from(key, Lsn(0), lsn).await?.values)
     }
 
@@ -353,7 +353,7 @@ impl<I: Io> Timeline<I> {
 #[derive(Default)]
 struct Collected {
     /// Newest first, up to a base.
-    values: Vec<(Lsn, Value)>,
+    values: Values,
     /// Layer files of which blocks were needed.
     layers: u64,
     /// An image layer ended it that does not have the key.
@@ -390,13 +390,14 @@ async fn descend<I: Io>(
     layers: Vec<Rc<StoredLayer<I>>>,
     key: Key,
     (images, deltas): (&LsnRange, &LsnRange),
-    (found, layers_read): (&mut Vec<(Lsn, Value)>, &mut u64),
+    (found, layers_read): (&mut Values, &mut u64),
 ) -> Result<Lookup, LayerError> {
     let range = |layer: &StoredLayer<I>| if layer.name().is_image() { images } else { deltas };
     let mut layers = layers.into_iter();
     for layer in layers.by_ref() {
         let before = found.len();
-        let (done, is_read) = layer.source().await?.collect(key, range(&layer), found).await?;
+        let Answer { lookup: done, is_read } =
+            layer.source().await?.collect(key, range(&layer), found).await?;
         *layers_read += u64::from(is_read);
         if done != Lookup::Continue {
             return Ok(done);
@@ -409,12 +410,12 @@ async fn descend<I: Io>(
     let opened = join_all(layers.as_slice().iter().map(|layer| layer.source())).await;
     let reads = layers.zip(opened).map(|(layer, source)| async move {
         let mut values = Vec::new();
-        let (done, is_read) = source?.collect(key, range(&layer), &mut values).await?;
-        Ok::<_, LayerError>((done, values, is_read))
+        let answer = source?.collect(key, range(&layer), &mut values).await?;
+        Ok::<_, LayerError>((answer, values))
     });
     let mut reads = stream::iter(reads).buffered(READ_LAYERS_CONCURRENT_MAX);
     while let Some(read) = reads.next().await {
-        let (done, values, is_read) = read?;
+        let (Answer { lookup: done, is_read }, values) = read?;
         found.extend(values);
         *layers_read += u64::from(is_read);
         if done != Lookup::Continue {

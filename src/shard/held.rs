@@ -17,7 +17,7 @@ use super::timeline::{Mutable, Timeline};
 use crate::base::page::PAGE_SIZE;
 use crate::base::{BlockNumber, Key, Lsn, LsnRange, RelTag, Value};
 use crate::io::Io;
-use crate::layers::Lookup;
+use crate::layers::{Answer, Lookup, Values};
 
 #[cfg(test)]
 thread_local! {
@@ -29,7 +29,7 @@ thread_local! {
 /// What such reads use over and over, empty.
 #[derive(Default)]
 pub(super) struct Room {
-    values: Vec<(Lsn, Value)>,
+    values: Values,
     layers: Vec<LayerId>,
 }
 
@@ -145,7 +145,7 @@ impl<I: Io> Timeline<I> {
         for id in layers.iter() {
             let (span, layer) = mutable.layers.found(*id);
             let lsns = if span.is_image { &range } else { &newer };
-            let (done, is_read) = layer.collect_held(key, lsns, values)?;
+            let Answer { lookup: done, is_read } = layer.held(key, lsns, values)?;
             *layers_read += u64::from(is_read);
             match done {
                 Lookup::Continue if values.is_empty() => {}
@@ -163,7 +163,7 @@ fn in_memory<I: Io>(
     mutable: &Mutable<I>,
     key: Key,
     lsns: &LsnRange,
-    values: &mut Vec<(Lsn, Value)>,
+    values: &mut Values,
 ) -> Option<Lookup> {
     #[cfg(test)]
     if CANARY_NOT_THE_NEWEST.get() {

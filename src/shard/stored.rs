@@ -9,10 +9,10 @@ use std::sync::Arc;
 use super::index::IndexLayer;
 use super::layer_map::LayerSpan;
 use super::memory::Resident;
-use crate::base::{Key, KeyRange, Lsn, LsnRange, Value};
+use crate::base::{Key, KeyRange, Lsn, LsnRange};
 use crate::io::Io;
 use crate::layers::{
-    BlockCache, FileLayer, FrozenLayer, LayerError, LayerName, LayerOwner, Lookup, Newest,
+    Answer, BlockCache, FileLayer, FrozenLayer, LayerError, LayerName, LayerOwner, Newest, Values,
 };
 
 /// See the module's text.
@@ -36,20 +36,20 @@ pub(super) enum Source<I: Io> {
 }
 
 impl<I: Io> Source<I> {
-    /// Appends the values of `key` within `lsns` to `out`, newest first, up to the first base. Tells
-    /// too whether blocks of the file were needed, from the cache or the disk: what filter or index
-    /// tell, or memory, is free.
+    /// Appends the values of `key` within `lsns` to `out`, newest first, up to the first base.
     pub(super) async fn collect(
         &self,
         key: Key,
         lsns: &LsnRange,
-        out: &mut Vec<(Lsn, Value)>,
-    ) -> Result<(Lookup, bool), LayerError> {
+        out: &mut Values,
+    ) -> Result<Answer, LayerError> {
         match self {
-            Source::Memory(layer) => Ok((layer.collect(key, lsns, out), false)),
+            Source::Memory(layer) => {
+                Ok(Answer { lookup: layer.collect(key, lsns, out), is_read: false })
+            }
             Source::File(reader) => {
                 let is_read = reader.needs_blocks(key, lsns);
-                Ok((reader.collect(key, lsns, out).await?, is_read))
+                Ok(Answer { lookup: reader.collect(key, lsns, out).await?, is_read })
             }
         }
     }
@@ -133,15 +133,10 @@ impl<I: Io> StoredLayer<I> {
 
     /// [`Source::collect`], if it need not wait. `None` also after an error and where a layer in
     /// memory has a newest value that is no base; `out` may have got some of the values then.
-    pub(super) fn collect_held(
-        &self,
-        key: Key,
-        lsns: &LsnRange,
-        out: &mut Vec<(Lsn, Value)>,
-    ) -> Option<(Lookup, bool)> {
+    pub(super) fn held(&self, key: Key, lsns: &LsnRange, out: &mut Values) -> Option<Answer> {
         match self.in_memory() {
-            Some(layer) => Some((layer.newest(key, lsns, out)?, false)),
-            None => self.reader.borrow().as_ref()?.collect_held(key, lsns, out),
+            Some(layer) => Some(Answer { lookup: layer.newest(key, lsns, out)?, is_read: false }),
+            None => self.reader.borrow().as_ref()?.held(key, lsns, out),
         }
     }
 

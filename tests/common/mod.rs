@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 use pgstrata::base::{Lsn, TenantId, TenantShardId, TimelineId};
 use pgstrata::cli::demo_node::DemoNode;
 use pgstrata::cli::page_client::PageClient;
-use pgstrata::cli::pg::{PgCluster, make_dir};
+use pgstrata::cli::pg::{PgCluster, StopMode, make_dir};
 use pgstrata::cli::verify::verify;
 use pgstrata::cli::verify_files::scan;
 use pgstrata::shard::control::{TimelineInfo, TimelineState};
@@ -42,6 +42,14 @@ impl Root {
         let settings = ["autovacuum = off".to_owned()];
         let mut cluster = PgCluster::init(&self.join(name), checksums, &settings).unwrap();
         cluster.start().unwrap();
+        cluster
+    }
+
+    /// One with pgbench's tables, stopped: a directory to import.
+    pub fn stopped_cluster(&self) -> PgCluster {
+        let mut cluster = self.cluster("cluster", false);
+        cluster.pgbench_init("postgres", 1).unwrap();
+        cluster.stop(StopMode::Fast).unwrap();
         cluster
     }
 }

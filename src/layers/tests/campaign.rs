@@ -26,7 +26,7 @@ use std::time::Instant;
 use fastrand::Rng;
 use futures_lite::future::block_on;
 
-use crate::base::{Key, Lsn, Value};
+use crate::base::{Key, Lsn};
 use crate::io::ALIGNMENT;
 use crate::layers::*;
 use files::{Form, dir, make, owner};
@@ -52,7 +52,7 @@ const SMALL_FORMS: [Form; 6] = [
 ];
 const TIMELINES: [u8; 2] = [0x22, 0x33];
 
-type Answer = (Vec<(Lsn, Value)>, Lookup);
+type Answer = (Values, Lookup);
 
 /// What is read of one key.
 struct Asked {

@@ -12,6 +12,7 @@
 
 use crate::base::{Key, KeyKind, Lsn, LsnRange, Value};
 use crate::io::Io;
+use crate::layers::Values;
 use crate::limits::COMPACT_HISTORY_IMAGE_BYTES;
 
 use super::job::Pages;
@@ -40,7 +41,7 @@ pub(super) struct Chain<'a> {
     /// LSNs of image layers that lie above the values so far, the lowest last.
     images: Vec<Lsn>,
     /// They begin with a base if `has_base`; otherwise older layers have it, below this LSN.
-    values: Vec<(Lsn, Value)>,
+    values: Values,
     below: Lsn,
     bytes: usize,
     has_base: bool,
@@ -93,9 +94,9 @@ impl<'a> Chain<'a> {
         &mut self,
         pages: &Pages<I>,
         key: Key,
-        values: Vec<(Lsn, Value)>,
+        values: Values,
         is_last: bool,
-    ) -> Vec<(Lsn, Value)> {
+    ) -> Values {
         let mut out = Vec::with_capacity(values.len() + 1);
         let mut rest = values.into_iter().peekable();
         while let Some((lsn, value)) = rest.next() {

@@ -27,7 +27,7 @@ use super::{Planted, planted};
 use crate::base::{Key, KeyKind, KeyRange, Kind, Lsn, Value};
 use crate::io::Io;
 use crate::layers::{
-    DeltaMerge, ImageCursor, ImageWriter, LayerDesc, LayerError, LayerName, LayerOwner,
+    DeltaMerge, ImageCursor, ImageWriter, LayerDesc, LayerError, LayerName, LayerOwner, Values,
 };
 use crate::limits::{
     COMPACT_GROUP_BYTES_MAX, COMPACT_IMAGE_PIECES_MAX, COMPACT_IMAGE_VALUES_MAX,
@@ -184,10 +184,7 @@ struct Input<I: Io> {
 impl<I: Io> Input<I> {
     /// The next key with its values since the newest base. Values that have grown too large are
     /// folded into a page.
-    async fn next(
-        &mut self,
-        pages: &Pages<I>,
-    ) -> Result<Option<(Key, Vec<(Lsn, Value)>)>, CompactError> {
+    async fn next(&mut self, pages: &Pages<I>) -> Result<Option<(Key, Values)>, CompactError> {
         let image = self.image.head().await?;
         let delta = self.deltas.head().await?.map(|(key, _)| key);
         let Some(key) = image.into_iter().chain(delta).min() else { return Ok(None) };
@@ -300,7 +297,7 @@ async fn make<I: Io>(
 }
 
 /// The content of a key after its values.
-async fn content<I: Io>(pages: &Pages<I>, key: Key, mut values: Vec<(Lsn, Value)>) -> Content {
+async fn content<I: Io>(pages: &Pages<I>, key: Key, mut values: Values) -> Content {
     let is_done =
         values.len() == 1 && matches!(values.first(), Some((_, Value::Image(_) | Value::ZeroPage)));
     if (is_done || key.kind() == KeyKind::Metadata)

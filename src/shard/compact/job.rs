@@ -10,9 +10,9 @@ use bytes::Bytes;
 
 use super::points::Points;
 use crate::base::page::PAGE_SIZE;
-use crate::base::{Key, Kind, Lsn, Value};
+use crate::base::{Key, Kind, Lsn};
 use crate::io::{Io, IoError};
-use crate::layers::{LayerDesc, LayerError, LayerOwner};
+use crate::layers::{LayerDesc, LayerError, LayerOwner, Values};
 use crate::limits::COMPACT_FAILURES_LOGGED;
 use crate::redo::{Redo, RedoError, RedoMaker, plan};
 use crate::shard::background::BackgroundStopped;
@@ -122,11 +122,7 @@ impl<I: Io> Pages<I> {
     }
 
     /// The page after `values`, which ascend and begin with a base.
-    pub(super) async fn rebuild(
-        &self,
-        key: Key,
-        values: Vec<(Lsn, Value)>,
-    ) -> Result<Bytes, RedoError> {
+    pub(super) async fn rebuild(&self, key: Key, values: Values) -> Result<Bytes, RedoError> {
         let lsn = values.last().map_or(Lsn(0), |(lsn, _)| *lsn);
         let bad = |problem: String| {
             let (rel, block) = plan::name(key);

@@ -19,7 +19,7 @@ use super::{Planted, planted};
 use crate::base::{Key, KeyKind, Lsn, LsnRange, Value};
 use crate::io::Io;
 use crate::layers::{
-    DeltaMerge, DeltaWriter, LayerDesc, LayerError, LayerName, LayerOwner, MergeEntry,
+    DeltaMerge, DeltaWriter, LayerDesc, LayerError, LayerName, LayerOwner, MergeEntry, Values,
 };
 use crate::limits::{
     COMPACT_GROUP_BYTES_MAX, COMPACT_KEYS_MAX, COMPACT_REDO_CONCURRENT_MAX,
@@ -43,7 +43,7 @@ pub(super) struct MergeJob {
 /// Values of one key, or some of them.
 struct Group {
     key: Key,
-    values: Vec<(Lsn, Value)>,
+    values: Values,
     bytes: usize,
 }
 

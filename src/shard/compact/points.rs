@@ -7,9 +7,9 @@ use std::cell::RefCell;
 use std::path::{Path, PathBuf};
 use std::rc::Rc;
 
-use crate::base::{Key, Lsn, LsnRange, Value};
+use crate::base::{Key, Lsn, LsnRange};
 use crate::io::Io;
-use crate::layers::{BlockCache, FileLayer, LayerError, LayerName, LayerOwner, Lookup};
+use crate::layers::{BlockCache, FileLayer, LayerError, LayerName, LayerOwner, Lookup, Values};
 use crate::limits::{COMPACT_POINT_CACHE_BYTES, COMPACT_POINT_READERS_MAX};
 use crate::shard::layer_map::{LayerMap, LayerSpan};
 
@@ -37,11 +37,7 @@ impl<I: Io> Points<I> {
     }
 
     /// Versions of `key` with LSNs below `below`, newest first, up to a base.
-    pub(super) async fn collect(
-        &self,
-        key: Key,
-        below: Lsn,
-    ) -> Result<Vec<(Lsn, Value)>, LayerError> {
+    pub(super) async fn collect(&self, key: Key, below: Lsn) -> Result<Values, LayerError> {
         let mut found = Vec::new();
         let names = self.map.search(key, below);
         // As in a read: what deltas have below the image is in the image already.

@@ -1,5 +1,8 @@
 //! The engine passes its seeds, and bugs that are planted in it are found.
 
+use std::cell::Cell;
+use std::thread::LocalKey;
+
 use super::*;
 use crate::base::Key;
 use crate::limits::COMPACT_L0_INPUT_BYTES_MAX;
@@ -53,6 +56,14 @@ fn a_skipped_file_sync_is_found() {
 #[test]
 fn a_skipped_directory_sync_is_found() {
     let (seed, problem) = found(Plant::DirSync).expect("the planted bug was not found");
+    println!("found at seed {seed}: {problem}");
+}
+
+fn is_found(canary: &'static LocalKey<Cell<bool>>) {
+    canary.set(true);
+    let result = found(Plant::Nothing);
+    canary.set(false);
+    let (seed, problem) = result.expect("the planted bug was not found");
     println!("found at seed {seed}: {problem}");
 }
 
@@ -375,27 +386,15 @@ fn pages_are_read_with_and_without_waiting() {
 
 #[test]
 fn a_held_page_that_is_not_the_newest_is_found() {
-    CANARY_NOT_THE_NEWEST.set(true);
-    let result = found(Plant::Nothing);
-    CANARY_NOT_THE_NEWEST.set(false);
-    let (seed, problem) = result.expect("the planted bug was not found");
-    println!("found at seed {seed}: {problem}");
+    is_found(&CANARY_NOT_THE_NEWEST);
 }
 
 #[test]
 fn a_rebuilt_page_that_is_used_for_too_long_is_found() {
-    CANARY_STALE_PAGES.set(true);
-    let result = found(Plant::Nothing);
-    CANARY_STALE_PAGES.set(false);
-    let (seed, problem) = result.expect("the planted bug was not found");
-    println!("found at seed {seed}: {problem}");
+    is_found(&CANARY_STALE_PAGES);
 }
 
 #[test]
 fn a_range_closed_at_the_wrong_end_is_found() {
-    CANARY_WRONG_END.set(true);
-    let result = found(Plant::Nothing);
-    CANARY_WRONG_END.set(false);
-    let (seed, problem) = result.expect("the planted bug was not found");
-    println!("found at seed {seed}: {problem}");
+    is_found(&CANARY_WRONG_END);
 }
