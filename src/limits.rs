@@ -394,9 +394,11 @@ const _: () = assert!(RAW_WAL_SMALL_BYTES <= RAW_WAL_CHUNK_BYTES);
 /// Records that ingest takes in before other tasks get their turn.
 pub const INGEST_SLICE_RECORDS: usize = 32;
 /// Pages of a core of which it remembers that they were asked for last.
-pub const RECENT_PAGES: usize = 4096;
+pub const RECENT_PAGES: usize = 16 * 1024;
 /// New layers are read at these pages for so long at most before they are used.
-pub const LAYER_WARM_UP: std::time::Duration = std::time::Duration::from_millis(200);
+pub const LAYER_WARM_UP: std::time::Duration = std::time::Duration::from_millis(600);
+/// Pages that are read at once for that.
+pub const LAYER_WARM_UP_CONCURRENT: usize = 4;
 /// Writes of one layer file that the device has at once, of [`LAYER_WRITE_BYTES`] at most.
 pub const LAYER_WRITES_MAX: usize = 3;
 // Idle timelines.

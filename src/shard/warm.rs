@@ -11,14 +11,15 @@ use std::hash::BuildHasher;
 use std::rc::Rc;
 
 use foldhash::fast::FixedState;
+use futures_util::stream::{self, StreamExt};
 
 use super::layer_map::LayerSpan;
 use super::stored::StoredLayer;
 use super::timeline::Timeline;
 use crate::base::{Key, Lsn, TimelineId};
-use crate::io::Io;
+use crate::io::{Instant, Io};
 use crate::layers::{LayerDesc, LayerError, LayerOwner};
-use crate::limits::{LAYER_WARM_UP, RECENT_PAGES};
+use crate::limits::{LAYER_WARM_UP, LAYER_WARM_UP_CONCURRENT, RECENT_PAGES};
 
 type Page = (TimelineId, Key);
 
@@ -69,15 +70,11 @@ impl<I: Io> Timeline<I> {
             let span = layer.span();
             let first = recent.partition_point(|key| *key < span.keys.start);
             let last = recent.partition_point(|key| *key < span.keys.end);
-            for key in recent.get(first..last).unwrap_or_default() {
-                // Reads try again, and are told what is wrong.
-                if self.context.io.now() >= end || layer.warm_up(*key).await.is_err() {
-                    break;
-                }
-                self.context.io.yield_if_needed().await;
+            // Also where there is no such page. Reads try again, and are told what is wrong.
+            if layer.reader().await.is_ok() {
+                let keys = recent.get(first..last).unwrap_or_default();
+                layer.warm_up(keys, &self.context.io, end).await;
             }
-            // Those without such a page are opened all the same.
-            let _ = layer.reader().await;
             layers.push((span, layer));
         }
         layers
@@ -85,8 +82,18 @@ impl<I: Io> Timeline<I> {
 }
 
 impl<I: Io> StoredLayer<I> {
-    /// Brings what the newest version of a page needs of this layer into the cache.
-    async fn warm_up(&self, key: Key) -> Result<(), LayerError> {
+    /// Brings what the newest versions of these pages need of this layer into the cache, until
+    /// `end` or an error.
+    async fn warm_up(&self, keys: &[Key], io: &I, end: Instant) {
+        let reads = stream::iter(keys).map(|key| async move {
+            io.yield_if_needed().await;
+            io.now() < end && self.warm_up_page(*key).await.is_ok()
+        });
+        let mut reads = reads.buffered(LAYER_WARM_UP_CONCURRENT);
+        while reads.next().await == Some(true) {}
+    }
+
+    async fn warm_up_page(&self, key: Key) -> Result<(), LayerError> {
         let reader = self.reader().await?;
         // A block that is used once is the first that the cache drops.
         for _ in 0..2 {
