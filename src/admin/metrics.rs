@@ -81,6 +81,9 @@ const COUNTERS: &[(&str, &str, Number)] = &[
     ("index_bytes_written", "Bytes of timeline indexes written", |m| m.index_bytes_written),
     ("block_cache_hits", "Blocks of layer files that were in the cache", |m| m.block_cache_hits),
     ("block_cache_misses", "Blocks of layer files that were read", |m| m.block_cache_misses),
+    ("page_cache_hits", "Page reads that began with a page that was rebuilt before", |m| {
+        m.page_cache_hits
+    }),
     ("redo_requests", "Pages rebuilt from WAL records", |m| m.redo_requests),
     ("redo_records", "WAL records applied", |m| m.redo_records),
     ("redo_pages_native", "Pages rebuilt without a wal-redo process", |m| m.redo_pages_native),
@@ -125,6 +128,7 @@ const GAUGES: &[(&str, &str, Number)] = &[
         m.memory_resident_bytes
     }),
     ("block_cache_bytes", "Memory of the block cache", |m| m.block_cache_bytes),
+    ("page_cache_bytes", "Memory of the cache of rebuilt pages", |m| m.page_cache_bytes),
     ("redo_children_alive", "Wal-redo processes that run now", |m| m.redo_children_alive),
 ];
 

@@ -332,8 +332,7 @@ impl<'a> Compare<'a> {
         };
         let question =
             Question { kind, short: short.map(request), whole: request(found.bytes.clone()) };
-        let page: Box<[u8]> = page;
-        let ours = Bytes::from(page);
+        let ours = Bytes::from(page as Box<[u8]>);
         let sums = self.report.kinds.entry(kind).or_default();
         sums.changes += 1;
         let (after, native) = match done {

@@ -294,28 +294,27 @@ mod tests {
     }
 
     proptest! {
-           #[test]
-           fn books_balance(
-               budget in 0usize..60_000,
-               steps in prop::collection::vec((0u8..20, 0u32..80), 0..600),
-           ) {
-               let cache = BlockCache::new(budget);
-               let layers = [cache.next_layer(), cache.next_layer()];
-               for (action, n) in steps {
-                   let layer = layers[(n % 2) as usize];
-                   match action {
-                       0 => cache.forget(layer),
-                       _ => {
-    touch(&cache, layer, n);
+        #[test]
+        fn books_balance(
+            budget in 0usize..60_000,
+            steps in prop::collection::vec((0u8..20, 0u32..80), 0..600),
+        ) {
+            let cache = BlockCache::new(budget);
+            let layers = [cache.next_layer(), cache.next_layer()];
+            for (action, n) in steps {
+                let layer = layers[(n % 2) as usize];
+                if action == 0 {
+                    cache.forget(layer);
+                } else {
+                    touch(&cache, layer, n);
+                }
+                let state = cache.state.borrow();
+                let held: usize = state.blocks.values().map(|block| cost(&block.bytes)).sum();
+                prop_assert_eq!(held, state.small_bytes + state.main_bytes);
+                prop_assert!(held <= budget);
+                prop_assert_eq!(state.blocks.len(), state.small.len() + state.main.len());
+                prop_assert!(state.ghosts.len() <= 80.max(GHOSTS_MIN));
+            }
+        }
     }
-                   }
-                   let state = cache.state.borrow();
-                   let held: usize = state.blocks.values().map(|block| cost(&block.bytes)).sum();
-                   prop_assert_eq!(held, state.small_bytes + state.main_bytes);
-                   prop_assert!(held <= budget);
-                   prop_assert_eq!(state.blocks.len(), state.small.len() + state.main.len());
-                   prop_assert!(state.ghosts.len() <= 80.max(GHOSTS_MIN));
-               }
-           }
-       }
 }

@@ -273,8 +273,7 @@ impl Node {
         let tls = socket::load(&config).map_err(NodeError::Listen)?;
         let (mesh, inboxes) = Mesh::new(cpus.len());
         let (died_sender, died) = async_channel::bounded(2 * cpus.len());
-        // Hearts beat from before the first executor exists: an executor may fall asleep while it
-        // loads its shards.
+        // Hearts beat before there is an executor: it may fall asleep while it loads its shards.
         let pulses: Vec<[Pulse; 2]> = cpus.iter().map(|_| Default::default()).collect();
         let progress: Vec<[Progress; 2]> =
             pulses.iter().map(|pair| pair.each_ref().map(Pulse::progress)).collect();
@@ -315,9 +314,7 @@ impl Node {
             for (handle, list) in [(serve, &mut node.serve), (background, &mut node.background)] {
                 match handle {
                     Ok(handle) => list.push(handle),
-                    Err(problem) => {
-                        failure = Some(NodeError::Executor { core, cpu, problem });
-                    }
+                    Err(problem) => failure = Some(NodeError::Executor { core, cpu, problem }),
                 }
             }
         }

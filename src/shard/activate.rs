@@ -203,24 +203,36 @@ impl<I: Io> Slot<I> {
 
 /// From where on a timeline can be read. What a branch has of its ancestor's history is as long as
 /// that of the ancestor; and a collection of the ancestor leaves of it the branch point at least.
+/// Indexes that nobody has opened yet may name each other as ancestors: each counts once.
 pub(super) fn readable_from<I: Io>(
     slots: &BTreeMap<TimelineKey, Slot<I>>,
     key: TimelineKey,
 ) -> Lsn {
-    let Some(slot) = slots.get(&key) else { return Lsn::INVALID };
-    let own = match slot {
-        Slot::Ready(timeline) => timeline.gc_cutoff().max(timeline.start_lsn()),
-        Slot::Idle(brief) | Slot::Branching(brief) => brief.gc_cutoff_lsn,
-        Slot::Loading(loading) => loading.brief.gc_cutoff_lsn,
-        Slot::Importing(_) | Slot::Failed(_) | Slot::Damaged(..) | Slot::Deleting(_) => {
-            return Lsn::INVALID;
-        }
-    };
-    match slot.ancestry() {
-        Ancestry::Branch(point) => {
-            own.max(point.lsn.min(readable_from(slots, (key.0, point.timeline))))
-        }
-        Ancestry::Root | Ancestry::Unknown => own,
+    let mut line = Vec::new();
+    let (mut at, mut readable) = (key, Lsn::INVALID);
+    while let Some(own) = slots.get(&at).and_then(retained_from)
+        && line.len() < slots.len()
+    {
+        let Some(Ancestry::Branch(point)) = slots.get(&at).map(Slot::ancestry) else {
+            readable = own;
+            break;
+        };
+        line.push((own, point.lsn));
+        at.1 = point.timeline;
+    }
+    for (own, point) in line.into_iter().rev() {
+        readable = own.max(point.min(readable));
+    }
+    readable
+}
+
+/// From where on a timeline keeps its own history, if there is one.
+fn retained_from<I: Io>(slot: &Slot<I>) -> Option<Lsn> {
+    match slot {
+        Slot::Ready(timeline) => Some(timeline.gc_cutoff().max(timeline.start_lsn())),
+        Slot::Idle(brief) | Slot::Branching(brief) => Some(brief.gc_cutoff_lsn),
+        Slot::Loading(loading) => Some(loading.brief.gc_cutoff_lsn),
+        Slot::Importing(_) | Slot::Failed(_) | Slot::Damaged(..) | Slot::Deleting(_) => None,
     }
 }
 

@@ -17,8 +17,8 @@
 //! is on disk, so the files of both stay until an index has been written.
 //!
 //! Invariants: checkpoint and compaction replace the index in turn (`index_turn`), each together
-//! with its step of the layer map; a timeline has one compaction at a time; reads and ingest never
-//! wait for one. A failure is logged and counted, and the next attempt is made after a pause, with
+//! with its step of the layer map; a timeline has one compaction at a time; no read waits for one, and
+//! ingest only where it would run out of what [`super::plan::pressure`] allows it. A failure is logged and counted, and the next attempt is made after a pause, with
 //! the next action of the plan if there is one: a damaged layer does not hold up the others.
 
 use std::cell::{Cell, RefCell};
@@ -479,26 +479,55 @@ impl<I: Io> Timeline<I> {
         added: &[LayerDesc],
         removed: &[Rc<StoredLayer<I>>],
     ) -> Result<(), CompactError> {
+        // Takes time, in which others may change the index.
+        let layers = self.warmed_up(added).await;
         let _turn = self.index_turn.acquire().await;
-        let had_inputs = !removed.is_empty();
         let present =
             |name: &LayerName| self.mutable.borrow().layers.contains(&LayerSpan::from(name));
-        if let Some(twice) = added.iter().find(|desc| present(&desc.name)) {
-            tracing::error!("compaction made {}, which is there already", twice.name);
-            return Err(CompactError::Changed);
+        let twice = added.iter().find(|desc| present(&desc.name));
+        if twice.is_none() {
+            self.compaction.strays.borrow_mut().extend(added.iter().map(|desc| desc.name.clone()));
         }
-        self.compaction.strays.borrow_mut().extend(added.iter().map(|desc| desc.name.clone()));
-        let removed: Vec<_> = removed.iter().filter(|layer| present(layer.name())).collect();
-        if had_inputs && removed.is_empty() {
-            return Ok(());
+        let left: Vec<_> = removed.iter().filter(|layer| present(layer.name())).cloned().collect();
+        let written = match twice {
+            Some(twice) => {
+                tracing::error!("compaction made {}, which is there already", twice.name);
+                Err(CompactError::Changed)
+            }
+            None if left.is_empty() && !removed.is_empty() => Ok(false),
+            None => self.write_index_replacing(added, &left).await.map(|()| true),
+        };
+        if !matches!(written, Ok(true)) {
+            for (_, layer) in layers {
+                // Nothing was written by it.
+                let _ = layer.close().await;
+            }
+            return written.map(|_| ());
         }
+        let spans: Vec<_> = left.iter().map(|layer| layer.span()).collect();
+        #[cfg(test)]
+        let spans = if planted(Planted::KeepInputs) { Vec::new() } else { spans };
+        self.mutable.borrow_mut().layers.replace(&spans, layers);
+        for layer in left.iter().filter_map(|layer| layer.leave_memory()) {
+            self.drop_elsewhere(layer);
+        }
+        self.compaction.retired.borrow_mut().extend(left);
+        Ok(())
+    }
+
+    /// Makes an index durable that has these layers in the place of those. Part of the index turn.
+    async fn write_index_replacing(
+        &self,
+        added: &[LayerDesc],
+        removed: &[Rc<StoredLayer<I>>],
+    ) -> Result<(), CompactError> {
         let entry =
             |desc: &LayerDesc| IndexLayer { name: desc.name.to_string(), len: desc.file_bytes };
         let entries: Vec<IndexLayer> = added.iter().map(entry).collect();
         let gone: BTreeSet<String> = removed.iter().map(|layer| layer.name().to_string()).collect();
         #[cfg(test)]
         if planted(Planted::RemoveBeforeIndex) {
-            for layer in &removed {
+            for layer in removed {
                 let _ = self.context.io.remove(&layer.path()).await;
             }
         }
@@ -507,17 +536,6 @@ impl<I: Io> Timeline<I> {
         let index = index.encode();
         durable::write_file_atomic(&self.context.io, &path, &index).await?;
         self.context.counters.index_bytes.add(index.len() as u64);
-        let layers = self.warmed_up(added).await;
-        let mut mutable = self.mutable.borrow_mut();
-        let spans: Vec<_> = removed.iter().map(|layer| layer.span()).collect();
-        #[cfg(test)]
-        let spans = if planted(Planted::KeepInputs) { Vec::new() } else { spans };
-        mutable.layers.replace(&spans, layers);
-        drop(mutable);
-        for layer in removed.iter().filter_map(|layer| layer.leave_memory()) {
-            self.drop_elsewhere(layer);
-        }
-        self.compaction.retired.borrow_mut().extend(removed.into_iter().cloned());
         Ok(())
     }
 

@@ -221,6 +221,10 @@ pub struct CoreMetrics {
     pub block_cache_misses: u64,
     /// Gauge: memory of the cache's blocks.
     pub block_cache_bytes: u64,
+    /// Page reads that began with a page that was rebuilt before.
+    pub page_cache_hits: u64,
+    /// Gauge: memory of the cache of rebuilt pages.
+    pub page_cache_bytes: u64,
     pub get_page_requests: u64,
     pub get_page_seconds: f64,
     /// Requests that stand in line; gauge.

@@ -200,11 +200,8 @@ impl<I: Io> Timeline<I> {
                         pace.took(bytes.len() as u64);
                         self.take_in(start, bytes).await?;
                     }
-                    WalMessage::KeepAlive { reply_requested, .. } => {
-                        if reply_requested {
-                            reported = None;
-                        }
-                    }
+                    WalMessage::KeepAlive { reply_requested: true, .. } => reported = None,
+                    WalMessage::KeepAlive { reply_requested: false, .. } => {}
                     WalMessage::End(EndOfStream::Shutdown) => {
                         return Err(FollowError::PrimaryShutdown);
                     }

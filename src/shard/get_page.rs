@@ -227,16 +227,33 @@ impl<I: Io> Timeline<I> {
         }
     }
 
-    /// A page that exists at `lsn`.
+    /// A page that exists at `lsn`, and may be asked for again.
+    async fn page_for_client(&self, key: Key, lsn: Lsn) -> Result<Bytes, ReadError> {
+        self.context.recent.note(self.number, key);
+        let (page, rebuilt_from) = self.rebuild(key, lsn).await?;
+        if let Some(from) = rebuilt_from {
+            let rebuilt = RebuiltPage { from, until: lsn, page: page.clone() };
+            self.context.pages.put(self.number, key, rebuilt);
+        }
+        Ok(page)
+    }
+
+    /// A page that exists at `lsn`. It is not kept for others: who reads so reads everything.
     pub(super) async fn page(&self, key: Key, lsn: Lsn) -> Result<Bytes, ReadError> {
+        Ok(self.rebuild(key, lsn).await?.0)
+    }
+
+    /// A page that exists at `lsn`, and the LSN of its newest change, unless it was found as it is:
+    /// what stands in a layer or in the cache is found there as fast.
+    async fn rebuild(&self, key: Key, lsn: Lsn) -> Result<(Bytes, Option<Lsn>), ReadError> {
         let what = || format!("{key:?}");
-        self.context.recent.note(self.id, key);
         let mut known = self.rebuilt_page(key, lsn);
         if let Some(RebuiltPage { until, page, .. }) = &known
             && lsn <= *until
         {
+            self.context.counters.page_cache_hits.add(1);
             self.note_read(0, 0);
-            return Ok(page.clone());
+            return Ok((page.clone(), None));
         }
         let start = known.as_ref().map_or(Lsn(0), |known| end_of(known.until));
         let mut collected =
@@ -257,6 +274,7 @@ impl<I: Io> Timeline<I> {
                 None
             }
             (_, Some(known)) => {
+                self.context.counters.page_cache_hits.add(1);
                 is_stored = false;
                 Some(known.page.clone())
             }
@@ -279,14 +297,8 @@ impl<I: Io> Timeline<I> {
             let problem = format!("it has {} bytes instead of {PAGE_SIZE}", page.len());
             return Err(ReadError::Damaged { what: what(), lsn, problem });
         }
-        // What stands in a layer is found there as fast.
-        if let Some(from) = newest.or(known.map(|known| known.from))
-            && !is_stored
-        {
-            let rebuilt = RebuiltPage { from, until: lsn, page: page.clone() };
-            self.context.pages.put(self.number, key, rebuilt);
-        }
-        Ok(page)
+        let from = newest.or(known.map(|known| known.from)).filter(|_| !is_stored);
+        Ok((page, from))
     }
 
     /// The page at `lsn` or before, if it was rebuilt lately.
@@ -469,7 +481,7 @@ impl<I: Io> TimelineReader for Timeline<I> {
         if block >= blocks {
             return Ok(zero_page());
         }
-        let result = self.page(Key::rel_block(rel, block), lsn).await;
+        let result = self.page_for_client(Key::rel_block(rel, block), lsn).await;
         self.noted(self.still_retained(lsn, result))
     }
 

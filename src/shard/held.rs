@@ -1,11 +1,11 @@
-//! Pages that can be told at once: nothing has to be waited for, and nothing is allocated.
+//! Pages that can be told at once: nothing has to be waited for.
 //!
 //! Most requests are for pages whose newest version is an image in the block cache, or that were
-//! rebuilt lately. Those are answered here in one synchronous step. Whatever stands in the way, a block that is not in
-//! memory, records that must be applied, WAL that has not come, an error of any kind, leads to "not
-//! held"; then [`super::get_page`] reads the page, and its word is the one that counts. What is
-//! looked at and in which order is the same in both, but that no second look at the retained
-//! history is needed where nothing can happen in between.
+//! rebuilt lately. Those are answered here in one synchronous step. Whatever stands in the way, a
+//! block that is not in memory, records that must be applied, WAL that has not come, an error of any
+//! kind, leads to "not held"; then [`super::get_page`] reads the page, and its word is the one that
+//! counts. What is looked at and in which order is the same in both, but that no second look at the
+//! retained history is needed where nothing can happen in between.
 
 use bytes::Bytes;
 
@@ -57,8 +57,9 @@ impl<I: Io> Timeline<I> {
             return Some(zero_page());
         }
         let key = Key::rel_block(rel, block);
-        self.context.recent.note(self.id, key);
+        self.context.recent.note(self.number, key);
         if let Some(rebuilt) = self.rebuilt_page(key, lsn).filter(|known| lsn <= known.until) {
+            self.context.counters.page_cache_hits.add(1);
             self.note_read(0, 0);
             return Some(rebuilt.page);
         }

@@ -50,7 +50,16 @@ impl<I: Io> Timeline<I> {
             match select(effective, limit).await {
                 Either::Left((lsn, _)) => lsn?,
                 // Said before whoever asks gives up.
-                Either::Right(_) => return Err(self.still_to_come(request.request)),
+                Either::Right(_) => {
+                    return Err(match lsn {
+                        Some(lsn) => self.still_to_come(lsn),
+                        None => ReadError::LsnTimeout {
+                            wanted: self.start_lsn(),
+                            last_record_lsn: self.lsns().last_record,
+                            waited_ms: KEYSPACE_WAIT_MS_MAX,
+                        },
+                    });
+                }
             }
         };
         let forks = self.forks_with_blocks(lsn).await;

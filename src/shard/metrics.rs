@@ -86,6 +86,7 @@ pub struct Counters {
     pub merged_bytes: Counter,
     pub image_bytes: Counter,
     pub compaction_pages: Counter,
+    pub page_cache_hits: Counter,
     pub compaction_page_failures: Counter,
     pub merges_l0: Counter,
     pub merges_l1: Counter,

@@ -400,6 +400,8 @@ impl<I: Io, C: Connector> CoreControl for Rc<Shard<I, C>> {
             block_cache_hits: cache.hits,
             block_cache_misses: cache.misses,
             block_cache_bytes: cache.held_bytes as u64,
+            page_cache_hits: counters.page_cache_hits.get(),
+            page_cache_bytes: self.pages.held_bytes() as u64,
             read_layers: counters.read_layers.get(),
             read_records: counters.read_records.get(),
             ..CoreMetrics::default()

@@ -3,8 +3,8 @@
 //! What compaction replaces is in the block cache where it is read often, and what it makes is not.
 //! Without more, every such page would wait for the device once after each merge, just while that is
 //! busy with compaction. So the core remembers which pages were asked for last, and reads the new
-//! layers there before the layer map has them; nobody waits for that. Leaper (Yang et al., VLDB
-//! 2020) does the same with a prediction in place of a memory.
+//! layers there before the layer map has them. No read waits for that, only the next step of
+//! compaction. Leaper (Yang et al., VLDB 2020) does the same with a prediction in place of a memory.
 
 use std::cell::RefCell;
 use std::hash::BuildHasher;
@@ -14,14 +14,15 @@ use foldhash::fast::FixedState;
 use futures_util::stream::{self, StreamExt};
 
 use super::layer_map::LayerSpan;
+use super::pages::TimelineNumber;
 use super::stored::StoredLayer;
 use super::timeline::Timeline;
-use crate::base::{Key, Lsn, TimelineId};
-use crate::io::{Instant, Io};
+use crate::base::{Key, Lsn};
+use crate::io::Io;
 use crate::layers::{LayerDesc, LayerError, LayerOwner};
 use crate::limits::{LAYER_WARM_UP, LAYER_WARM_UP_CONCURRENT, RECENT_PAGES};
 
-type Page = (TimelineId, Key);
+type Page = (TimelineNumber, Key);
 
 /// The pages of a core that were asked for last: one for each of [`RECENT_PAGES`] hashes.
 #[derive(Default)]
@@ -32,7 +33,7 @@ pub struct RecentPages {
 
 impl RecentPages {
     /// The page was asked for.
-    pub(super) fn note(&self, timeline: TimelineId, key: Key) {
+    pub(super) fn note(&self, timeline: TimelineNumber, key: Key) {
         let mut slots = self.slots.borrow_mut();
         if slots.is_empty() {
             slots.resize(RECENT_PAGES, None);
@@ -44,7 +45,7 @@ impl RecentPages {
     }
 
     /// Those of one timeline, in order.
-    fn of(&self, timeline: TimelineId) -> Vec<Key> {
+    fn of(&self, timeline: TimelineNumber) -> Vec<Key> {
         let slots = self.slots.borrow();
         let own = slots.iter().flatten().filter(|(of, _)| *of == timeline);
         let mut keys: Vec<Key> = own.map(|(_, key)| *key).collect();
@@ -54,14 +55,15 @@ impl RecentPages {
 }
 
 impl<I: Io> Timeline<I> {
-    /// Layer files of this timeline, open, and in the cache where pages were asked for lately.
+    /// Layer files of this timeline, in the cache where pages were asked for lately, unless it is
+    /// stopping. Those without such pages are not opened.
     pub(super) async fn warmed_up(
         &self,
         files: &[LayerDesc],
     ) -> Vec<(LayerSpan, Rc<StoredLayer<I>>)> {
         let owner = LayerOwner { shard: self.tenant, timeline: self.id };
         let mut layers = Vec::with_capacity(files.len());
-        let recent = self.context.recent.of(self.id);
+        let recent = self.context.recent.of(self.number);
         let end = self.context.io.now() + LAYER_WARM_UP;
         for desc in files {
             let (io, cache) = (self.context.io.clone(), self.context.cache.clone());
@@ -70,11 +72,9 @@ impl<I: Io> Timeline<I> {
             let span = layer.span();
             let first = recent.partition_point(|key| *key < span.keys.start);
             let last = recent.partition_point(|key| *key < span.keys.end);
-            // Also where there is no such page. Reads try again, and are told what is wrong.
-            if layer.reader().await.is_ok() {
-                let keys = recent.get(first..last).unwrap_or_default();
-                layer.warm_up(keys, &self.context.io, end).await;
-            }
+            let keys = recent.get(first..last).unwrap_or_default();
+            let is_over = || self.context.io.now() >= end || self.compaction.has_ended();
+            layer.warm_up(keys, &self.context.io, is_over).await;
             layers.push((span, layer));
         }
         layers
@@ -82,12 +82,17 @@ impl<I: Io> Timeline<I> {
 }
 
 impl<I: Io> StoredLayer<I> {
-    /// Brings what the newest versions of these pages need of this layer into the cache, until
-    /// `end` or an error.
-    async fn warm_up(&self, keys: &[Key], io: &I, end: Instant) {
+    /// Brings what the newest versions of these pages need of this layer into the cache, until it is
+    /// over or there is an error: reads try again, and are told what is wrong.
+    async fn warm_up(&self, keys: &[Key], io: &I, is_over: impl Fn() -> bool) {
+        // Else each of those that begin at once would open the file.
+        if keys.is_empty() || is_over() || self.reader().await.is_err() {
+            return;
+        }
+        let is_over = &is_over;
         let reads = stream::iter(keys).map(|key| async move {
             io.yield_if_needed().await;
-            io.now() < end && self.warm_up_page(*key).await.is_ok()
+            !is_over() && self.warm_up_page(*key).await.is_ok()
         });
         let mut reads = reads.buffered(LAYER_WARM_UP_CONCURRENT);
         while reads.next().await == Some(true) {}
@@ -107,12 +112,14 @@ impl<I: Io> StoredLayer<I> {
 mod tests {
     use super::*;
     use crate::base::RelNode;
+    use crate::shard::pages::PageCache;
 
     #[test]
     fn the_last_pages_of_each_timeline_are_remembered() {
         let pages = RecentPages::default();
         let key = |block| Key::rel_block(RelNode { spc: 1, db: 2, rel: 3 }.fork(0), block);
-        let [one, other] = [TimelineId([1; 16]), TimelineId([2; 16])];
+        let numbers = PageCache::new(0);
+        let [one, other] = [numbers.next_timeline(), numbers.next_timeline()];
         assert!(pages.of(one).is_empty());
         for block in [5, 3, 5, 4] {
             pages.note(one, key(block));

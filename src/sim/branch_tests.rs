@@ -251,10 +251,18 @@ fn depth(shard: &SimShard, id: TimelineId) -> usize {
 }
 
 async fn delete(shard: &SimShard, story: &Story, io: &SimIo) -> Result<(), String> {
-    let Some(one) = story.pick(io, |one| one.id != TIMELINE) else { return Ok(()) };
     let infos = shard.timelines();
-    let is_ancestor =
-        infos.iter().any(|info| info.ancestor.is_some_and(|point| point.timeline == one.id));
+    let has_children = |id: TimelineId| {
+        infos.iter().any(|info| info.ancestor.is_some_and(|point| point.timeline == id))
+    };
+    // There are few: most timelines have no children.
+    let ancestor = match io.random_u64() % 3 {
+        0 => story.pick(io, |one| one.id != TIMELINE && has_children(one.id)),
+        _ => None,
+    };
+    let any = || story.pick(io, |one| one.id != TIMELINE);
+    let Some(one) = ancestor.or_else(any) else { return Ok(()) };
+    let is_ancestor = has_children(one.id);
     let open = shard.timeline(TENANT, one.id).await.ok();
     if !is_ancestor {
         story.change(one.id, |known| known.life = Life::Going);

@@ -394,6 +394,8 @@ fn a_circle_of_ancestors_is_an_error_and_no_standstill() {
         index.ancestor.as_mut().unwrap().timeline = B;
         durable::write_file_atomic(&io, &path, &index.encode()).await.unwrap();
         let shard = start_shard(&io, &outside).await.unwrap();
+        // Nothing was opened that could have found it.
+        assert!(shard.timelines().iter().any(|info| info.timeline == B));
         let error = shard.timeline(TENANT, B).await.err().unwrap().to_string();
         assert!(error.contains("circle"), "{error}");
         shard.shutdown().await;

@@ -9,8 +9,8 @@
 //! Algorithm:
 //! 1. [`Journal::append`] takes bytes at the end of the journal, as they are, without a copy.
 //! 2. [`Journal::flush`] writes everything that waits, whole blocks with zeros after the end,
-//!    syncs each file it touched, and only then moves [`Journal::synced_lsn`]. All that arrived
-//!    while a flush was under way goes with the next one: group commit.
+//!    syncs each file it touched, and only then moves `synced_lsn`, the end of what is synced. All
+//!    that arrived while a flush was under way goes with the next one: group commit.
 //! 3. The block that holds the end is written again by the next flush. Its old bytes are written
 //!    with the same content, so a torn write cannot damage them.
 //!
@@ -238,16 +238,6 @@ impl<I: Io> Journal<I> {
         }
     }
 
-    /// End of the bytes taken in.
-    pub fn end_lsn(&self) -> Lsn {
-        self.state.borrow().tail.end()
-    }
-
-    /// Every byte before this is on disk, synced.
-    pub fn synced_lsn(&self) -> Lsn {
-        self.state.borrow().synced
-    }
-
     /// Counters since the journal was opened.
     pub fn counters(&self) -> JournalCounters {
         self.state.borrow().counters
@@ -263,7 +253,7 @@ impl<I: Io> Journal<I> {
         self.state.borrow().failed.is_some()
     }
 
-    /// Takes bytes that begin at [`Journal::end_lsn`]. They are in memory only.
+    /// Takes bytes that begin where the last ended. They are in memory only.
     pub fn append(&self, start: Lsn, bytes: Bytes) -> Result<(), JournalError> {
         let mut state = self.state.borrow_mut();
         if let Some(error) = &state.failed {
@@ -416,11 +406,6 @@ impl<I: Io> Journal<I> {
             self.io.sync_dir(&self.dir).await?;
         }
         Ok(removed)
-    }
-
-    /// Bytes of the segment files.
-    pub async fn disk_bytes(&self) -> Result<u64, JournalError> {
-        Ok(self.io.list(&self.dir).await?.iter().map(|entry| entry.len).sum())
     }
 
     /// Closes the open file. Not a flush.

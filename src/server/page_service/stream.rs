@@ -60,6 +60,9 @@ where
                 there -= batch;
                 // Pages that are held never wait, nor does a socket that always has more requests.
                 glommio::yield_if_needed().await;
+                if self.service.stop.is_closed() {
+                    return Err(shutdown());
+                }
                 continue;
             }
             // Before a message that is none, what came before it is answered.

@@ -10,6 +10,7 @@ use crate::shard::compact::{MERGE_BYTES_MAX, PLANTED, Planted, WRITTEN};
 use crate::shard::gc::GcRequest;
 use crate::shard::get_page::{CANARY_STALE_PAGES, CANARY_WRONG_END};
 use crate::shard::held::CANARY_NOT_THE_NEWEST;
+use crate::shard::reader::ReadError;
 use crate::sim::check_seeds;
 
 /// A planted bug must be found within this many seeds.
@@ -349,6 +350,40 @@ fn pages_that_were_asked_for_are_in_the_cache_after_a_merge() {
     };
     assert_eq!(reads(true), 0);
     assert!(reads(false) > 10);
+}
+
+/// Reads every page as a backup does, and as clients do.
+async fn reads_of_both_kinds(io: SimIo, outside: Rc<Outside>) -> Result<(), String> {
+    let started = start(&io, &outside).await?;
+    let (shard, timeline) = &started;
+    layers(&started, &outside, 1).await?;
+    let lsn = timeline.lsns().last_record;
+    let (rel, blocks) = {
+        let primary = outside.primary.borrow();
+        let rels = primary.forks().into_iter().map(|rel| (rel, primary.size_at(rel, lsn)));
+        rels.max_by_key(|(_, blocks)| *blocks).ok_or("no fork")?
+    };
+    let text = |error: ReadError| error.to_string();
+    for block in 0..blocks {
+        timeline.page_at_branch(rel, block, lsn).await.map_err(text)?;
+    }
+    assert_eq!(shard.metrics().page_cache_bytes, 0);
+    let request = RequestLsn { request: lsn, not_modified_since: lsn };
+    for block in 0..blocks {
+        timeline.get_page(rel, block, request).await.map_err(text)?;
+        timeline.get_page(rel, block, request).await.map_err(text)?;
+    }
+    let kept = shard.metrics();
+    assert!(kept.page_cache_bytes > 0 && kept.page_cache_hits > 0);
+    started.0.shutdown().await;
+    Ok(())
+}
+
+#[test]
+fn only_what_clients_ask_for_is_kept() {
+    let (mut world, outside) = by_hand(1, SimOptions::default()).unwrap();
+    outside.compaction.set(Some((usize::MAX, 1_000_000)));
+    world.run(move |io| reads_of_both_kinds(io, outside)).unwrap().unwrap();
 }
 
 #[test]
