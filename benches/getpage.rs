@@ -132,18 +132,24 @@ fn start_echo(client_cpu: usize) -> Result<Server> {
     Ok(Server { child, address, reply_bytes: ECHO_BYTES })
 }
 
-fn start_node(dir: &Path, client_cpu: usize) -> Result<(Server, AdminClient)> {
+fn start_node(
+    dir: &Path,
+    client_cpu: usize,
+    page_cache_bytes: usize,
+) -> Result<(Server, AdminClient)> {
+    std::fs::create_dir(dir)?;
     let (page_port, admin_port) = (free_port()?, free_port()?);
     let address = format!("127.0.0.1:{page_port}");
     let mut command = Command::new(env!("CARGO_BIN_EXE_pgstrata"));
     command.arg("serve");
     for setting in [
-        format!("data_dir={}", dir.join("node").display()),
+        format!("data_dir={}", dir.join("data").display()),
         format!("listen_pg_addr={address}"),
         format!("listen_http_addr=127.0.0.1:{admin_port}"),
         format!("cores=[{SERVER_CPU}]"),
         format!("walredo_library={}", common::walredo_library()?.display()),
         "log_filter=warn".to_owned(),
+        format!("page_cache_bytes={page_cache_bytes}"),
     ] {
         command.args(["-c", &setting]);
     }
@@ -361,7 +367,6 @@ fn load(primary: &PgCluster, admin: &AdminClient) -> Result<Loaded> {
         }
         std::thread::sleep(Duration::from_millis(20));
     }
-    admin.checkpoint(tenant, TIMELINE)?;
     let path = primary.value("postgres", "SELECT pg_relation_filepath('pgbench_accounts')")?;
     let mut numbers = path.split('/').skip(1).map(str::parse::<u32>);
     let (Some(Ok(db)), Some(Ok(rel))) = (numbers.next(), numbers.next()) else {
@@ -482,20 +487,30 @@ fn benchmark() -> Result<()> {
     primary.psql("postgres", "ALTER TABLE pgbench_accounts SET (fillfactor = 75)")?;
     primary.psql("postgres", "VACUUM FULL pgbench_accounts")?;
     primary.psql("postgres", "VACUUM pgbench_accounts")?;
-    let (node, admin) = start_node(scratch.path(), client_cpu)?;
+    let dir = |name| scratch.path().join(name);
+    let (node, admin) = start_node(&dir("node"), client_cpu, 32 << 20)?;
     let loaded = load(&primary, &admin)?;
+    admin.checkpoint(TenantShardId::unsharded(TENANT), TIMELINE)?;
+    // Each page is rebuilt anew for each request, from records in the open layer: in a file they
+    // would be merged, and the pages get images.
+    let (forgetful, forgetful_admin) = start_node(&dir("forgetful"), client_cpu, 0)?;
+    let anew = load(&primary, &forgetful_admin)?;
     let echo = start_echo(client_cpu)?;
     let time = Duration::from_millis(sized(100, 1000));
-    let kinds: [(&str, &Server, &[u8]); 3] = [
+    let kinds: [(&str, &Server, &[u8]); 4] = [
         ("echo server", &echo, &loaded.images),
         ("node, page images", &node, &loaded.images),
-        ("node, image + records", &node, &loaded.records),
+        ("node, rebuilt and kept", &node, &loaded.records),
+        ("node, image + records", &forgetful, &anew.records),
     ];
     for shape in SHAPES {
         println!("{} connections, {} requests under way on each:", shape.0, shape.1);
-        let mut all: [[Rounds; 4]; 3] = Default::default();
-        let (redone, applied) =
-            (counter(&admin, "pgstrata_redo_requests")?, counter(&admin, "pgstrata_redo_records")?);
+        let mut all: [[Rounds; 4]; 4] = Default::default();
+        let redo = || -> Result<[f64; 2]> {
+            let of = |name| counter(&forgetful_admin, name);
+            Ok([of("pgstrata_redo_requests")?, of("pgstrata_redo_records")?])
+        };
+        let before = redo()?;
         for _ in 0..sized(2, 5) {
             let mut base = None;
             for ((_, server, requests), rounds) in kinds.iter().zip(&mut all) {
@@ -517,12 +532,12 @@ fn benchmark() -> Result<()> {
                 cpu_ratio.text(2)
             );
         }
-        let redone = counter(&admin, "pgstrata_redo_requests")? - redone;
-        let applied = counter(&admin, "pgstrata_redo_records")? - applied;
+        let after = redo()?;
+        let [redone, applied] = [after[0] - before[0], after[1] - before[1]];
         println!("  records per page that went through redo: {:.1}", applied / redone);
     }
     fairness(&node, &admin, &loaded)?;
-    drop((node, echo));
+    drop((node, forgetful, echo));
     Ok(())
 }
 

@@ -396,11 +396,20 @@ pub const INGEST_SLICE_RECORDS: usize = 32;
 /// Pages of a core of which it remembers that they were asked for last.
 pub const RECENT_PAGES: usize = 16 * 1024;
 /// New layers are read at these pages for so long at most before they are used.
-pub const LAYER_WARM_UP: std::time::Duration = std::time::Duration::from_millis(600);
-/// Pages that are read at once for that.
+pub const LAYER_WARM_UP_MAX: std::time::Duration = std::time::Duration::from_millis(600);
+/// And for one part in so many of the time that it took to make them,
+pub const LAYER_WARM_UP_SHARE: u32 = 4;
+/// but for so long where that is less.
+pub const LAYER_WARM_UP_MIN: std::time::Duration = std::time::Duration::from_millis(5);
+/// Blocks that are read at once for that.
 pub const LAYER_WARM_UP_CONCURRENT: usize = 4;
+/// From this offset on, a layer file is given space ahead of its writes, so much at a time, in
+/// bytes: an eighth of what is there already, and not more than its end takes back at once.
+pub const LAYER_SPACE_BYTES: u64 = SPARE_TRIM_BYTES;
+/// See [`LAYER_SPACE_BYTES`].
+pub const LAYER_SPACE_FROM: u64 = 8 * LAYER_SPACE_BYTES;
 /// Writes of one layer file that the device has at once, of [`LAYER_WRITE_BYTES`] at most.
-pub const LAYER_WRITES_MAX: usize = 3;
+pub const LAYER_WRITES_MAX: usize = 5;
 // Idle timelines.
 
 /// Within the time after which an unused timeline is closed, it is looked at so often.

@@ -1,8 +1,8 @@
 //! Images of pages into an image layer, against what the device takes in one row.
 //!
 //! Both sides write the same number of bytes through glommio with direct I/O to the same
-//! directory, and end with a sync. The pages are such that no compression shrinks them, so that
-//! the device gets all of their bytes.
+//! directory, have space for it from the start, and end with a sync. The pages are such that no
+//! compression shrinks them, so that the device gets all of their bytes.
 
 use std::collections::VecDeque;
 use std::path::{Path, PathBuf};
@@ -28,14 +28,15 @@ const DEPTH: usize = 4;
 
 /// Writes `len` bytes as fast as the device takes them; bytes per second.
 async fn device(io: &UringIo, path: &Path, len: usize) -> Result<f64> {
-    let file = Rc::new(io.create(path).await?);
     let begin = Instant::now();
+    let file = Rc::new(io.create(path).await?);
+    file.allocate(len as u64).await?;
     let mut under_way: VecDeque<LocalBoxFuture<'static, _>> = VecDeque::new();
     for at in (0..len).step_by(WRITE) {
         if under_way.len() >= DEPTH {
             under_way.pop_front().ok_or("no write")?.await?;
         }
-        let mut buf = file.alloc(WRITE);
+        let mut buf = file.alloc_to_fill(WRITE);
         buf.fill((at / WRITE) as u8 | 1);
         let file = file.clone();
         let mut write: LocalBoxFuture<'static, _> =
@@ -58,7 +59,9 @@ async fn device(io: &UringIo, path: &Path, len: usize) -> Result<f64> {
 async fn images(io: &UringIo, dir: &Path, pages: &[Bytes], count: usize) -> Result<f64> {
     let owner = LayerOwner { shard: TENANT, timeline: TIMELINE };
     let begin = Instant::now();
-    let mut writer = ImageWriter::create(io, dir, owner, Lsn(100), 0).await?;
+    // As compaction does, which knows the images that new ones take the place of.
+    let least = (count * PAGE) as u64;
+    let mut writer = ImageWriter::create(io, dir, owner, Lsn(100), least).await?;
     let rel = RelNode { spc: 1663, db: 5, rel: 16384 }.fork(0);
     for (block, page) in (0..count as u32).zip(pages.iter().cycle()) {
         writer.add(Key::rel_block(rel, block), &Value::Image(page.clone())).await?;

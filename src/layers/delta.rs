@@ -13,6 +13,7 @@
 //!
 //! Form and reasons: [`crate::layers::format`] and [`crate::layers::index`].
 
+use std::ops::Range;
 use std::path::Path;
 use std::rc::Rc;
 
@@ -56,7 +57,7 @@ pub struct DeltaWriter<I: Io> {
 impl<I: Io> DeltaWriter<I> {
     /// Starts a temporary file in `dir` for values with an LSN within `lsns`. It ends with
     /// [`DeltaWriter::finish`] or [`DeltaWriter::abort`], after an error of `add` too.
-    /// Space of a removed file of up to `least` bytes may be used, which it should come to have.
+    /// The file gets space for `least` bytes at once, which it should come to have.
     ///
     /// # Errors
     /// [`LayerError::Io`].
@@ -287,6 +288,26 @@ impl<I: Io> DeltaLayer<I> {
     async fn block(&self, number: usize, block: &BlockRef) -> Result<Bytes, LayerError> {
         let number = u32::try_from(number).expect("an index has less than 2^32 entries");
         self.file.block(number, block.offset, &block.packed).await
+    }
+
+    /// See [`crate::layers::FileLayer::blocks_of`].
+    pub(super) fn blocks_of(&self, key: Key) -> Range<u32> {
+        if !filter::may_contain(&self.filter, key) {
+            return 0..0;
+        }
+        // The first may begin in the block before those that begin with the key.
+        let first = self.index.partition_point(|block| block.key < key).saturating_sub(1);
+        let end = self.index.partition_point(|block| block.key <= key);
+        let number = |at| u32::try_from(at).expect("an index has less than 2^32 entries");
+        number(first)..number(end)
+    }
+
+    /// See [`crate::layers::FileLayer::warm_up`].
+    pub(super) async fn warm_up(&self, number: u32) -> Result<(), LayerError> {
+        if let Some(place) = self.index.get(number as usize) {
+            self.file.warm_up(number, place.offset, &place.packed).await?;
+        }
+        Ok(())
     }
 
     /// True unless filter and index tell that the layer has nothing of `key` within `lsns`.

@@ -204,6 +204,19 @@ impl<I: Io> LayerFile<I> {
         Ok(block)
     }
 
+    /// Brings a block into the cache. One that is used once is the first that the cache drops, so
+    /// this counts as two uses.
+    pub(super) async fn warm_up(
+        &self,
+        number: u32,
+        offset: u64,
+        packed: &Packed,
+    ) -> Result<(), LayerError> {
+        self.block(number, offset, packed).await?;
+        self.block(number, offset, packed).await?;
+        Ok(())
+    }
+
     /// The same, if it is in the cache.
     pub(super) fn held_block(&self, number: u32) -> Option<Bytes> {
         self.cache.held(self.number, number)
@@ -356,6 +369,30 @@ impl<I: Io> FileLayer<I> {
         match self {
             FileLayer::Delta(layer) => layer.held(key, lsns, out),
             FileLayer::Image(layer) => layer.held(key, lsns, out),
+        }
+    }
+
+    /// Numbers of the data blocks that may have values of these keys, each once. The keys are in
+    /// order.
+    pub fn blocks_of(&self, keys: &[Key]) -> Vec<u32> {
+        let mut blocks: Vec<u32> = match self {
+            FileLayer::Delta(layer) => keys.iter().flat_map(|key| layer.blocks_of(*key)).collect(),
+            FileLayer::Image(layer) => keys.iter().flat_map(|key| layer.blocks_of(*key)).collect(),
+        };
+        blocks.sort_unstable();
+        blocks.dedup();
+        blocks
+    }
+
+    /// Brings a data block into the cache, to stay there for a while; of no use where there is no
+    /// block of that number.
+    ///
+    /// # Errors
+    /// [`LayerError::Damaged`], [`LayerError::Io`].
+    pub async fn warm_up(&self, number: u32) -> Result<(), LayerError> {
+        match self {
+            FileLayer::Delta(layer) => layer.warm_up(number).await,
+            FileLayer::Image(layer) => layer.warm_up(number).await,
         }
     }
 

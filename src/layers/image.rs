@@ -42,7 +42,7 @@ pub struct ImageWriter<I: Io> {
 impl<I: Io> ImageWriter<I> {
     /// Starts a temporary file in `dir` for the state at `lsn`. It ends with
     /// [`ImageWriter::finish`] or [`ImageWriter::abort`], after an error of `add` too.
-    /// Space of a removed file of up to `least` bytes may be used, which it should come to have.
+    /// The file gets space for `least` bytes at once, which it should come to have.
     ///
     /// # Errors
     /// [`LayerError::Io`].
@@ -261,6 +261,22 @@ impl<I: Io> ImageLayer<I> {
             return Ok(Value::ZeroPage);
         }
         Ok(Value::Image(self.file.block(number, blob.offset, &blob.packed).await?))
+    }
+
+    /// See [`crate::layers::FileLayer::blocks_of`].
+    pub(super) fn blocks_of(&self, key: Key) -> impl Iterator<Item = u32> {
+        let found = self.index.find(key).filter(|(_, blob)| blob.form != Form::Zero);
+        found.map(|(number, _)| number).into_iter()
+    }
+
+    /// See [`crate::layers::FileLayer::warm_up`].
+    pub(super) async fn warm_up(&self, number: u32) -> Result<(), LayerError> {
+        if let Some(blob) = self.index.blobs().get(number as usize)
+            && blob.form != Form::Zero
+        {
+            self.file.warm_up(number, blob.offset, &blob.packed).await?;
+        }
+        Ok(())
     }
 
     /// True if the content of `key` has to be read from the file.

@@ -25,7 +25,7 @@ use crate::io::{ALIGNMENT, File, Io, IoError, align_up};
 use crate::layers::format::{Description, Footer, HEADER_BYTES, frame_crc};
 use crate::layers::packer::Packer;
 use crate::layers::{LayerDesc, LayerError, LayerName, LayerOwner};
-use crate::limits::{LAYER_WRITE_BYTES, LAYER_WRITES_MAX};
+use crate::limits::{LAYER_SPACE_BYTES, LAYER_SPACE_FROM, LAYER_WRITE_BYTES, LAYER_WRITES_MAX};
 
 /// Percentage that lz4 must save of an index to be worth it.
 const INDEX_SAVING_PERCENT: usize = 10;
@@ -40,6 +40,8 @@ pub(super) struct LayerFileWriter<I: Io> {
     /// Writes that the device has, oldest first.
     under_way: VecDeque<LocalBoxFuture<'static, Result<(), IoError>>>,
     buffer: <I::File as File>::WriteBuf,
+    /// The file has space up to here. What a write adds to a file keeps all others waiting.
+    space: u64,
     /// Bytes of the buffer in use.
     used: usize,
     /// Offset in the file where the buffer belongs.
@@ -64,11 +66,38 @@ impl<I: Io> LayerFileWriter<I> {
         least: u64,
     ) -> Result<Self, IoError> {
         let temp = dir.join(format!("{:016x}{TEMP_SUFFIX}", io.random_u64()));
-        let file = Rc::new(io.create_scratch(&temp, least).await?);
+        let file = io.create_scratch(&temp, least).await?;
         let buffer = file.alloc_to_fill(LAYER_WRITE_BYTES);
         let (io, dir, offset) = (io.clone(), dir.to_owned(), HEADER_BYTES as u64);
-        let under_way = VecDeque::new();
-        Ok(LayerFileWriter { io, dir, temp, owner, file, under_way, buffer, used: 0, offset })
+        let mut writer = LayerFileWriter {
+            io,
+            dir,
+            temp,
+            owner,
+            file: Rc::new(file),
+            under_way: VecDeque::new(),
+            buffer,
+            space: 0,
+            used: 0,
+            offset,
+        };
+        match writer.make_space(least).await {
+            Ok(()) => Ok(writer),
+            Err(error) => {
+                writer.abort().await;
+                Err(error)
+            }
+        }
+    }
+
+    /// Has the file get space for `len` bytes, if it is shorter.
+    async fn make_space(&mut self, len: u64) -> Result<(), IoError> {
+        self.space = self.file.len().await?;
+        if self.space < len {
+            self.file.allocate(align_up(len)).await?;
+            self.space = align_up(len);
+        }
+        Ok(())
     }
 
     /// The temporary file, for errors.
@@ -155,6 +184,9 @@ impl<I: Io> LayerFileWriter<I> {
         let offset = self.offset;
         self.offset += LAYER_WRITE_BYTES as u64;
         self.used = 0;
+        if self.space < self.offset && offset >= LAYER_SPACE_FROM {
+            self.make_space(offset + LAYER_SPACE_BYTES).await?;
+        }
         self.write(offset, full).await?;
         self.io.yield_if_needed().await;
         Ok(())

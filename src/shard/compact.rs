@@ -32,22 +32,21 @@ use futures_util::future::select;
 
 use self::images::ImageJob;
 pub use self::job::CompactError;
-use self::job::{Flags, JobBase, Made};
+use self::job::{Flags, JobBase};
 use self::merge::MergeJob;
-use super::index::{INDEX_FILE, IndexLayer};
-use super::layer_map::LayerSpan;
 use super::plan::compaction::{Action, PlanConfig, PlanLayer, plan};
 use super::stored::StoredLayer;
 use super::timeline::{Signal, Timeline};
 use super::turn::Turn;
 use crate::base::{Key, KeyRange, Lsn, LsnRange};
-use crate::io::{Io, durable};
-use crate::layers::{LayerDesc, LayerName, LayerOwner};
+use crate::io::Io;
+use crate::layers::{LayerName, LayerOwner};
 use crate::limits::{
     COMPACT_L0_INPUT_BYTES_MAX, COMPACT_REMOVE_POLL_MS, COMPACT_RETRY_MS_MAX, COMPACT_RETRY_MS_MIN,
     L0_LAYERS_MAX, L0_LAYERS_URGENT, L0_MERGE_FAILURES_MAX,
 };
 
+mod adopt;
 mod chain;
 mod images;
 mod job;
@@ -418,10 +417,11 @@ impl<I: Io> Timeline<I> {
             cuts: snapshot.cuts(),
             chain_max,
         };
+        let began = self.context.io.now();
         let made = self.context.background.run(move |io: I| merge::run(io, job)).await??;
         let bytes = made.layers.iter().map(|layer| layer.file_bytes).sum();
         self.context.counters.merged_bytes.add(bytes);
-        self.adopt(made, &removed).await
+        self.adopt(made, &removed, began).await
     }
 
     async fn make_images(
@@ -442,101 +442,11 @@ impl<I: Io> Timeline<I> {
             deltas: names(&snapshot.layers(deltas)),
             all: snapshot.older(Lsn(lsn.0.saturating_add(1)), &[]),
         };
+        let began = self.context.io.now();
         let made = self.context.background.run(move |io: I| images::run(io, job)).await??;
         let bytes = made.layers.iter().map(|layer| layer.file_bytes).sum();
         self.context.counters.image_bytes.add(bytes);
-        self.adopt(made, &[]).await
-    }
-
-    /// Steps 3 and 4 for what a job has made.
-    async fn adopt(&self, made: Made, removed: &[Rc<StoredLayer<I>>]) -> Result<(), CompactError> {
-        #[cfg(test)]
-        count(3, made.pages);
-        self.context.counters.compaction_pages.add(made.pages);
-        self.context.counters.compaction_page_failures.add(made.failures);
-        if !made.layers.is_empty() {
-            self.replace_layers(&made.layers, removed).await?;
-        }
-        match made.error {
-            // The plan would be the same at once: nothing but pages that cannot be rebuilt.
-            None if made.layers.is_empty() => Err(CompactError::Nothing),
-            None => Ok(()),
-            Some(error) => Err(error),
-        }
-    }
-
-    /// Puts durable layer files in the place of others, in the index and in memory; the others'
-    /// files go when nobody reads them any more.
-    ///
-    /// Garbage collection may have taken some of the others meanwhile: what they had is in the new
-    /// files still, and no read looks there. If it has taken all of them, the new ones are not
-    /// needed either.
-    ///
-    /// # Errors
-    /// [`CompactError::Io`], and memory is as before.
-    pub(super) async fn replace_layers(
-        &self,
-        added: &[LayerDesc],
-        removed: &[Rc<StoredLayer<I>>],
-    ) -> Result<(), CompactError> {
-        // Takes time, in which others may change the index.
-        let layers = self.warmed_up(added).await;
-        let _turn = self.index_turn.acquire().await;
-        let present =
-            |name: &LayerName| self.mutable.borrow().layers.contains(&LayerSpan::from(name));
-        let twice = added.iter().find(|desc| present(&desc.name));
-        if twice.is_none() {
-            self.compaction.strays.borrow_mut().extend(added.iter().map(|desc| desc.name.clone()));
-        }
-        let left: Vec<_> = removed.iter().filter(|layer| present(layer.name())).cloned().collect();
-        let written = match twice {
-            Some(twice) => {
-                tracing::error!("compaction made {}, which is there already", twice.name);
-                Err(CompactError::Changed)
-            }
-            None if left.is_empty() && !removed.is_empty() => Ok(false),
-            None => self.write_index_replacing(added, &left).await.map(|()| true),
-        };
-        if !matches!(written, Ok(true)) {
-            for (_, layer) in layers {
-                // Nothing was written by it.
-                let _ = layer.close().await;
-            }
-            return written.map(|_| ());
-        }
-        let spans: Vec<_> = left.iter().map(|layer| layer.span()).collect();
-        #[cfg(test)]
-        let spans = if planted(Planted::KeepInputs) { Vec::new() } else { spans };
-        self.mutable.borrow_mut().layers.replace(&spans, layers);
-        for layer in left.iter().filter_map(|layer| layer.leave_memory()) {
-            self.drop_elsewhere(layer);
-        }
-        self.compaction.retired.borrow_mut().extend(left);
-        Ok(())
-    }
-
-    /// Makes an index durable that has these layers in the place of those. Part of the index turn.
-    async fn write_index_replacing(
-        &self,
-        added: &[LayerDesc],
-        removed: &[Rc<StoredLayer<I>>],
-    ) -> Result<(), CompactError> {
-        let entry =
-            |desc: &LayerDesc| IndexLayer { name: desc.name.to_string(), len: desc.file_bytes };
-        let entries: Vec<IndexLayer> = added.iter().map(entry).collect();
-        let gone: BTreeSet<String> = removed.iter().map(|layer| layer.name().to_string()).collect();
-        #[cfg(test)]
-        if planted(Planted::RemoveBeforeIndex) {
-            for layer in removed {
-                let _ = self.context.io.remove(&layer.path()).await;
-            }
-        }
-        let index = self.index_replacing(&entries, &gone, self.lsns().disk_consistent);
-        let path = self.context.dir.join(INDEX_FILE);
-        let index = index.encode();
-        durable::write_file_atomic(&self.context.io, &path, &index).await?;
-        self.context.counters.index_bytes.add(index.len() as u64);
-        Ok(())
+        self.adopt(made, &[], began).await
     }
 
     /// Removes files that belong to nothing any more and are not being read. Has the turn, so that

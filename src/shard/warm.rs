@@ -9,6 +9,7 @@
 use std::cell::RefCell;
 use std::hash::BuildHasher;
 use std::rc::Rc;
+use std::time::Duration;
 
 use foldhash::fast::FixedState;
 use futures_util::stream::{self, StreamExt};
@@ -17,10 +18,13 @@ use super::layer_map::LayerSpan;
 use super::pages::TimelineNumber;
 use super::stored::StoredLayer;
 use super::timeline::Timeline;
-use crate::base::{Key, Lsn};
+use crate::base::Key;
 use crate::io::Io;
-use crate::layers::{LayerDesc, LayerError, LayerOwner};
-use crate::limits::{LAYER_WARM_UP, LAYER_WARM_UP_CONCURRENT, RECENT_PAGES};
+use crate::layers::{LayerDesc, LayerOwner};
+use crate::limits::{
+    LAYER_WARM_UP_CONCURRENT, LAYER_WARM_UP_MAX, LAYER_WARM_UP_MIN, LAYER_WARM_UP_SHARE,
+    RECENT_PAGES,
+};
 
 type Page = (TimelineNumber, Key);
 
@@ -56,15 +60,18 @@ impl RecentPages {
 
 impl<I: Io> Timeline<I> {
     /// Layer files of this timeline, in the cache where pages were asked for lately, unless it is
-    /// stopping. Those without such pages are not opened.
+    /// stopping. Those without such pages are not opened. Takes a share of the time that it took
+    /// to make them: compaction shall get its work done.
     pub(super) async fn warmed_up(
         &self,
         files: &[LayerDesc],
+        took: Duration,
     ) -> Vec<(LayerSpan, Rc<StoredLayer<I>>)> {
         let owner = LayerOwner { shard: self.tenant, timeline: self.id };
         let mut layers = Vec::with_capacity(files.len());
         let recent = self.context.recent.of(self.number);
-        let end = self.context.io.now() + LAYER_WARM_UP;
+        let end = self.context.io.now()
+            + (took / LAYER_WARM_UP_SHARE).clamp(LAYER_WARM_UP_MIN, LAYER_WARM_UP_MAX);
         for desc in files {
             let (io, cache) = (self.context.io.clone(), self.context.cache.clone());
             let (dir, name) = (&self.context.dir, desc.name.clone());
@@ -82,29 +89,20 @@ impl<I: Io> Timeline<I> {
 }
 
 impl<I: Io> StoredLayer<I> {
-    /// Brings what the newest versions of these pages need of this layer into the cache, until it is
-    /// over or there is an error: reads try again, and are told what is wrong.
+    /// Brings what these pages need of this layer into the cache, until it is over or there is an
+    /// error: reads try again, and are told what is wrong.
     async fn warm_up(&self, keys: &[Key], io: &I, is_over: impl Fn() -> bool) {
-        // Else each of those that begin at once would open the file.
-        if keys.is_empty() || is_over() || self.reader().await.is_err() {
+        if keys.is_empty() || is_over() {
             return;
         }
-        let is_over = &is_over;
-        let reads = stream::iter(keys).map(|key| async move {
+        let Ok(reader) = self.reader().await else { return };
+        let (reader, is_over) = (&reader, &is_over);
+        let reads = stream::iter(reader.blocks_of(keys)).map(|block| async move {
             io.yield_if_needed().await;
-            !is_over() && self.warm_up_page(*key).await.is_ok()
+            !is_over() && reader.warm_up(block).await.is_ok()
         });
         let mut reads = reads.buffered(LAYER_WARM_UP_CONCURRENT);
         while reads.next().await == Some(true) {}
-    }
-
-    async fn warm_up_page(&self, key: Key) -> Result<(), LayerError> {
-        let reader = self.reader().await?;
-        // A block that is used once is the first that the cache drops.
-        for _ in 0..2 {
-            reader.collect(key, &(Lsn(0)..Lsn::MAX), &mut Vec::new()).await?;
-        }
-        Ok(())
     }
 }
 
