@@ -401,7 +401,7 @@ pub const LAYER_WARM_UP_MAX: std::time::Duration = std::time::Duration::from_mil
 pub const LAYER_WARM_UP_SHARE: u32 = 4;
 /// but for so long where that is less.
 pub const LAYER_WARM_UP_MIN: std::time::Duration = std::time::Duration::from_millis(5);
-/// Blocks that are read at once for that.
+/// Pages that are read at once for that.
 pub const LAYER_WARM_UP_CONCURRENT: usize = 4;
 /// From this offset on, a layer file is given space ahead of its writes, so much at a time, in
 /// bytes: an eighth of what is there already, and not more than its end takes back at once.

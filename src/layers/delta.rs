@@ -13,7 +13,6 @@
 //!
 //! Form and reasons: [`crate::layers::format`] and [`crate::layers::index`].
 
-use std::ops::Range;
 use std::path::Path;
 use std::rc::Rc;
 
@@ -290,24 +289,11 @@ impl<I: Io> DeltaLayer<I> {
         self.file.block(number, block.offset, &block.packed).await
     }
 
-    /// See [`crate::layers::FileLayer::blocks_of`].
-    pub(super) fn blocks_of(&self, key: Key) -> Range<u32> {
-        if !filter::may_contain(&self.filter, key) {
-            return 0..0;
-        }
-        // The first may begin in the block before those that begin with the key.
-        let first = self.index.partition_point(|block| block.key < key).saturating_sub(1);
-        let end = self.index.partition_point(|block| block.key <= key);
-        let number = |at| u32::try_from(at).expect("an index has less than 2^32 entries");
-        number(first)..number(end)
-    }
-
-    /// See [`crate::layers::FileLayer::warm_up`].
-    pub(super) async fn warm_up(&self, number: u32) -> Result<(), LayerError> {
-        if let Some(place) = self.index.get(number as usize) {
-            self.file.warm_up(number, place.offset, &place.packed).await?;
-        }
-        Ok(())
+    /// See [`crate::layers::FileLayer::block_of`].
+    pub(super) fn block_of(&self, key: Key) -> Option<usize> {
+        let number = self.index.partition_point(|block| block.key <= key).checked_sub(1)?;
+        // One that begins with the key may follow on others that have it.
+        self.index.get(number).is_some_and(|block| block.key < key).then_some(number)
     }
 
     /// True unless filter and index tell that the layer has nothing of `key` within `lsns`.

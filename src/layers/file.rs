@@ -204,19 +204,6 @@ impl<I: Io> LayerFile<I> {
         Ok(block)
     }
 
-    /// Brings a block into the cache. One that is used once is the first that the cache drops, so
-    /// this counts as two uses.
-    pub(super) async fn warm_up(
-        &self,
-        number: u32,
-        offset: u64,
-        packed: &Packed,
-    ) -> Result<(), LayerError> {
-        self.block(number, offset, packed).await?;
-        self.block(number, offset, packed).await?;
-        Ok(())
-    }
-
     /// The same, if it is in the cache.
     pub(super) fn held_block(&self, number: u32) -> Option<Bytes> {
         self.cache.held(self.number, number)
@@ -372,27 +359,12 @@ impl<I: Io> FileLayer<I> {
         }
     }
 
-    /// Numbers of the data blocks that may have values of these keys, each once. The keys are in
-    /// order.
-    pub fn blocks_of(&self, keys: &[Key]) -> Vec<u32> {
-        let mut blocks: Vec<u32> = match self {
-            FileLayer::Delta(layer) => keys.iter().flat_map(|key| layer.blocks_of(*key)).collect(),
-            FileLayer::Image(layer) => keys.iter().flat_map(|key| layer.blocks_of(*key)).collect(),
-        };
-        blocks.sort_unstable();
-        blocks.dedup();
-        blocks
-    }
-
-    /// Brings a data block into the cache, to stay there for a while; of no use where there is no
-    /// block of that number.
-    ///
-    /// # Errors
-    /// [`LayerError::Damaged`], [`LayerError::Io`].
-    pub async fn warm_up(&self, number: u32) -> Result<(), LayerError> {
+    /// Number of the data block that has all that the layer may have of `key`, if it is one that
+    /// other keys may lie in, too.
+    pub fn block_of(&self, key: Key) -> Option<usize> {
         match self {
-            FileLayer::Delta(layer) => layer.warm_up(number).await,
-            FileLayer::Image(layer) => layer.warm_up(number).await,
+            FileLayer::Delta(layer) => layer.block_of(key),
+            FileLayer::Image(_) => None,
         }
     }
 

@@ -263,22 +263,6 @@ impl<I: Io> ImageLayer<I> {
         Ok(Value::Image(self.file.block(number, blob.offset, &blob.packed).await?))
     }
 
-    /// See [`crate::layers::FileLayer::blocks_of`].
-    pub(super) fn blocks_of(&self, key: Key) -> impl Iterator<Item = u32> {
-        let found = self.index.find(key).filter(|(_, blob)| blob.form != Form::Zero);
-        found.map(|(number, _)| number).into_iter()
-    }
-
-    /// See [`crate::layers::FileLayer::warm_up`].
-    pub(super) async fn warm_up(&self, number: u32) -> Result<(), LayerError> {
-        if let Some(blob) = self.index.blobs().get(number as usize)
-            && blob.form != Form::Zero
-        {
-            self.file.warm_up(number, blob.offset, &blob.packed).await?;
-        }
-        Ok(())
-    }
-
     /// True if the content of `key` has to be read from the file.
     pub(super) fn needs_blocks(&self, key: Key, lsns: &LsnRange) -> bool {
         let covers = self.name().keys().contains(&key) && lsns.contains(&self.name().lsns().start);

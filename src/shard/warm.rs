@@ -18,9 +18,9 @@ use super::layer_map::LayerSpan;
 use super::pages::TimelineNumber;
 use super::stored::StoredLayer;
 use super::timeline::Timeline;
-use crate::base::Key;
+use crate::base::{Key, Lsn};
 use crate::io::Io;
-use crate::layers::{LayerDesc, LayerOwner};
+use crate::layers::{FileLayer, LayerDesc, LayerError, LayerOwner};
 use crate::limits::{
     LAYER_WARM_UP_CONCURRENT, LAYER_WARM_UP_MAX, LAYER_WARM_UP_MIN, LAYER_WARM_UP_SHARE,
     RECENT_PAGES,
@@ -96,14 +96,27 @@ impl<I: Io> StoredLayer<I> {
             return;
         }
         let Ok(reader) = self.reader().await else { return };
-        let (reader, is_over) = (&reader, &is_over);
-        let reads = stream::iter(reader.blocks_of(keys)).map(|block| async move {
+        let (mut last, reader, is_over) = (None, &reader, &is_over);
+        let is_new = |key: &&Key| {
+            let block = reader.block_of(**key);
+            block.is_none() || std::mem::replace(&mut last, block) != block
+        };
+        let reads = stream::iter(keys.iter().filter(is_new)).map(|key| async move {
             io.yield_if_needed().await;
-            !is_over() && reader.warm_up(block).await.is_ok()
+            !is_over() && read_twice(reader, *key).await.is_ok()
         });
         let mut reads = reads.buffered(LAYER_WARM_UP_CONCURRENT);
         while reads.next().await == Some(true) {}
     }
+}
+
+/// Brings what the newest version of a page needs of a layer into the cache, to stay there: a block
+/// that is used once is the first that the cache drops.
+async fn read_twice<I: Io>(reader: &FileLayer<I>, key: Key) -> Result<(), LayerError> {
+    for _ in 0..2 {
+        reader.collect(key, &(Lsn(0)..Lsn::MAX), &mut Vec::new()).await?;
+    }
+    Ok(())
 }
 
 #[cfg(test)]
