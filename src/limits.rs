@@ -398,7 +398,7 @@ pub const RECENT_PAGES: usize = 16 * 1024;
 /// New layers are read at these pages for so long at most before they are used.
 pub const LAYER_WARM_UP_MAX: std::time::Duration = std::time::Duration::from_millis(600);
 /// And for one part in so many of the time that it took to make them,
-pub const LAYER_WARM_UP_SHARE: u32 = 4;
+pub const LAYER_WARM_UP_SHARE: u32 = 2;
 /// but for so long where that is less.
 pub const LAYER_WARM_UP_MIN: std::time::Duration = std::time::Duration::from_millis(5);
 /// Pages that are read at once for that.
