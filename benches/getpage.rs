@@ -13,15 +13,15 @@
 
 mod common;
 
-use std::fs::File;
 use std::io::{BufRead, BufReader, ErrorKind, Read, Write};
 use std::net::TcpStream;
 use std::os::fd::AsFd;
 use std::path::Path;
-use std::process::{Child, Command, Stdio};
+use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
 use bytes::{BufMut, BytesMut};
+use common::node::{self, Node, PATIENCE, Process, SERVER_CPU, counter, spawn};
 use common::{Result, Rounds, Scratch, process_cpu, sized};
 use futures_util::{AsyncReadExt, AsyncWriteExt};
 use glommio::{LocalExecutorBuilder, Placement};
@@ -29,12 +29,11 @@ use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use pgstrata::base::{Lsn, RelNode, TenantId, TenantShardId, TimelineId};
 use pgstrata::cli::admin_client::AdminClient;
 use pgstrata::cli::attach::wait_until_active;
-use pgstrata::cli::pg::{PgCluster, free_port};
+use pgstrata::cli::pg::PgCluster;
 use pgstrata::server::page_protocol::{Header, Query, Request, Version, encode_request};
 use pgstrata::shard::control::TimelineSource;
 use pgstrata::shard::reader::RequestLsn;
 
-const SERVER_CPU: usize = 0;
 const ECHO: &str = "--echo-server";
 const FLOOD: &str = "--flood";
 /// A `CopyData` message with a request of version 2.
@@ -50,7 +49,6 @@ const TIMELINE: TimelineId = TimelineId([2; 16]);
 const FLOOD_SHAPE: (usize, usize) = (64, 64);
 /// Pause between two requests of the tenant that does not flood.
 const QUIET_PAUSE: Duration = Duration::from_millis(1);
-const PATIENCE: Duration = Duration::from_secs(60);
 /// Connections, and requests under way on each.
 const SHAPES: [(usize, usize); 4] = [(1, 1), (16, 1), (1, 16), (16, 16)];
 /// Blocks that are asked for over and over.
@@ -101,35 +99,20 @@ async fn echo(mut stream: glommio::net::TcpStream) -> Result<()> {
     }
 }
 
-/// A server process; it ends with this value.
+/// A server process.
 struct Server {
-    child: Child,
+    process: Process,
     address: String,
     reply_bytes: usize,
 }
 
-impl Drop for Server {
-    fn drop(&mut self) {
-        let _ = self.child.kill();
-        let _ = self.child.wait();
-    }
-}
-
-/// Starts a process on the server's CPU.
-fn spawn(command: &mut Command, client_cpu: usize) -> Result<Child> {
-    common::pin(SERVER_CPU)?;
-    let child = command.spawn();
-    common::pin(client_cpu)?;
-    Ok(child?)
-}
-
 fn start_echo(client_cpu: usize) -> Result<Server> {
     let mut command = Command::new(std::env::current_exe()?);
-    let mut child = spawn(command.arg(ECHO).stdout(Stdio::piped()), client_cpu)?;
+    let mut process = spawn(command.arg(ECHO).stdout(Stdio::piped()), client_cpu)?;
     let mut line = String::new();
-    BufReader::new(child.stdout.take().ok_or("stdout")?).read_line(&mut line)?;
+    BufReader::new(process.0.stdout.take().ok_or("stdout")?).read_line(&mut line)?;
     let address = format!("127.0.0.1:{}", line.trim());
-    Ok(Server { child, address, reply_bytes: ECHO_BYTES })
+    Ok(Server { process, address, reply_bytes: ECHO_BYTES })
 }
 
 fn start_node(
@@ -137,35 +120,9 @@ fn start_node(
     client_cpu: usize,
     page_cache_bytes: usize,
 ) -> Result<(Server, AdminClient)> {
-    std::fs::create_dir(dir)?;
-    let (page_port, admin_port) = (free_port()?, free_port()?);
-    let address = format!("127.0.0.1:{page_port}");
-    let mut command = Command::new(env!("CARGO_BIN_EXE_pgstrata"));
-    command.arg("serve");
-    for setting in [
-        format!("data_dir={}", dir.join("data").display()),
-        format!("listen_pg_addr={address}"),
-        format!("listen_http_addr=127.0.0.1:{admin_port}"),
-        format!("cores=[{SERVER_CPU}]"),
-        format!("walredo_library={}", common::walredo_library()?.display()),
-        "log_filter=warn".to_owned(),
-        format!("page_cache_bytes={page_cache_bytes}"),
-    ] {
-        command.args(["-c", &setting]);
-    }
-    command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(File::create(dir.join("log"))?);
-    let child = spawn(&mut command, client_cpu)?;
-    let mut server = Server { child, address, reply_bytes: PAGE_BYTES };
-    let admin = AdminClient::new(&format!("http://127.0.0.1:{admin_port}"))?;
-    let begin = Instant::now();
-    while admin.status().is_err() {
-        if server.child.try_wait()?.is_some() || begin.elapsed() > PATIENCE {
-            let log = std::fs::read_to_string(dir.join("log")).unwrap_or_default();
-            return Err(format!("the node does not start: {log}").into());
-        }
-        std::thread::sleep(Duration::from_millis(20));
-    }
-    Ok((server, admin))
+    let setting = format!("page_cache_bytes={page_cache_bytes}");
+    let Node { process, address, admin } = node::start(dir, client_cpu, &[&setting])?;
+    Ok((Server { process, address, reply_bytes: PAGE_BYTES }, admin))
 }
 
 /// Requests of `BLOCKS` blocks of `rel` at `lsn`, in a row.
@@ -327,9 +284,9 @@ fn measure(
         .map(|number| Client::connect(server, number))
         .collect::<Result<Vec<_>>>()?;
     drive(&mut clients, requests, server.reply_bytes, depth, time / 5)?;
-    let before = process_cpu(server.child.id())?;
+    let before = process_cpu(server.process.0.id())?;
     let (replies, wall) = drive(&mut clients, requests, server.reply_bytes, depth, time)?;
-    let cpu = process_cpu(server.child.id())?.saturating_sub(before);
+    let cpu = process_cpu(server.process.0.id())?.saturating_sub(before);
     let pages = replies as f64;
     Ok((pages / wall.as_secs_f64(), cpu.as_secs_f64() / pages * 1e6))
 }
@@ -397,13 +354,13 @@ fn flood() -> Result<()> {
 
 /// Starts the flood, on the client's CPU and at low priority: its work on replies must not hold up
 /// the other client, which is measured.
-fn start_flood(node: &Server, requests: &[u8]) -> Result<Server> {
+fn start_flood(node: &Server, requests: &[u8]) -> Result<Process> {
     let mut command = Command::new("nice");
     command.args(["-n", "19"]).arg(std::env::current_exe()?).args([FLOOD, &node.address]);
     let mut child = command.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn()?;
     child.stdin.take().ok_or("stdin")?.write_all(requests)?;
     let mut output = BufReader::new(child.stdout.take().ok_or("stdout")?);
-    let flood = Server { child, address: String::new(), reply_bytes: PAGE_BYTES };
+    let flood = Process(child);
     let mut line = String::new();
     output.read_line(&mut line)?;
     match line.trim() {
@@ -461,13 +418,6 @@ fn fairness(node: &Server, admin: &AdminClient, loaded: &Loaded) -> Result<()> {
     println!("  ratios   p50 {}, p99 {}", p50_ratio.text(2), p99_ratio.text(2));
     println!("  the flood gets {:.0} pages/s", pages / seconds);
     Ok(())
-}
-
-/// A counter of the node's metrics page, summed over its lines.
-fn counter(admin: &AdminClient, name: &str) -> Result<f64> {
-    let text = admin.metrics()?;
-    let lines = text.lines().filter(|line| line.starts_with(name));
-    Ok(lines.filter_map(|line| line.rsplit(' ').next()?.parse::<f64>().ok()).sum())
 }
 
 fn benchmark() -> Result<()> {

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Installs what building and testing need on Debian 12: PostgreSQL 15 with its headers, a C and
 # a C++ compiler, make, git (a build script of the io_uring library runs it),
-# openssl (for certificates of tests). Does nothing for what is there already, and says what it
+# openssl (for certificates of tests), fio (a baseline of the benches). Does nothing for what is there already, and says what it
 # does.
 set -euo pipefail
 
@@ -17,6 +17,7 @@ want g++ command -v g++
 want make command -v make
 want git command -v git
 want openssl command -v openssl
+want fio command -v fio
 want postgresql-15 test -x /usr/lib/postgresql/15/bin/postgres
 want postgresql-client-15 test -x /usr/lib/postgresql/15/bin/psql
 want postgresql-server-dev-15 test -f /usr/include/postgresql/15/server/postgres.h

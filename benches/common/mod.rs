@@ -11,6 +11,7 @@
 )]
 
 pub mod images;
+pub mod node;
 pub mod parts;
 pub mod recorded;
 pub mod shard;

@@ -1,0 +1,257 @@
+//! Pages that the node has to look for: on the device, under many layers, in a row while somebody
+//! writes. Server on CPU 0, client (`pgstrata bench getpage`) on CPU 1. See `docs/benchmarks.md`.
+
+#![allow(
+    clippy::disallowed_methods,
+    clippy::disallowed_types,
+    reason = "a benchmark drives other programs and measures time"
+)]
+
+mod common;
+
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+use std::time::{Duration, Instant};
+
+use common::node::{self, Node, PATIENCE, Process, SERVER_CPU, counter, spawn};
+use common::{Result, Rounds, Scratch, sized, wanted};
+use pgstrata::base::{Lsn, TenantId, TenantShardId, TimelineId};
+use pgstrata::cli::attach::wait_until_active;
+use pgstrata::cli::pg::PgCluster;
+use pgstrata::shard::control::TimelineSource;
+use serde_json::Value as Json;
+
+const TIMELINE: TimelineId = TimelineId([2; 16]);
+const DEPTH: &str = "32";
+/// Layers on each page in the second part.
+const LAYERS: u32 = 20;
+
+fn tenant(number: u8) -> TenantShardId {
+    TenantShardId::unsharded(TenantId([number; 16]))
+}
+
+fn seconds() -> u32 {
+    sized(1, 4)
+}
+
+/// `SPC/DB/REL` of a table.
+fn relation(primary: &PgCluster, table: &str) -> Result<String> {
+    let path = primary.value("postgres", &format!("SELECT pg_relation_filepath('{table}')"))?;
+    Ok(path.replacen("base", "1663", 1))
+}
+
+/// What `pgstrata bench getpage` prints of one run on the client's CPU.
+fn read(node: &Node, tenant: TenantShardId, rel: &str, args: &[&str]) -> Result<Json> {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_pgstrata"));
+    command.args(["bench", "getpage", "--json", "--address", &node.address, "--relation", rel]);
+    command.args(["--tenants", &format!("{}/{TIMELINE}", tenant.tenant)]);
+    let output = command.args(args).args(["-T", &seconds().to_string()]).output()?;
+    if !output.status.success() {
+        return Err(String::from_utf8_lossy(&output.stderr).into_owned().into());
+    }
+    Ok(serde_json::from_slice(&output.stdout)?)
+}
+
+fn number(json: &Json, names: &[&str]) -> Result<f64> {
+    let mut at = json;
+    for name in names {
+        at = match name.parse::<usize>() {
+            Ok(place) => &at[place],
+            Err(_) => &at[*name],
+        };
+    }
+    at.as_f64().ok_or_else(|| format!("no {names:?} in {json}").into())
+}
+
+/// A timeline that follows the primary.
+fn attach(node: &Node, primary: &PgCluster, tenant: TenantShardId) -> Result<()> {
+    let source = TimelineSource::Primary { conninfo: primary.conninfo(), slot: None };
+    node.admin.create_timeline(tenant, TIMELINE, &source)?;
+    wait_until_active(&node.admin, tenant, TIMELINE, |_| ())?;
+    Ok(())
+}
+
+/// Waits until all that the primary has done is there.
+fn catch_up(node: &Node, primary: &PgCluster, tenant: TenantShardId) -> Result<Lsn> {
+    let lsn = primary.lsn("SELECT pg_current_wal_insert_lsn()")?;
+    // Something behind it, so that the WAL up to there is flushed and sent.
+    primary.psql("postgres", "SELECT pg_switch_wal()")?;
+    let begin = Instant::now();
+    while node.admin.timeline(tenant, TIMELINE)?.last_record_lsn < lsn {
+        if begin.elapsed() > PATIENCE {
+            return Err("the node does not catch up".into());
+        }
+        std::thread::sleep(Duration::from_millis(20));
+    }
+    Ok(lsn)
+}
+
+/// The largest file below a directory.
+fn largest_file(dir: &Path) -> Result<PathBuf> {
+    let (mut todo, mut largest) = (vec![dir.to_owned()], (0, PathBuf::new()));
+    while let Some(dir) = todo.pop() {
+        for entry in std::fs::read_dir(dir)? {
+            let (path, data) = entry.and_then(|entry| Ok((entry.path(), entry.metadata()?)))?;
+            match data.is_dir() {
+                true => todo.push(path),
+                false => largest = largest.max((data.len(), path)),
+            }
+        }
+    }
+    Ok(largest.1)
+}
+
+/// Random reads of 8 KiB, 32 at once, on the server's CPU; reads per second.
+fn fio(file: &Path, client_cpu: usize) -> Result<f64> {
+    let mut command = Command::new("fio");
+    command.args(["--name=reads", "--rw=randread", "--bs=8k", "--direct=1", "--readonly"]);
+    command.args(["--ioengine=io_uring", "--iodepth=32", "--time_based", "--output-format=json"]);
+    command.arg(format!("--filename={}", file.display()));
+    command.arg(format!("--runtime={}", seconds()));
+    let mut process = spawn(command.stdout(Stdio::piped()), client_cpu)?;
+    let output = process.0.stdout.take().ok_or("stdout")?;
+    let json: Json = serde_json::from_reader(output)?;
+    number(&json, &["jobs", "0", "read", "iops"])
+}
+
+/// Pages that are images in a layer and not in the cache, against fio on the layer's file.
+fn uncached(dir: &Path, primary: &PgCluster, node: &Node, client_cpu: usize) -> Result<()> {
+    let (tenant, rel) = (tenant(1), relation(primary, "noise")?);
+    let file = largest_file(&dir.join("node/data/tenants"))?;
+    let [mut theirs, mut ours, mut ratio, mut reads] = <[Rounds; 4]>::default();
+    for _ in 0..sized(1, 5) {
+        let device = fio(&file, client_cpu)?;
+        let before = counter(&node.admin, "pgstrata_block_cache_misses")?;
+        let figures = read(node, tenant, &rel, &["--depth", DEPTH])?;
+        let missed = counter(&node.admin, "pgstrata_block_cache_misses")? - before;
+        let pages = number(&figures, &["pages_per_second"])?;
+        theirs.add(device);
+        ours.add(pages);
+        ratio.add(pages / device);
+        reads.add(missed / number(&figures, &["pages"])?);
+    }
+    println!("uncached page images, {DEPTH} requests under way:");
+    println!("  fio, random reads of 8 KiB: {} per second", theirs.text(0));
+    println!("  pages:                      {} per second", ours.text(0));
+    println!("  ratio {}; blocks read for a page {}", ratio.text(3), reads.text(2));
+    Ok(())
+}
+
+/// Single pages under many layers of records, against the same as images.
+fn deep(primary: &PgCluster, node: &Node) -> Result<()> {
+    let (shallow, deep) = (tenant(2), tenant(3));
+    let rel = relation(primary, "pgbench_accounts")?;
+    attach(node, primary, deep)?;
+    for round in 0..LAYERS {
+        let update = format!(
+            "UPDATE pgbench_accounts SET abalance = abalance + 1 WHERE aid % {LAYERS} = {round}"
+        );
+        primary.psql("postgres", &update)?;
+        catch_up(node, primary, deep)?;
+        node.admin.checkpoint(deep, TIMELINE)?;
+    }
+    // As it is now: images only.
+    attach(node, primary, shallow)?;
+    let [mut images, mut layers, mut ratio] = <[Rounds; 3]>::default();
+    let read_layers = || -> Result<[f64; 2]> {
+        let of = |name| counter(&node.admin, name);
+        Ok([of("pgstrata_read_layers_sum")?, of("pgstrata_read_layers_count")?])
+    };
+    let mut depth = Rounds::default();
+    for _ in 0..sized(1, 5) {
+        let one = number(&read(node, shallow, &rel, &[])?, &["latency_p50_ms"])? * 1e3;
+        let before = read_layers()?;
+        let many = number(&read(node, deep, &rel, &[])?, &["latency_p50_ms"])? * 1e3;
+        let after = read_layers()?;
+        images.add(one);
+        layers.add(many);
+        ratio.add(many / one);
+        depth.add((after[0] - before[0]) / (after[1] - before[1]));
+    }
+    println!("single pages, after {LAYERS} checkpoints that each changed them:");
+    println!("  imported as images: p50 {} us", images.text(0));
+    println!(
+        "  changed:            p50 {} us, {} layers read for a page",
+        layers.text(0),
+        depth.text(2)
+    );
+    println!("  ratio {}", ratio.text(2));
+    Ok(())
+}
+
+/// The load of another client on the primary, whose WAL the node takes in.
+fn writer(primary: &PgCluster, client_cpu: usize) -> Result<Process> {
+    let mut command = primary.client("pgbench", "postgres");
+    command.args(["--no-vacuum", "--client=4", "--time=3600"]);
+    common::pin(client_cpu)?;
+    Ok(Process(command.stdout(Stdio::null()).stderr(Stdio::null()).spawn()?))
+}
+
+/// Pages one after the other, alone and while WAL comes in.
+fn scan(primary: &PgCluster, node: &Node, client_cpu: usize) -> Result<()> {
+    let (tenant, rel) = (tenant(1), relation(primary, "noise")?);
+    let args = ["--depth", DEPTH, "--key-distribution", "sequential"];
+    let [mut quiet, mut beside, mut ratio, mut wal] = <[Rounds; 4]>::default();
+    for _ in 0..sized(1, 5) {
+        let alone = number(&read(node, tenant, &rel, &args)?, &["pages_per_second"])?;
+        let load = writer(primary, client_cpu)?;
+        std::thread::sleep(Duration::from_millis(500));
+        let before = counter(&node.admin, "pgstrata_wal_bytes_received")?;
+        let busy = number(&read(node, tenant, &rel, &args)?, &["pages_per_second"])?;
+        let received = counter(&node.admin, "pgstrata_wal_bytes_received")? - before;
+        drop(load);
+        quiet.add(alone);
+        beside.add(busy);
+        ratio.add(busy / alone);
+        wal.add(received / 1e6 / f64::from(seconds()));
+    }
+    println!("a scan, {DEPTH} requests under way:");
+    println!("  alone:           {} pages/s", quiet.text(0));
+    println!("  beside a writer: {} pages/s, {} MB/s of WAL", beside.text(0), wal.text(1));
+    println!("  ratio {}", ratio.text(3));
+    Ok(())
+}
+
+fn benchmark() -> Result<()> {
+    let client_cpu = common::client_cpu();
+    println!(
+        "reads: server on CPU {SERVER_CPU}, client on CPU {client_cpu}; \
+         median (min..max) of the rounds"
+    );
+    let scratch = Scratch::new("reads")?;
+    // The node has no slot, and must still find what a checkpoint would remove.
+    let settings = ["autovacuum = off", "wal_keep_size = '1GB'", "max_wal_senders = 20"];
+    let settings = settings.map(str::to_owned);
+    let mut primary = PgCluster::init(&scratch.path().join("primary"), false, &settings)?;
+    primary.start()?;
+    primary.pgbench_init("postgres", 2)?;
+    // Pages that do not pack, so that the device has to read 8 KiB of each.
+    let noise = format!(
+        "CREATE TABLE noise AS SELECT i, (SELECT string_agg(decode(md5(i || ' ' || j), 'hex'), '') \
+         FROM generate_series(1, 60) j) FROM generate_series(1, {}) i",
+        sized(8_000, 200_000)
+    );
+    primary.psql("postgres", &noise)?;
+    // Reads set hint bits, which would be changes.
+    primary.psql("postgres", "VACUUM FREEZE")?;
+    primary.psql("postgres", "CHECKPOINT")?;
+    let small = ["block_cache_bytes=1048576", "page_cache_bytes=0"];
+    let node = node::start(&scratch.path().join("node"), client_cpu, &small)?;
+    attach(&node, &primary, tenant(1))?;
+    catch_up(&node, &primary, tenant(1))?;
+    if wanted("uncached") {
+        uncached(scratch.path(), &primary, &node, client_cpu)?;
+    }
+    if wanted("scan") {
+        scan(&primary, &node, client_cpu)?;
+    }
+    if wanted("deep") {
+        let node = node::start(&scratch.path().join("deep"), client_cpu, &[])?;
+        deep(&primary, &node)?;
+    }
+    Ok(())
+}
+
+fn main() -> std::process::ExitCode {
+    common::main(benchmark)
+}
