@@ -314,16 +314,7 @@ fn load(primary: &PgCluster, admin: &AdminClient) -> Result<Loaded> {
              WHERE aid IN (SELECT min(aid) FROM pgbench_accounts GROUP BY (ctid::text::point)[0])",
         )?;
     }
-    let lsn = primary.lsn("SELECT pg_current_wal_insert_lsn()")?;
-    // Something behind it, so that the WAL up to there is flushed and sent.
-    primary.psql("postgres", "CHECKPOINT")?;
-    let begin = Instant::now();
-    while admin.timeline(tenant, TIMELINE)?.last_record_lsn < lsn {
-        if begin.elapsed() > PATIENCE {
-            return Err("the node does not catch up".into());
-        }
-        std::thread::sleep(Duration::from_millis(20));
-    }
+    let lsn = node::catch_up(admin, primary, (tenant, TIMELINE))?;
     let path = primary.value("postgres", "SELECT pg_relation_filepath('pgbench_accounts')")?;
     let mut numbers = path.split('/').skip(1).map(str::parse::<u32>);
     let (Some(Ok(db)), Some(Ok(rel))) = (numbers.next(), numbers.next()) else {
@@ -427,12 +418,8 @@ fn benchmark() -> Result<()> {
          median (min..max) of the rounds; ratios to the echo server of the same round"
     );
     let scratch = Scratch::new("getpage")?;
-    // The node has no slot, and must still find what a checkpoint would remove.
-    let settings = ["full_page_writes = off", "autovacuum = off", "wal_keep_size = '1GB'"];
-    let settings = settings.map(str::to_owned);
-    let mut primary = PgCluster::init(&scratch.path().join("primary"), false, &settings)?;
-    primary.start()?;
-    primary.pgbench_init("postgres", 1)?;
+    let settings = ["full_page_writes = off"];
+    let primary = node::primary(&scratch.path().join("primary"), &settings, 1)?;
     // Room on every page for the versions to come.
     primary.psql("postgres", "ALTER TABLE pgbench_accounts SET (fillfactor = 75)")?;
     primary.psql("postgres", "VACUUM FULL pgbench_accounts")?;

@@ -11,11 +11,11 @@ mod common;
 
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
-use common::node::{self, Node, PATIENCE, Process, SERVER_CPU, counter, spawn};
+use common::node::{self, Node, Process, SERVER_CPU, counter, spawn};
 use common::{Result, Rounds, Scratch, sized, wanted};
-use pgstrata::base::{Lsn, TenantId, TenantShardId, TimelineId};
+use pgstrata::base::{TenantId, TenantShardId, TimelineId};
 use pgstrata::cli::attach::wait_until_active;
 use pgstrata::cli::pg::PgCluster;
 use pgstrata::shard::control::TimelineSource;
@@ -23,7 +23,7 @@ use serde_json::Value as Json;
 
 const TIMELINE: TimelineId = TimelineId([2; 16]);
 const DEPTH: &str = "32";
-/// Layers on each page in the second part.
+/// Checkpoints that each change every page, in the last part.
 const LAYERS: u32 = 20;
 
 fn tenant(number: u8) -> TenantShardId {
@@ -72,18 +72,9 @@ fn attach(node: &Node, primary: &PgCluster, tenant: TenantShardId) -> Result<()>
 }
 
 /// Waits until all that the primary has done is there.
-fn catch_up(node: &Node, primary: &PgCluster, tenant: TenantShardId) -> Result<Lsn> {
-    let lsn = primary.lsn("SELECT pg_current_wal_insert_lsn()")?;
-    // Something behind it, so that the WAL up to there is flushed and sent.
-    primary.psql("postgres", "SELECT pg_switch_wal()")?;
-    let begin = Instant::now();
-    while node.admin.timeline(tenant, TIMELINE)?.last_record_lsn < lsn {
-        if begin.elapsed() > PATIENCE {
-            return Err("the node does not catch up".into());
-        }
-        std::thread::sleep(Duration::from_millis(20));
-    }
-    Ok(lsn)
+fn catch_up(node: &Node, primary: &PgCluster, tenant: TenantShardId) -> Result<()> {
+    node::catch_up(&node.admin, primary, (tenant, TIMELINE))?;
+    Ok(())
 }
 
 /// The largest file below a directory.
@@ -180,26 +171,26 @@ fn deep(primary: &PgCluster, node: &Node) -> Result<()> {
 }
 
 /// The load of another client on the primary, whose WAL the node takes in.
-fn writer(primary: &PgCluster, client_cpu: usize) -> Result<Process> {
+fn writer(primary: &PgCluster) -> Result<Process> {
     let mut command = primary.client("pgbench", "postgres");
     command.args(["--no-vacuum", "--client=4", "--time=3600"]);
-    common::pin(client_cpu)?;
     Ok(Process(command.stdout(Stdio::null()).stderr(Stdio::null()).spawn()?))
 }
 
 /// Pages one after the other, alone and while WAL comes in.
-fn scan(primary: &PgCluster, node: &Node, client_cpu: usize) -> Result<()> {
+fn scan(primary: &PgCluster, node: &Node) -> Result<()> {
     let (tenant, rel) = (tenant(1), relation(primary, "noise")?);
     let args = ["--depth", DEPTH, "--key-distribution", "sequential"];
     let [mut quiet, mut beside, mut ratio, mut wal] = <[Rounds; 4]>::default();
     for _ in 0..sized(1, 5) {
         let alone = number(&read(node, tenant, &rel, &args)?, &["pages_per_second"])?;
-        let load = writer(primary, client_cpu)?;
+        let load = writer(primary)?;
         std::thread::sleep(Duration::from_millis(500));
         let before = counter(&node.admin, "pgstrata_wal_bytes_received")?;
         let busy = number(&read(node, tenant, &rel, &args)?, &["pages_per_second"])?;
         let received = counter(&node.admin, "pgstrata_wal_bytes_received")? - before;
         drop(load);
+        catch_up(node, primary, tenant)?;
         quiet.add(alone);
         beside.add(busy);
         ratio.add(busy / alone);
@@ -219,12 +210,9 @@ fn benchmark() -> Result<()> {
          median (min..max) of the rounds"
     );
     let scratch = Scratch::new("reads")?;
-    // The node has no slot, and must still find what a checkpoint would remove.
-    let settings = ["autovacuum = off", "wal_keep_size = '1GB'", "max_wal_senders = 20"];
-    let settings = settings.map(str::to_owned);
-    let mut primary = PgCluster::init(&scratch.path().join("primary"), false, &settings)?;
-    primary.start()?;
-    primary.pgbench_init("postgres", 2)?;
+    // The server has its CPU for itself.
+    common::pin(client_cpu)?;
+    let primary = node::primary(&scratch.path().join("primary"), &[], 2)?;
     // Pages that do not pack, so that the device has to read 8 KiB of each.
     let noise = format!(
         "CREATE TABLE noise AS SELECT i, (SELECT string_agg(decode(md5(i || ' ' || j), 'hex'), '') \
@@ -243,10 +231,10 @@ fn benchmark() -> Result<()> {
         uncached(scratch.path(), &primary, &node, client_cpu)?;
     }
     if wanted("scan") {
-        scan(&primary, &node, client_cpu)?;
+        scan(&primary, &node)?;
     }
     if wanted("deep") {
-        let node = node::start(&scratch.path().join("deep"), client_cpu, &[])?;
+        let node = node::start(&scratch.path().join("deep"), client_cpu, &["page_cache_bytes=0"])?;
         deep(&primary, &node)?;
     }
     Ok(())

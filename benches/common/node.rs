@@ -5,8 +5,9 @@ use std::path::Path;
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
+use pgstrata::base::{Lsn, TenantShardId, TimelineId};
 use pgstrata::cli::admin_client::AdminClient;
-use pgstrata::cli::pg::free_port;
+use pgstrata::cli::pg::{PgCluster, free_port};
 
 use super::{Result, pin, walredo_library};
 
@@ -71,6 +72,37 @@ pub fn start(dir: &Path, client_cpu: usize, settings: &[&str]) -> Result<Node> {
         std::thread::sleep(Duration::from_millis(20));
     }
     Ok(Node { process, address, admin })
+}
+
+/// A running primary with pgbench's tables, which changes nothing by itself.
+pub fn primary(dir: &Path, settings: &[&str], scale: u32) -> Result<PgCluster> {
+    // Nodes have no slots, and must still find what a checkpoint would remove.
+    let always = ["autovacuum = off", "wal_keep_size = '1GB'", "max_wal_senders = 20"];
+    let settings: Vec<String> =
+        always.iter().chain(settings).map(|setting| (*setting).to_owned()).collect();
+    let mut primary = PgCluster::init(dir, false, &settings)?;
+    primary.start()?;
+    primary.pgbench_init("postgres", scale)?;
+    Ok(primary)
+}
+
+/// Waits until a timeline has all that its primary has done; returns the LSN of that.
+pub fn catch_up(
+    admin: &AdminClient,
+    primary: &PgCluster,
+    (tenant, timeline): (TenantShardId, TimelineId),
+) -> Result<Lsn> {
+    let lsn = primary.lsn("SELECT pg_current_wal_insert_lsn()")?;
+    // Something behind it, so that the WAL up to there is flushed and sent.
+    primary.psql("postgres", "CHECKPOINT")?;
+    let begin = Instant::now();
+    while admin.timeline(tenant, timeline)?.last_record_lsn < lsn {
+        if begin.elapsed() > PATIENCE {
+            return Err("the node does not catch up".into());
+        }
+        std::thread::sleep(Duration::from_millis(20));
+    }
+    Ok(lsn)
 }
 
 /// A counter of the node's metrics page, summed over its lines.

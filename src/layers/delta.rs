@@ -291,6 +291,9 @@ impl<I: Io> DeltaLayer<I> {
 
     /// See [`crate::layers::FileLayer::block_of`].
     pub(super) fn block_of(&self, key: Key) -> Option<usize> {
+        if !filter::may_contain(&self.filter, key) {
+            return None;
+        }
         let number = self.index.partition_point(|block| block.key <= key).checked_sub(1)?;
         // One that begins with the key may follow on others that have it.
         self.index.get(number).is_some_and(|block| block.key < key).then_some(number)

@@ -359,8 +359,8 @@ impl<I: Io> FileLayer<I> {
         }
     }
 
-    /// Number of the data block that has all that the layer may have of `key`, if it is one that
-    /// other keys may lie in, too.
+    /// Number of the data block that [`FileLayer::collect`] reads for `key` at any LSN, if it is one
+    /// block, in which other keys may lie, too. `None` where it reads none, or perhaps several.
     pub fn block_of(&self, key: Key) -> Option<usize> {
         match self {
             FileLayer::Delta(layer) => layer.block_of(key),

@@ -67,6 +67,8 @@ impl<I: Io> LayerFileWriter<I> {
     ) -> Result<Self, IoError> {
         let temp = dir.join(format!("{:016x}{TEMP_SUFFIX}", io.random_u64()));
         let file = io.create_scratch(&temp, least).await?;
+        // That of a removed file may be long enough.
+        let space = file.len().await.unwrap_or(0);
         let buffer = file.alloc_to_fill(LAYER_WRITE_BYTES);
         let (io, dir, offset) = (io.clone(), dir.to_owned(), HEADER_BYTES as u64);
         let mut writer = LayerFileWriter {
@@ -77,7 +79,7 @@ impl<I: Io> LayerFileWriter<I> {
             file: Rc::new(file),
             under_way: VecDeque::new(),
             buffer,
-            space: 0,
+            space,
             used: 0,
             offset,
         };
@@ -92,7 +94,6 @@ impl<I: Io> LayerFileWriter<I> {
 
     /// Has the file get space for `len` bytes, if it is shorter.
     async fn make_space(&mut self, len: u64) -> Result<(), IoError> {
-        self.space = self.file.len().await?;
         if self.space < len {
             self.file.allocate(align_up(len)).await?;
             self.space = align_up(len);

@@ -203,7 +203,8 @@ impl<I: Io> Slot<I> {
 
 /// From where on a timeline can be read. What a branch has of its ancestor's history is as long as
 /// that of the ancestor; and a collection of the ancestor leaves of it the branch point at least.
-/// Indexes that nobody has opened yet may name each other as ancestors: each counts once.
+/// Indexes that nobody has opened yet may name each other as ancestors, so the line is no longer
+/// than there are timelines.
 pub(super) fn readable_from<I: Io>(
     slots: &BTreeMap<TimelineKey, Slot<I>>,
     key: TimelineKey,

@@ -17,9 +17,10 @@
 //! is on disk, so the files of both stay until an index has been written.
 //!
 //! Invariants: checkpoint and compaction replace the index in turn (`index_turn`), each together
-//! with its step of the layer map; a timeline has one compaction at a time; no read waits for one, and
-//! ingest only where it would run out of what [`super::plan::pressure`] allows it. A failure is logged and counted, and the next attempt is made after a pause, with
-//! the next action of the plan if there is one: a damaged layer does not hold up the others.
+//! with its step of the layer map; a timeline has one compaction at a time; no read waits for one,
+//! and ingest only where it would run out of what [`super::plan::pressure`] allows it. A failure is
+//! logged and counted, and the next attempt is made after a pause, with the next action of the plan
+//! if there is one: a damaged layer does not hold up the others.
 
 use std::cell::{Cell, RefCell};
 use std::collections::BTreeSet;

@@ -54,17 +54,47 @@ fn every_changed_byte_of_an_image_file_is_found() {
     });
 }
 
+/// What a layer says, whose file is removed then.
+async fn answers_of_removed(
+    io: &SimIo,
+    desc: &LayerDesc,
+) -> Vec<Result<(Values, Lookup), LayerError>> {
+    let layer = open(io, &desc.name).await.unwrap();
+    let answers = answers(&layer).await;
+    layer.close().await.unwrap();
+    io.remove(&path_of(desc)).await.unwrap();
+    answers
+}
+
+/// A layer that is packed tightly says the same as another.
+async fn is_tight_and_says(
+    io: &SimIo,
+    tight: &LayerDesc,
+    right: &[Result<(Values, Lookup), LayerError>],
+) {
+    let layer = open(io, &tight.name).await.unwrap();
+    let is_tight = match &layer {
+        FileLayer::Delta(delta) => {
+            delta.index().iter().any(|block| block.packed.codec == Codec::Zstd)
+        }
+        FileLayer::Image(image) => {
+            image.index().blobs().iter().any(|blob| blob.packed.codec == Codec::Zstd)
+        }
+    };
+    assert!(is_tight);
+    assert_eq!(answers(&layer).await, right);
+    layer.close().await.unwrap();
+    mutate_every_byte(io, tight).await;
+}
+
 #[test]
 fn a_tightly_packed_delta_layer_is_like_another_and_every_changed_byte_is_found() {
     simulate(|io| async move {
         let mut entries = sample_entries();
         entries.retain(|(_, _, value)| value.encoded_len() < 10_000);
-        let desc = write_delta(&io, &entries, Lsn(90)..Lsn(200)).await.unwrap();
-        let layer = open(&io, &desc.name).await.unwrap();
-        let right = answers(&layer).await;
-        layer.close().await.unwrap();
-        io.remove(&path_of(&desc)).await.unwrap();
         let lsns = Lsn(90)..Lsn(200);
+        let desc = write_delta(&io, &entries, lsns.clone()).await.unwrap();
+        let right = answers_of_removed(&io, &desc).await;
         let writer = DeltaWriter::create(&io, dir(), owner(), lsns, 0).await.unwrap();
         let mut writer = writer.pack_tightly();
         for (key, lsn, value) in &entries {
@@ -72,12 +102,7 @@ fn a_tightly_packed_delta_layer_is_like_another_and_every_changed_byte_is_found(
         }
         let tight = writer.finish(Key::MIN..Key::MAX).await.unwrap();
         assert_eq!(tight.name, desc.name);
-        let layer = open(&io, &tight.name).await.unwrap();
-        let FileLayer::Delta(delta) = &layer else { panic!("{}", tight.name) };
-        assert!(delta.index().iter().any(|block| block.packed.codec == Codec::Zstd));
-        assert_eq!(answers(&layer).await, right);
-        layer.close().await.unwrap();
-        mutate_every_byte(&io, &tight).await;
+        is_tight_and_says(&io, &tight, &right).await;
     });
 }
 
@@ -87,21 +112,13 @@ fn a_tightly_packed_image_layer_is_like_another_and_every_changed_byte_is_found(
         let mut values = sample_image();
         values.remove(&key(3));
         let desc = write_image(&io, &values, image_keys(), Lsn(115)).await.unwrap();
-        let layer = open(&io, &desc.name).await.unwrap();
-        let right = answers(&layer).await;
-        layer.close().await.unwrap();
-        io.remove(&path_of(&desc)).await.unwrap();
+        let right = answers_of_removed(&io, &desc).await;
         let writer = ImageWriter::create(&io, dir(), owner(), Lsn(115), 0).await.unwrap();
         let mut writer = writer.pack_tightly();
         for (key, value) in &values {
             writer.add(*key, value).await.unwrap();
         }
         let tight = writer.finish(image_keys()).await.unwrap();
-        let layer = open(&io, &tight.name).await.unwrap();
-        let FileLayer::Image(image) = &layer else { panic!("{}", tight.name) };
-        assert!(image.index().blobs().iter().any(|blob| blob.packed.codec == Codec::Zstd));
-        assert_eq!(answers(&layer).await, right);
-        layer.close().await.unwrap();
-        mutate_every_byte(&io, &tight).await;
+        is_tight_and_says(&io, &tight, &right).await;
     });
 }

@@ -7,8 +7,7 @@ use super::job::{CompactError, Made};
 #[cfg(test)]
 use super::{Planted, count, planted};
 use crate::io::{Instant, Io, durable};
-use crate::layers::{LayerDesc, LayerName};
-use crate::shard::index::{INDEX_FILE, IndexLayer};
+use crate::shard::index::INDEX_FILE;
 use crate::shard::layer_map::LayerSpan;
 use crate::shard::stored::StoredLayer;
 use crate::shard::timeline::Timeline;
@@ -28,7 +27,7 @@ impl<I: Io> Timeline<I> {
         if !made.layers.is_empty() {
             let took = self.context.io.now().saturating_sub(began);
             let layers = self.warmed_up(&made.layers, took).await;
-            self.replace_layers(&made.layers, layers, removed).await?;
+            self.replace_layers(layers, removed).await?;
         }
         match made.error {
             // The plan would be the same at once: nothing but pages that cannot be rebuilt.
@@ -49,28 +48,27 @@ impl<I: Io> Timeline<I> {
     /// [`CompactError::Io`], and memory is as before.
     async fn replace_layers(
         &self,
-        added: &[LayerDesc],
-        layers: Vec<(LayerSpan, Rc<StoredLayer<I>>)>,
+        added: Vec<(LayerSpan, Rc<StoredLayer<I>>)>,
         removed: &[Rc<StoredLayer<I>>],
     ) -> Result<(), CompactError> {
         let _turn = self.index_turn.acquire().await;
-        let present =
-            |name: &LayerName| self.mutable.borrow().layers.contains(&LayerSpan::from(name));
-        let twice = added.iter().find(|desc| present(&desc.name));
+        let present = |span: &LayerSpan| self.mutable.borrow().layers.contains(span);
+        let twice = added.iter().find(|(span, _)| present(span));
         if twice.is_none() {
-            self.compaction.strays.borrow_mut().extend(added.iter().map(|desc| desc.name.clone()));
+            let names = added.iter().map(|(_, layer)| layer.name().clone());
+            self.compaction.strays.borrow_mut().extend(names);
         }
-        let left: Vec<_> = removed.iter().filter(|layer| present(layer.name())).cloned().collect();
+        let left: Vec<_> = removed.iter().filter(|layer| present(&layer.span())).cloned().collect();
         let written = match twice {
-            Some(twice) => {
-                tracing::error!("compaction made {}, which is there already", twice.name);
+            Some((_, twice)) => {
+                tracing::error!("compaction made {}, which is there already", twice.name());
                 Err(CompactError::Changed)
             }
             None if left.is_empty() && !removed.is_empty() => Ok(false),
-            None => self.write_index_replacing(added, &left).await.map(|()| true),
+            None => self.write_index_replacing(&added, &left).await.map(|()| true),
         };
         if !matches!(written, Ok(true)) {
-            for (_, layer) in layers {
+            for (_, layer) in added {
                 // Nothing was written by it.
                 let _ = layer.close().await;
             }
@@ -79,7 +77,7 @@ impl<I: Io> Timeline<I> {
         let spans: Vec<_> = left.iter().map(|layer| layer.span()).collect();
         #[cfg(test)]
         let spans = if planted(Planted::KeepInputs) { Vec::new() } else { spans };
-        self.mutable.borrow_mut().layers.replace(&spans, layers);
+        self.mutable.borrow_mut().layers.replace(&spans, added);
         for layer in left.iter().filter_map(|layer| layer.leave_memory()) {
             self.drop_elsewhere(layer);
         }
@@ -90,12 +88,10 @@ impl<I: Io> Timeline<I> {
     /// Makes an index durable that has these layers in the place of those. Part of the index turn.
     async fn write_index_replacing(
         &self,
-        added: &[LayerDesc],
+        added: &[(LayerSpan, Rc<StoredLayer<I>>)],
         removed: &[Rc<StoredLayer<I>>],
     ) -> Result<(), CompactError> {
-        let entry =
-            |desc: &LayerDesc| IndexLayer { name: desc.name.to_string(), len: desc.file_bytes };
-        let entries: Vec<IndexLayer> = added.iter().map(entry).collect();
+        let entries: Vec<_> = added.iter().map(|(_, layer)| layer.index_entry()).collect();
         let gone: BTreeSet<String> = removed.iter().map(|layer| layer.name().to_string()).collect();
         #[cfg(test)]
         if planted(Planted::RemoveBeforeIndex) {
