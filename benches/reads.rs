@@ -22,7 +22,10 @@ use pgstrata::shard::control::TimelineSource;
 use serde_json::Value as Json;
 
 const TIMELINE: TimelineId = TimelineId([2; 16]);
+/// Requests under way on one connection.
 const DEPTH: &str = "32";
+/// Connections, and requests under way on each: as many in all.
+const SHAPES: [[&str; 2]; 3] = [["1", DEPTH], ["4", "8"], ["32", "1"]];
 /// Checkpoints that each change every page, in the last part.
 const LAYERS: u32 = 20;
 
@@ -109,22 +112,31 @@ fn fio(file: &Path, client_cpu: usize) -> Result<f64> {
 fn uncached(dir: &Path, primary: &PgCluster, node: &Node, client_cpu: usize) -> Result<()> {
     let (tenant, rel) = (tenant(1), relation(primary, "noise")?);
     let file = largest_file(&dir.join("node/data/tenants"))?;
-    let [mut theirs, mut ours, mut ratio, mut reads] = <[Rounds; 4]>::default();
+    let mut device = Rounds::default();
+    let [mut ours, mut ratios, mut reads] = <[[Rounds; SHAPES.len()]; 3]>::default();
     for _ in 0..sized(1, 5) {
-        let device = fio(&file, client_cpu)?;
-        let before = counter(&node.admin, "pgstrata_block_cache_misses")?;
-        let figures = read(node, tenant, &rel, &["--depth", DEPTH])?;
-        let missed = counter(&node.admin, "pgstrata_block_cache_misses")? - before;
-        let pages = number(&figures, &["pages_per_second"])?;
-        theirs.add(device);
-        ours.add(pages);
-        ratio.add(pages / device);
-        reads.add(missed / number(&figures, &["pages"])?);
+        for (n, [clients, depth]) in SHAPES.iter().enumerate() {
+            let theirs = fio(&file, client_cpu)?;
+            let before = counter(&node.admin, "pgstrata_block_cache_misses")?;
+            let args = ["--clients", clients, "--depth", depth];
+            let figures = read(node, tenant, &rel, &args)?;
+            let missed = counter(&node.admin, "pgstrata_block_cache_misses")? - before;
+            let pages = number(&figures, &["pages_per_second"])?;
+            device.add(theirs);
+            ours[n].add(pages);
+            ratios[n].add(pages / theirs);
+            reads[n].add(missed / number(&figures, &["pages"])?);
+        }
     }
     println!("uncached page images, {DEPTH} requests under way:");
-    println!("  fio, random reads of 8 KiB: {} per second", theirs.text(0));
-    println!("  pages:                      {} per second", ours.text(0));
-    println!("  ratio {}; blocks read for a page {}", ratio.text(3), reads.text(2));
+    println!("  fio, random reads of 8 KiB: {} per second", device.text(0));
+    for (n, [clients, depth]) in SHAPES.iter().enumerate() {
+        let [ours, ratio, reads] = [ours[n].text(0), ratios[n].text(3), reads[n].text(2)];
+        println!(
+            "  {clients:>2} connections x {depth:>2}: {ours} per second, ratio {ratio}; \
+             blocks read for a page {reads}"
+        );
+    }
     Ok(())
 }
 

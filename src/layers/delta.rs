@@ -299,13 +299,6 @@ impl<I: Io> DeltaLayer<I> {
         self.index.get(number).is_some_and(|block| block.key < key).then_some(number)
     }
 
-    /// True unless filter and index tell that the layer has nothing of `key` within `lsns`.
-    pub(super) fn needs_blocks(&self, key: Key, lsns: &LsnRange) -> bool {
-        let first = self.index.first();
-        let begins_before = first.is_some_and(|block| (block.key, block.lsn) < (key, lsns.end));
-        begins_before && self.name().keys().contains(&key) && filter::may_contain(&self.filter, key)
-    }
-
     /// Appends the values of `key` within `lsns` to `out`, newest first, up to and including the
     /// first base. Never [`Lookup::Absent`]. After an error, `out` may have got some of them.
     ///
@@ -316,9 +309,9 @@ impl<I: Io> DeltaLayer<I> {
         key: Key,
         lsns: &LsnRange,
         out: &mut Values,
-    ) -> Result<Lookup, LayerError> {
+    ) -> Result<Answer, LayerError> {
         if !self.name().keys().contains(&key) || !filter::may_contain(&self.filter, key) {
-            return Ok(Lookup::Continue);
+            return Ok(Answer { lookup: Lookup::Continue, is_read: false });
         }
         let after = self.index.partition_point(|block| (block.key, block.lsn) < (key, lsns.end));
         for (number, place) in self.index.iter().enumerate().take(after).rev() {
@@ -326,14 +319,14 @@ impl<I: Io> DeltaLayer<I> {
             let found = collect_in_block(&block, key, lsns, out);
             match found.map_err(|what| self.file.damaged(place.offset, what))? {
                 Lookup::Continue => {}
-                done => return Ok(done),
+                done => return Ok(Answer { lookup: done, is_read: true }),
             }
             // The block before can only have more if this one begins within the wanted range.
             if place.key != key || place.lsn < lsns.start {
                 break;
             }
         }
-        Ok(Lookup::Continue)
+        Ok(Answer { lookup: Lookup::Continue, is_read: after > 0 })
     }
 
     /// See [`crate::layers::FileLayer::held`].

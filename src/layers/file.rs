@@ -17,7 +17,7 @@ use crate::layers::index::Expected;
 use crate::layers::packer::unpack;
 use crate::layers::{
     Answer, BlockCache, Damage, DeltaLayer, ImageLayer, LayerDesc, LayerError, LayerName,
-    LayerOwner, Lookup, Newest, Values,
+    LayerOwner, Newest, Values,
 };
 use crate::limits::{LAYER_OPEN_READ_BYTES, LAYER_READ_BYTES_MAX};
 
@@ -343,7 +343,7 @@ impl<I: Io> FileLayer<I> {
         key: Key,
         lsns: &LsnRange,
         out: &mut Values,
-    ) -> Result<Lookup, LayerError> {
+    ) -> Result<Answer, LayerError> {
         match self {
             FileLayer::Delta(layer) => layer.collect(key, lsns, out).await,
             FileLayer::Image(layer) => layer.collect(key, lsns, out).await,
@@ -365,15 +365,6 @@ impl<I: Io> FileLayer<I> {
         match self {
             FileLayer::Delta(layer) => layer.block_of(key),
             FileLayer::Image(_) => None,
-        }
-    }
-
-    /// True if [`FileLayer::collect`] with the same arguments looks into data blocks, which it does
-    /// not where filter or index tell all.
-    pub fn needs_blocks(&self, key: Key, lsns: &LsnRange) -> bool {
-        match self {
-            FileLayer::Delta(layer) => layer.needs_blocks(key, lsns),
-            FileLayer::Image(layer) => layer.needs_blocks(key, lsns),
         }
     }
 

@@ -263,12 +263,6 @@ impl<I: Io> ImageLayer<I> {
         Ok(Value::Image(self.file.block(number, blob.offset, &blob.packed).await?))
     }
 
-    /// True if the content of `key` has to be read from the file.
-    pub(super) fn needs_blocks(&self, key: Key, lsns: &LsnRange) -> bool {
-        let covers = self.name().keys().contains(&key) && lsns.contains(&self.name().lsns().start);
-        covers && self.index.find(key).is_some_and(|(_, blob)| blob.form != Form::Zero)
-    }
-
     /// If the layer's LSN is within `lsns`: appends the value of `key` to `out` and says
     /// [`Lookup::Complete`], or says [`Lookup::Absent`] if the key did not exist. Outside its key
     /// range and outside `lsns` it says [`Lookup::Continue`].
@@ -280,16 +274,16 @@ impl<I: Io> ImageLayer<I> {
         key: Key,
         lsns: &LsnRange,
         out: &mut Values,
-    ) -> Result<Lookup, LayerError> {
+    ) -> Result<Answer, LayerError> {
         let lsn = self.name().lsns().start;
         if !self.name().keys().contains(&key) || !lsns.contains(&lsn) {
-            return Ok(Lookup::Continue);
+            return Ok(Answer { lookup: Lookup::Continue, is_read: false });
         }
         let Some((number, blob)) = self.index.find(key) else {
-            return Ok(Lookup::Absent);
+            return Ok(Answer { lookup: Lookup::Absent, is_read: false });
         };
         out.push((lsn, self.value(number, &blob).await?));
-        Ok(Lookup::Complete)
+        Ok(Answer { lookup: Lookup::Complete, is_read: blob.form != Form::Zero })
     }
 
     /// See [`crate::layers::FileLayer::held`].

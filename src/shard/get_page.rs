@@ -327,7 +327,15 @@ impl<I: Io> Timeline<I> {
         if let Some(size) = cached.filter(|size| size.since <= lsn) {
             return Ok(size.blocks);
         }
-        Ok(self.stored_u32(Key::rel_size(rel), lsn).await?.map(|(_, blocks)| blocks))
+        // No blocks: there is no such fork, or it is empty.
+        if let Some(blocks) = self.found_sizes.get(rel, lsn).filter(|blocks| *blocks > 0) {
+            return Ok(Some(blocks));
+        }
+        let stored = self.stored_u32(Key::rel_size(rel), lsn).await?;
+        if let Some((since, blocks)) = stored {
+            self.found_sizes.put(rel, (since, lsn), blocks);
+        }
+        Ok(stored.map(|(_, blocks)| blocks))
     }
 
     /// A little-endian u32 that is stored under `key`, and its LSN.

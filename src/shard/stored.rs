@@ -47,10 +47,7 @@ impl<I: Io> Source<I> {
             Source::Memory(layer) => {
                 Ok(Answer { lookup: layer.collect(key, lsns, out), is_read: false })
             }
-            Source::File(reader) => {
-                let is_read = reader.needs_blocks(key, lsns);
-                Ok(Answer { lookup: reader.collect(key, lsns, out).await?, is_read })
-            }
+            Source::File(reader) => reader.collect(key, lsns, out).await,
         }
     }
 }

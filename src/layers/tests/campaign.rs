@@ -94,7 +94,7 @@ impl Truth {
         for key in scanned.keys().step_by(step) {
             io.take_reads();
             let mut out = Vec::new();
-            let lookup = layer.collect(*key, &ALL_LSNS, &mut out).await.unwrap();
+            let lookup = layer.collect(*key, &ALL_LSNS, &mut out).await.unwrap().lookup;
             let block = |at: u64| at as usize / ALIGNMENT;
             let blocks = io.take_reads().into_iter().flat_map(|r| block(r.start)..block(r.end));
             asked.push(Asked { key: *key, right: (out, lookup), blocks: blocks.collect() });
@@ -269,7 +269,9 @@ async fn endure(
         }
         let mut out = Vec::new();
         match layer.collect(asked.key, &ALL_LSNS, &mut out).await {
-            Ok(lookup) => assert!((out, lookup) == asked.right, "{:?} reads otherwise", asked.key),
+            Ok(answer) => {
+                assert!((out, answer.lookup) == asked.right, "{:?} reads otherwise", asked.key)
+            }
             Err(error) => {
                 refused = true;
                 assert!(matches!(error, LayerError::Damaged { .. }), "{error}");

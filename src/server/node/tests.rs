@@ -1,3 +1,4 @@
+use std::cell::Cell;
 use std::io::{Read, Write};
 use std::net::TcpStream;
 use std::pin::Pin;
@@ -21,6 +22,14 @@ use crate::shard::history::{HistoryReply, HistoryRequest};
 use crate::shard::leases::LeaseError;
 use crate::shard::reader::{ReadError, RequestLsn, TimelineReader};
 
+/// A page that is not there before [`WAKING`] was asked for.
+const WAITING: u32 = 1002;
+const WAKING: u32 = 1003;
+
+thread_local! {
+    static WOKEN: Cell<bool> = const { Cell::new(false) };
+}
+
 /// Every tenant whose first byte is not 0xff exists; a page's bytes name the core and the block.
 struct Fake(usize);
 
@@ -39,8 +48,15 @@ impl TimelineReader for Fake {
         block: BlockNumber,
         _lsn: RequestLsn,
     ) -> Result<Bytes, ReadError> {
-        if block == 13 {
-            return Err(ReadError::BadRequest("thirteen".to_owned()));
+        match block {
+            13 => return Err(ReadError::BadRequest("thirteen".to_owned())),
+            WAITING => {
+                while !WOKEN.get() {
+                    glommio::timer::sleep(Duration::from_millis(1)).await;
+                }
+            }
+            WAKING => WOKEN.set(true),
+            _ => {}
         }
         Ok(self.page(block))
     }
@@ -183,15 +199,16 @@ fn get_page(id: u64, block: u32) -> Request {
     Request { header: Header { id, lsn }, query: Query::GetPage { rel, block } }
 }
 
-/// Sends all at once and checks all answers.
-fn pipeline(client: &mut Client, version: Version, core: usize) {
-    let requests: Vec<Request> = (0..100).map(|n| get_page(u64::from(n), n)).collect();
+fn ask(client: &mut Client, version: Version, requests: &[Request]) {
     client.send(|out| {
-        for request in &requests {
+        for request in requests {
             crate::server::pq::put_message(out, b'd', |out| encode_request(version, request, out));
         }
     });
-    for request in &requests {
+}
+
+fn check_answers(client: &mut Client, version: Version, core: usize, requests: &[Request]) {
+    for request in requests {
         let (tag, body) = client.message();
         assert_eq!(tag, b'd');
         let answer = decode_response(version, &body.into()).unwrap().answer_to(request).unwrap();
@@ -208,6 +225,28 @@ fn pipeline(client: &mut Client, version: Version, core: usize) {
     }
 }
 
+/// Sends all at once and checks all answers.
+fn pipeline(client: &mut Client, version: Version, core: usize) {
+    let requests: Vec<Request> = (0..100).map(|n| get_page(u64::from(n), n)).collect();
+    ask(client, version, &requests);
+    check_answers(client, version, core, &requests);
+}
+
+/// A request is begun while one before it waits, and answered behind it; and all of them although
+/// the client sends no more.
+fn overtaking(address: SocketAddr, core: usize) {
+    let mut client = Client::connect(address);
+    client.open(3, tenant_of(core));
+    let numbered = |(id, block): (u64, &u32)| get_page(id, *block);
+    let requests: Vec<Request> = (0..).zip(&[WAITING, WAKING, 13, 2, 4, 3]).map(numbered).collect();
+    ask(&mut client, Version::V3, &requests[..1]);
+    std::thread::sleep(Duration::from_millis(50));
+    ask(&mut client, Version::V3, &requests[1..]);
+    client.0.shutdown(std::net::Shutdown::Write).unwrap();
+    check_answers(&mut client, Version::V3, core, &requests);
+    assert_eq!(client.0.read(&mut [0]).unwrap(), 0);
+}
+
 fn talk(address: SocketAddr) {
     for core in [0, 1] {
         let mut client = Client::connect(address);
@@ -222,6 +261,7 @@ fn talk(address: SocketAddr) {
         client.send(|out| crate::server::pq::put_message(out, b'd', |o| o.extend([9; 17])));
         assert_eq!(client.message().1[0], 103);
         pipeline(&mut client, Version::V2, 1 - core);
+        overtaking(address, core);
         let mut lost = Client::connect(address);
         let query = format!("pagestream_v3 {} {}", "ff".repeat(16), "ab".repeat(16));
         lost.send(|out| frontend::query(&query, out).unwrap());

@@ -1,30 +1,80 @@
 //! A page stream: requests in, replies out, in the same order.
 //!
-//! Requests that came in together are worked on together, up to [`PAGE_REQUESTS_CONCURRENT_MAX`]
-//! at once, once the core's [`admission`](crate::server::admission) lets them in. Replies go out in
-//! order, as many in one write as are ready, and none waits for a later one.
+//! Requests that came in together are worked on together, once the core's
+//! [`admission`](crate::server::admission) lets them in, and beside those that came before: up to
+//! [`PAGE_REQUESTS_CONCURRENT_MAX`] of a connection are under way at once. Replies go out in order,
+//! as many in one write as are ready, and none waits for a later one.
 
-use std::pin::pin;
+use std::future::poll_fn;
+use std::io::{Error, ErrorKind};
+use std::pin::Pin;
+use std::rc::Rc;
+use std::task::{Context, Poll};
 
-use bytes::{Buf, Bytes};
+use bytes::Buf;
+use futures_channel::oneshot;
 use futures_util::StreamExt;
-use futures_util::future::{Either, select};
+use futures_util::future::LocalBoxFuture;
 use futures_util::stream::FuturesOrdered;
 
 use super::request::{ANY_HEADER, Reply, handle};
-use super::{Conn, Fault, Session, Wanted, shutdown};
-use crate::limits::{CONNECTION_REPLY_BYTES_MAX, PAGE_REQUESTS_CONCURRENT_MAX};
+use super::{Conn, Fault, Service, Session, Wanted, shutdown};
+use crate::limits::{
+    CONNECTION_READ_BYTES, CONNECTION_REPLY_BYTES_MAX, PAGE_REQUESTS_CONCURRENT_MAX,
+};
 use crate::server::admission::Permit;
 use crate::server::buffers::Page;
 use crate::server::counters::count;
 use crate::server::fair::{Ask, Class};
 use crate::server::page_protocol::{
-    PAGE_BYTES, Query, REPLY_OVERHEAD_BYTES_MAX, Version, decode_request, encode_error,
-    encode_page_head, encode_response,
+    Answer, PAGE_BYTES, Query, Version, decode_request, encode_error, encode_page_head,
+    encode_response,
 };
 use crate::server::pq::{self, Message, SqlState};
 use crate::server::socket::Stream;
 use crate::shard::reader::{PageBackend, TimelineReader};
+
+/// A stream that is open: what came in and is not answered yet.
+struct Window<'s, B: PageBackend> {
+    service: &'s Service<B>,
+    wanted: Wanted,
+    version: Version,
+    /// Whole requests that wait in the session.
+    there: usize,
+    class: Class,
+    /// Those in line for a permit, and their number.
+    line: Option<(oneshot::Receiver<Permit>, usize)>,
+    /// Those that are being worked on.
+    answers: FuturesOrdered<LocalBoxFuture<'s, Reply>>,
+    /// The timeline that they are of. It is looked up again when nothing is under way: one that is
+    /// idle may be closed, and is opened again then.
+    timeline: Option<Rc<B::Timeline>>,
+    /// Pages of replies whose heads stand in the session.
+    pages: Vec<Page>,
+    /// The client sends no more.
+    ended: bool,
+}
+
+/// What a stream waits for.
+enum Event {
+    Answer(Reply),
+    Admitted(Permit),
+    Read(Result<usize, Error>),
+    Stop,
+}
+
+impl<B: PageBackend> Window<'_, B> {
+    /// Requests that can be taken in now.
+    fn room(&self) -> usize {
+        let is_closed = self.line.is_some() || (self.timeline.is_none() && self.is_busy());
+        if is_closed { 0 } else { PAGE_REQUESTS_CONCURRENT_MAX - self.answers.len() }
+    }
+
+    /// Requests are under way.
+    fn is_busy(&self) -> bool {
+        !self.answers.is_empty()
+    }
+}
 
 impl<S, B> Conn<'_, S, B>
 where
@@ -32,9 +82,6 @@ where
     B: PageBackend,
 {
     /// Serves a page stream; false when the connection is over, true when the stream alone is.
-    ///
-    /// The timeline is looked up for every batch of requests: one that is idle may be closed
-    /// between two of them, and is opened again then.
     pub(super) async fn open_stream(
         &mut self,
         wanted: Wanted,
@@ -44,32 +91,47 @@ where
             return Ok(true);
         }
         pq::put_copy_both(&mut self.session.unwritten);
-        // Requests in `unread` that were counted.
-        let mut there = 0;
-        let mut class = Class::Foreground;
+        let mut window = Window {
+            service: self.service,
+            wanted,
+            version,
+            there: 0,
+            class: Class::Foreground,
+            line: None,
+            answers: FuturesOrdered::new(),
+            timeline: None,
+            pages: Vec::new(),
+            ended: false,
+        };
+        let end = self.run_stream(&mut window).await;
+        // Whatever is said now is said behind all replies.
+        self.send(&mut window)?;
+        end
+    }
+
+    async fn run_stream(&mut self, window: &mut Window<'_, B>) -> Result<bool, Fault> {
         loop {
-            if there == 0 {
-                there = pq::copy_data_count(&self.session.unread);
-                class = Class::of_arrival(there);
+            if window.there == 0 && window.room() > 0 {
+                window.there = pq::copy_data_count(&self.session.unread);
+                // Those that it waits for already belong to the same reading ahead.
+                window.class = Class::of_arrival(window.answers.len() + window.there);
             }
-            if there > 0 {
-                let batch = there.min(PAGE_REQUESTS_CONCURRENT_MAX);
-                let Some(timeline) = self.find(&wanted).await? else { return Ok(true) };
-                let _permit = self.admit(&wanted, &*timeline, class, batch).await?;
-                self.answer(version, &timeline, batch).await?;
-                there -= batch;
-                // Pages that are held never wait, nor does a socket that always has more requests.
-                glommio::yield_if_needed().await;
-                if self.service.stop.is_closed() {
-                    return Err(shutdown());
+            if window.there.min(window.room()) > 0 {
+                if !self.take_in(window).await? {
+                    return Ok(true);
                 }
                 continue;
             }
-            // Before a message that is none, what came before it is answered.
+            if window.is_busy() || window.line.is_some() {
+                self.go_on(window).await?;
+                continue;
+            }
+            // Before a message that is no request, what came before it is answered.
             match pq::decode_message(&mut self.session.unread)? {
                 None => {
-                    self.flush().await?;
-                    if !self.read().await? {
+                    window.timeline = None;
+                    self.send_all(window).await?;
+                    if window.ended || !self.read().await? {
                         return Ok(false);
                     }
                 }
@@ -78,53 +140,153 @@ where
                 Some(Message::Terminate) => return Ok(false),
                 Some(other) => {
                     let text = format!("unexpected message {} during COPY", other.name());
-                    self.end_with_error(&wanted, SqlState::PROTOCOL_VIOLATION, &text);
+                    self.end_with_error(&window.wanted, SqlState::PROTOCOL_VIOLATION, &text);
                     return Ok(true);
                 }
             }
         }
     }
 
-    /// Waits for leave to work on the next requests. Replies that are ready do not wait with them.
-    async fn admit(
-        &mut self,
-        wanted: &Wanted,
-        timeline: &B::Timeline,
-        class: Class,
-        requests: usize,
-    ) -> Result<Permit, Fault> {
-        let service = self.service;
-        let ask =
-            Ask { tenant: wanted.tenant, quota: timeline.quota(), class, pages: requests as u64 };
+    /// Asks for leave to work on the next requests, and begins with them or puts them in line; false
+    /// if the stream has ended.
+    async fn take_in(&mut self, window: &mut Window<'_, B>) -> Result<bool, Fault> {
+        let service = window.service;
+        let timeline = match (&window.timeline, window.is_busy()) {
+            (Some(timeline), true) => timeline.clone(),
+            _ => match self.find(&window.wanted).await? {
+                Some(timeline) => timeline,
+                None => return Ok(false),
+            },
+        };
+        let requests = window.there.min(window.room());
+        let (tenant, class) = (window.wanted.tenant, window.class);
+        let ask = Ask { tenant, quota: timeline.quota(), class, pages: requests as u64 };
+        window.timeline = Some(timeline);
         let now = (service.now)();
-        if let Some(permit) = service.admission.try_admit(&ask, now) {
-            return Ok(permit);
+        match service.admission.try_admit(&ask, now) {
+            Some(permit) => self.begin(window, requests, permit).await?,
+            None => {
+                let admitted = service.admission.stand_in_line(&ask, now);
+                window.line = Some((admitted, requests));
+            }
         }
-        let admitted = service.admission.stand_in_line(&ask, now);
-        self.flush().await?;
-        match select(admitted, pin!(service.stop.recv())).await {
-            Either::Left((Ok(permit), _)) => Ok(permit),
-            Either::Left((Err(_), _)) | Either::Right(_) => Err(shutdown()),
-        }
+        Ok(true)
     }
 
-    /// Answers the next `requests` messages, which are whole.
-    async fn answer(
+    /// Begins with the next `requests`, which are whole.
+    async fn begin(
         &mut self,
-        version: Version,
-        timeline: &B::Timeline,
+        window: &mut Window<'_, B>,
         requests: usize,
+        permit: Permit,
     ) -> Result<(), Fault> {
-        let mut pages = self.service.buffers.take_pages();
-        let answered = self.answer_held(version, timeline, requests, &mut pages);
-        let unwritten = &mut self.session.unwritten;
-        self.service.buffers.send_now(self.stream, unwritten, pages).map_err(Fault::Io)?;
-        if self.session.unwritten.len() > CONNECTION_REPLY_BYTES_MAX {
-            self.flush().await?;
+        window.there -= requests;
+        let Some(timeline) = window.timeline.clone() else { return Ok(()) };
+        let (service, version) = (window.service, window.version);
+        let mut rest = requests;
+        if !window.is_busy() {
+            self.send(window)?;
+            let mut pages = service.buffers.take_pages();
+            rest -= self.answer_held(version, &timeline, requests, &mut pages);
+            let unwritten = &mut self.session.unwritten;
+            service.buffers.send_now(self.stream, unwritten, pages).map_err(Fault::Io)?;
         }
-        match requests - answered {
-            0 => Ok(()),
-            rest => self.answer_rest(version, timeline, rest).await,
+        let permit = Rc::new(permit);
+        while rest > 0
+            && let Some(Message::CopyData(message)) = pq::decode_message(&mut self.session.unread)?
+        {
+            let (timeline, permit) = (timeline.clone(), permit.clone());
+            window.answers.push_back(Box::pin(async move {
+                let reply = handle(service, &timeline, version, &message).await;
+                drop(permit);
+                reply
+            }));
+            rest -= 1;
+        }
+        drop(permit);
+        self.send_many(window).await?;
+        // Pages that are held never wait, nor does a socket that always has more requests.
+        glommio::yield_if_needed().await;
+        if service.stop.is_closed() { Err(shutdown()) } else { Ok(()) }
+    }
+
+    /// Waits for the next event, and does what it asks for. Replies that are ready do not wait.
+    async fn go_on(&mut self, window: &mut Window<'_, B>) -> Result<(), Fault> {
+        let now = poll_fn(|context| Poll::Ready(self.poll_event(window, context))).await;
+        let event = match now {
+            Poll::Ready(event) => event,
+            Poll::Pending if !self.session.unwritten.is_empty() => {
+                return self.send_all(window).await;
+            }
+            Poll::Pending => poll_fn(|context| self.poll_event(window, context)).await,
+        };
+        match event {
+            Event::Answer(reply) => {
+                self.put_reply(window, reply)?;
+                self.send_many(window).await?;
+            }
+            Event::Admitted(permit) => {
+                let requests = window.line.take().map_or(0, |(_, requests)| requests);
+                self.begin(window, requests, permit).await?;
+            }
+            Event::Read(Ok(length)) => window.ended = length == 0,
+            // It is the client who waits, not the node.
+            Event::Read(Err(error)) if error.kind() == ErrorKind::TimedOut => {}
+            Event::Read(Err(error)) => return Err(error.into()),
+            Event::Stop => return Err(shutdown()),
+        }
+        Ok(())
+    }
+
+    fn poll_event(&mut self, window: &mut Window<'_, B>, context: &mut Context<'_>) -> Poll<Event> {
+        if window.is_busy()
+            && let Poll::Ready(Some(reply)) = window.answers.poll_next_unpin(context)
+        {
+            return Poll::Ready(Event::Answer(reply));
+        }
+        if let Some((admitted, _)) = &mut window.line
+            && let Poll::Ready(admitted) = Pin::new(admitted).poll(context)
+        {
+            // Nobody admits any more when the core stops.
+            return Poll::Ready(admitted.map_or(Event::Stop, Event::Admitted));
+        }
+        if self.stop.poll_next_unpin(context).is_ready() {
+            return Poll::Ready(Event::Stop);
+        }
+        let Session { unread, unwritten, .. } = &mut self.session;
+        // What is ready is sent first, and what cannot be taken in is left to the socket.
+        let wants_more = unwritten.is_empty()
+            && window.there == 0
+            && window.room() > 0
+            && unread.len() < CONNECTION_READ_BYTES;
+        if !wants_more || window.ended {
+            return Poll::Pending;
+        }
+        let buffers = &window.service.buffers;
+        buffers.poll_read(self.stream, context, unread, unwritten).map(Event::Read)
+    }
+
+    /// Sends the replies that have pages, as far as that goes without waiting.
+    fn send(&mut self, window: &mut Window<'_, B>) -> Result<(), Fault> {
+        if window.pages.is_empty() {
+            return Ok(());
+        }
+        let pages = std::mem::take(&mut window.pages);
+        let unwritten = &mut self.session.unwritten;
+        self.service.buffers.send_now(self.stream, unwritten, pages).map_err(Fault::Io)
+    }
+
+    /// Sends all replies that are ready.
+    async fn send_all(&mut self, window: &mut Window<'_, B>) -> Result<(), Fault> {
+        self.send(window)?;
+        self.flush().await
+    }
+
+    /// The same, if they are many.
+    async fn send_many(&mut self, window: &mut Window<'_, B>) -> Result<(), Fault> {
+        match self.session.unwritten.len() > CONNECTION_REPLY_BYTES_MAX {
+            true => self.send_all(window).await,
+            false => Ok(()),
         }
     }
 
@@ -165,57 +327,28 @@ where
         answered
     }
 
-    /// Answers the next `requests` messages, which are whole, all of them at once.
-    async fn answer_rest(
-        &mut self,
-        version: Version,
-        timeline: &B::Timeline,
-        requests: usize,
-    ) -> Result<(), Fault> {
-        let room = requests.saturating_mul(PAGE_BYTES + REPLY_OVERHEAD_BYTES_MAX);
-        self.session.unwritten.reserve(room);
-        let batch = self.take_requests(requests)?;
-        let service = self.service;
-        let mut answers: FuturesOrdered<_> =
-            batch.iter().map(|message| handle(service, timeline, version, message)).collect();
-        let mut stop = pin!(service.stop.recv());
-        loop {
-            let ready = futures_util::poll!(answers.next());
-            let answer = match ready {
-                std::task::Poll::Ready(answer) => answer,
-                std::task::Poll::Pending => {
-                    self.flush().await?;
-                    match select(answers.next(), stop.as_mut()).await {
-                        Either::Left((answer, _)) => answer,
-                        Either::Right(_) => return Err(shutdown()),
-                    }
-                }
-            };
-            match answer {
-                None => return Ok(()),
-                Some(reply) => self.put_reply(version, reply)?,
-            }
-            if self.session.unwritten.len() > CONNECTION_REPLY_BYTES_MAX {
-                self.flush().await?;
-            }
-        }
-    }
-
-    /// The next requests, which are all there.
-    fn take_requests(&mut self, requests: usize) -> Result<Vec<Bytes>, Fault> {
-        let mut batch = Vec::with_capacity(requests);
-        while batch.len() < requests
-            && let Some(Message::CopyData(bytes)) = pq::decode_message(&mut self.session.unread)?
-        {
-            batch.push(bytes);
-        }
-        Ok(batch)
-    }
-
-    fn put_reply(&mut self, version: Version, reply: Reply) -> Result<(), Fault> {
-        let out = &mut self.session.unwritten;
+    /// Puts a reply behind those that are ready.
+    fn put_reply(&mut self, window: &mut Window<'_, B>, reply: Reply) -> Result<(), Fault> {
+        let (version, out) = (window.version, &mut self.session.unwritten);
         match reply {
+            Reply::Answer(request, Answer::GetPage(bytes)) => {
+                assert_eq!(bytes.len(), PAGE_BYTES, "a page has the length of a page");
+                pq::put_message_head(out, b'd', PAGE_BYTES, |out| {
+                    encode_page_head(version, &request, out);
+                });
+                if window.pages.capacity() == 0 {
+                    window.pages = self.service.buffers.take_pages();
+                }
+                window.pages.push(Page { behind: out.len(), bytes });
+                if window.pages.len() == PAGE_REQUESTS_CONCURRENT_MAX {
+                    self.send(window)?;
+                }
+            }
             Reply::Answer(request, answer) => {
+                if matches!(answer, Answer::Error(_)) {
+                    // Perhaps the timeline has gone.
+                    window.timeline = None;
+                }
                 pq::put_message(out, b'd', |out| encode_response(version, &request, &answer, out));
             }
             Reply::Malformed(error) => {

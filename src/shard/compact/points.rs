@@ -46,7 +46,7 @@ impl<I: Io> Points<I> {
         for name in names {
             let range = if name.is_image() { Lsn(0)..below } else { floor..below };
             let reader = self.reader(&name).await?;
-            if reader.collect(key, &range, &mut found).await? != Lookup::Continue {
+            if reader.collect(key, &range, &mut found).await?.lookup != Lookup::Continue {
                 break;
             }
         }
