@@ -35,7 +35,7 @@ use self::images::ImageJob;
 pub use self::job::CompactError;
 use self::job::{Flags, JobBase};
 use self::merge::MergeJob;
-use super::plan::compaction::{Action, PlanConfig, PlanLayer, plan};
+use super::plan::compaction::{Action, PlanConfig, PlanLayer, bars, plan};
 use super::stored::StoredLayer;
 use super::timeline::{Signal, Timeline};
 use super::turn::Turn;
@@ -410,12 +410,14 @@ impl<I: Io> Timeline<I> {
         chain_max: usize,
     ) -> Result<(), CompactError> {
         let removed = snapshot.layers(inputs);
+        let bars = bars(&snapshot.plan, inputs, &lsns);
         let job = MergeJob {
             base: self.job_base(),
             inputs: names(&removed),
             others: snapshot.older(lsns.end, inputs),
             lsns,
             cuts: snapshot.cuts(),
+            bars,
             chain_max,
         };
         let began = self.context.io.now();

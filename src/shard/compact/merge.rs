@@ -36,6 +36,8 @@ pub(super) struct MergeJob {
     pub(super) others: Vec<LayerName>,
     /// Keys where a layer is cut even if it could still grow; ascending.
     pub(super) cuts: Vec<Key>,
+    /// Keys that no layer may reach over; ascending.
+    pub(super) bars: Vec<Key>,
     /// A page with more records than this gets an image behind them.
     pub(super) chain_max: usize,
 }
@@ -76,6 +78,7 @@ struct OutputJob {
     target_bytes: u64,
     lsns: LsnRange,
     cuts: Vec<Key>,
+    bars: Vec<Key>,
 }
 
 impl<I: Io> Output<I> {
@@ -88,11 +91,14 @@ impl<I: Io> Output<I> {
     fn is_due(&self, key: Key) -> bool {
         let Some(writer) = &self.writer else { return false };
         let bytes = writer.file_bytes();
-        let next_cut = self.job.cuts.partition_point(|cut| *cut <= self.last);
-        let crosses = self.job.cuts.get(next_cut).is_some_and(|cut| *cut <= key);
+        let crosses = |places: &[Key]| {
+            let next = places.partition_point(|place| *place <= self.last);
+            places.get(next).is_some_and(|place| *place <= key)
+        };
         bytes >= self.job.target_bytes
             || self.keys >= COMPACT_KEYS_MAX
-            || crosses && bytes >= self.job.target_bytes / 8
+            || crosses(&self.job.cuts) && bytes >= self.job.target_bytes / 8
+            || crosses(&self.job.bars)
     }
 
     async fn put(&mut self, group: Group) -> Result<(), LayerError> {
@@ -137,13 +143,13 @@ impl<I: Io> Output<I> {
 
 /// Merges. The layers of the result are durable when this returns; after an error there are none.
 pub(super) async fn run<I: Io>(io: I, job: MergeJob) -> Result<Made, CompactError> {
-    let MergeJob { base, inputs, lsns, others, cuts, chain_max } = job;
+    let MergeJob { base, inputs, lsns, others, cuts, bars, chain_max } = job;
     let JobBase { owner, dir, target_bytes, start_lsn, redo, flags } = base;
     let pages = Pages::new(Points::new(&io, &dir, owner, others), redo());
     let mut merge = DeltaMerge::new(&io, &dir, owner, inputs, Key::MIN..Key::MAX);
     let span = lsns.clone();
     let bounds = Bounds { start: start_lsn, lsns: &span, chain_max };
-    let mut out = Output::new(&io, OutputJob { dir, owner, target_bytes, lsns, cuts });
+    let mut out = Output::new(&io, OutputJob { dir, owner, target_bytes, lsns, cuts, bars });
     let mut stream = Stream::new(&io, &pages, bounds);
     let mut merged = async {
         while let Some(entry) = merge.next().await? {
@@ -282,5 +288,40 @@ impl<'a, I: Io> Stream<'a, I> {
             self.write_one(out).await?;
         }
         Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use bytes::Bytes;
+
+    use super::*;
+    use crate::base::{TenantId, TenantShardId, TimelineId};
+    use crate::sim::{SimOptions, SimWorld};
+
+    #[test]
+    fn a_layer_reaches_over_no_bar() {
+        let key = |n| Key { field6: n, ..Key::MIN };
+        let mut world = SimWorld::new(1, SimOptions::default());
+        let story = world.run(|io| async move {
+            let dir = PathBuf::from("/layers");
+            io.create_dir(&dir).await.unwrap();
+            let tenant = TenantShardId::unsharded(TenantId([1; 16]));
+            let owner = LayerOwner { shard: tenant, timeline: TimelineId([2; 16]) };
+            let (cuts, bars) = (vec![key(2)], vec![key(5), key(7), key(20), key(30)]);
+            let (target_bytes, lsns) = (1 << 20, Lsn(8)..Lsn(16));
+            let job = OutputJob { dir, owner, target_bytes, lsns, cuts, bars };
+            let mut out = Output::new(&io, job);
+            for n in [1, 3, 9, 10, 19, 20, 29] {
+                let mut group = Group::new(key(n));
+                group.push(Lsn(8), Value::Image(Bytes::from_static(b"small")));
+                out.put(group).await.unwrap();
+            }
+            out.end_layer().await.unwrap();
+            let keys: Vec<crate::base::KeyRange> =
+                out.done.iter().map(|desc| desc.name.keys().clone()).collect();
+            assert_eq!(keys, [key(1)..key(4), key(9)..key(20), key(20)..key(30)]);
+        });
+        assert_eq!(story, Ok(()), "{world}");
     }
 }

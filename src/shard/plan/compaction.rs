@@ -31,7 +31,8 @@
 //! Invariants that every action keeps, if they held before: for any key the delta layers that
 //! cover it have disjoint LSN ranges; every key is covered by an image as old as the oldest that
 //! covered it before. A delta layer may reach below an image: merges concern whole layers, and
-//! columns get their images at different times.
+//! columns get their images at different times. The layers of a row have gaps between them, where
+//! there was nothing to write, and others may lie there: a merge cuts its result at [`bars`].
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -348,6 +349,18 @@ fn is_mergeable(layers: &[PlanLayer], inputs: &[usize]) -> bool {
         let within = span.lsns.start < lsns.end && span.lsns.end > lsns.start;
         !within || span.is_image || !cover.touches(&span.keys) || inputs.contains(&at)
     })
+}
+
+/// Keys that no layer of the result of a merge may reach over: there others lie within its LSN
+/// range, where the inputs have nothing. Ascending.
+pub fn bars(layers: &[PlanLayer], inputs: &[usize], lsns: &LsnRange) -> Vec<Key> {
+    let others = layers.iter().enumerate().filter(|(at, layer)| {
+        let span = &layer.span;
+        let within = span.lsns.start < lsns.end && span.lsns.end > lsns.start;
+        within && !span.is_image && !inputs.contains(at)
+    });
+    let bars: BTreeSet<Key> = others.map(|(_, layer)| layer.span.keys.start).collect();
+    bars.into_iter().collect()
 }
 
 /// Cuts the key space by the newest image layers, and stacks the L1 layers on the columns.

@@ -35,6 +35,9 @@ struct Model {
     /// How often a read took blocks of so many layers, and applied so many records.
     layers_read: Vec<f64>,
     records_read: Vec<f64>,
+    /// Merges find nothing of some keys.
+    holes: bool,
+    seed: u64,
 }
 
 /// The number below which so much of a distribution lies.
@@ -102,6 +105,8 @@ impl Model {
             record_bytes: 24.0,
             layers_read: Vec::new(),
             records_read: Vec::new(),
+            holes: false,
+            seed: 1,
         };
         model.images(Key::MIN..Key::MAX, 100);
         model.image_bytes = 0;
@@ -167,21 +172,37 @@ impl Model {
         let images = self.layers.iter().filter(|l| l.span.is_image);
         let starts = images.map(|l| l.span.keys.start.max(key(0)).field6);
         let starts: std::collections::BTreeSet<u32> = starts.collect();
+        let bars = bars(&self.layers, inputs, lsns);
+        let bars: Vec<u32> = bars.into_iter().map(|bar| bar.max(key(0)).field6).collect();
+        let cover = Cover::new(&self.layers, inputs.iter().copied()).0.into_iter();
+        let clamp = |at: Key| at.clamp(key(0), key(self.pages)).field6;
+        let cover: Vec<std::ops::Range<u32>> =
+            cover.map(|keys| clamp(keys.start)..clamp(keys.end)).collect();
         let keep = |at: usize, l: PlanLayer| (!inputs.contains(&at)).then_some(l);
         let old = std::mem::take(&mut self.layers);
         self.layers = old.into_iter().enumerate().filter_map(|(at, l)| keep(at, l)).collect();
-        // Cut as the job does: at the target size, or where an image begins.
+        // Cut as the job does: at the target size, where an image begins, and before others.
         let pages = u64::from(end.field6 - start.field6);
         let bytes_of = |from: u32, to: u32| bytes * u64::from(to - from) / pages;
-        let at_target = (pages * self.config.target_bytes / bytes).max(1);
+        let at_target = (pages * self.config.target_bytes / bytes.max(1)).max(1);
         let mut from = start.field6;
-        while from < end.field6 {
+        while let Some(first) = cover.iter().find(|keys| keys.end > from) {
+            from = from.max(first.start);
             let full = (u64::from(from) + at_target).min(u64::from(end.field6)) as u32;
+            let bar = bars.iter().find(|bar| **bar > from).copied().unwrap_or(full);
+            let full = full.min(bar);
             let least = self.config.target_bytes / 8;
             let cut = starts.range(from + 1..full.max(from + 1));
             let cut = cut.copied().find(|cut| bytes_of(from, *cut) >= least).unwrap_or(full);
+            let within = cover.iter().rfind(|keys| keys.start < cut);
+            let last = within.map_or(cut, |keys| keys.end.min(cut));
             let lsns = lsns.start.0..lsns.end.0;
-            self.layers.push(layer(key(from)..key(cut), lsns, false, bytes_of(from, cut)));
+            self.seed = self.seed.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1);
+            // Nothing changed there.
+            let is_hole = self.holes && self.seed >> 62 == 0;
+            if !is_hole {
+                self.layers.push(layer(key(from)..key(last), lsns, false, bytes_of(from, last)));
+            }
             from = cut;
         }
     }
@@ -270,11 +291,13 @@ proptest! {
         target in 20u64..1_000,
         percent in 5u64..300,
         merge_bytes_max in 1u64..20_000_000,
+        holes: bool,
         steps in prop::collection::vec((1u64..400, 0u8..4), 1..40),
     ) {
         let config =
             PlanConfig { merge_bytes_max, ..config(l0_threshold, target * 1_000, percent) };
         let mut model = Model::new(pages, 4_000, config);
+        model.holes = holes;
         for (kilobytes, patience) in steps {
             model.l0(kilobytes * 1_000);
             if patience > 0 {
@@ -455,4 +478,26 @@ fn an_image_in_the_middle_does_not_hold_up_a_merge() {
         plan(&layers, &config(3, 1_000_000, 50)),
         [merge_l0(vec![1, 3, 4], Lsn(101)..Lsn(401))]
     );
+}
+
+#[test]
+fn what_lies_between_the_keys_of_a_merge_bars_its_result() {
+    let delta =
+        |keys: std::ops::Range<u32>, lsns| layer(key(keys.start)..key(keys.end), lsns, false, 1);
+    let layers = [
+        layer(Key::MIN..Key::MAX, 100..101, true, 1),
+        delta(1..14, 200..300),
+        delta(14..21, 200..300),
+        delta(21..24, 200..300),
+        delta(4..10, 300..400),
+        delta(24..30, 300..400),
+        delta(10..12, 150..200),
+        delta(12..13, 400..500),
+        layer(key(15)..key(16), 250..251, true, 1),
+    ];
+    let inputs = [1, 3, 4, 5];
+    assert!(is_mergeable(&layers, &inputs));
+    let lsns = hull(&layers, &inputs).unwrap();
+    assert_eq!(bars(&layers, &inputs, &lsns), [key(14)]);
+    assert_eq!(bars(&layers, &[1, 2, 3, 4, 5], &lsns), []);
 }
