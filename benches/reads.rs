@@ -26,6 +26,9 @@ const TIMELINE: TimelineId = TimelineId([2; 16]);
 const DEPTH: &str = "32";
 /// Connections, and requests under way on each: as many in all.
 const SHAPES: [[&str; 2]; 3] = [["1", DEPTH], ["4", "8"], ["32", "1"]];
+/// Settings of the last part: without rebuilt pages; and with as many layers as can be set.
+const DEEP: [&str; 3] =
+    ["page_cache_bytes=0", "compaction_threshold=8", "compaction_image_percent=1000"];
 /// Checkpoints that each change every page, in the last part.
 const LAYERS: u32 = 20;
 
@@ -246,8 +249,11 @@ fn benchmark() -> Result<()> {
         scan(&primary, &node)?;
     }
     if wanted("deep") {
-        let node = node::start(&scratch.path().join("deep"), client_cpu, &["page_cache_bytes=0"])?;
-        deep(&primary, &node)?;
+        for (dir, settings) in [("default", &DEEP[..1]), ("deep", &DEEP[..])] {
+            println!("settings {}:", settings.join(" "));
+            let node = node::start(&scratch.path().join(dir), client_cpu, settings)?;
+            deep(&primary, &node)?;
+        }
     }
     Ok(())
 }
