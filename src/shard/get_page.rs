@@ -21,7 +21,7 @@ use super::branch::{Older, below_branch_point};
 use super::compact::{Planted, planted};
 use super::layer_map::LayerSpan;
 use super::leases::LeaseError;
-use super::pages::RebuiltPage;
+use super::pages::{RebuiltPage, zero_page};
 use super::reader::{PageQuota, ReadError, RequestLsn, TimelineReader};
 use super::stored::StoredLayer;
 use super::timeline::Timeline;
@@ -451,12 +451,6 @@ fn is_sequential() -> bool {
     return ONE_AFTER_THE_OTHER.get();
     #[cfg(not(test))]
     false
-}
-
-/// 8,192 zeros.
-pub(super) fn zero_page() -> Bytes {
-    static ZEROS: [u8; PAGE_SIZE] = [0; PAGE_SIZE];
-    Bytes::from_static(&ZEROS)
 }
 
 fn damaged(what: &str, lsn: Lsn, error: &LayerError) -> ReadError {

@@ -10,8 +10,9 @@
 use bytes::Bytes;
 
 use super::branch::{Ancestor, below_branch_point};
-use super::get_page::{check_rel, end_of, of_deltas, zero_page};
+use super::get_page::{check_rel, end_of, of_deltas};
 use super::layer_map::{LayerId, Steps};
+use super::pages::zero_page;
 use super::reader::RequestLsn;
 use super::timeline::{Mutable, Timeline};
 use crate::base::page::PAGE_SIZE;

@@ -20,8 +20,8 @@ use bytes::Bytes;
 
 use super::apply::{Apply, ApplyError, EXISTS, Sink, touched_forks};
 use super::follow::TakeInError;
-use super::get_page::zero_page;
 use super::lsns::Advance;
+use super::pages::zero_page;
 use super::reader::ReadError;
 use super::sizes::Sizes;
 use super::timeline::{Mutable, Timeline};

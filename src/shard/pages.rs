@@ -16,10 +16,17 @@ use std::collections::{HashMap, VecDeque};
 use bytes::Bytes;
 use foldhash::fast::RandomState;
 
+use crate::base::page::PAGE_SIZE;
 use crate::base::{Key, Lsn};
 
 /// Memory that a page takes beside its bytes.
 const ENTRY_OVERHEAD_BYTES: usize = 192;
+
+/// 8,192 zeros.
+pub(super) fn zero_page() -> Bytes {
+    static ZEROS: [u8; PAGE_SIZE] = [0; PAGE_SIZE];
+    Bytes::from_static(&ZEROS)
+}
 
 /// Number of an open timeline within its core; never used twice.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]

@@ -79,6 +79,8 @@ struct OutputJob {
     lsns: LsnRange,
     cuts: Vec<Key>,
     bars: Vec<Key>,
+    /// Names that no layer of the result may have: their files are being read.
+    inputs: Vec<LayerName>,
 }
 
 impl<I: Io> Output<I> {
@@ -125,7 +127,15 @@ impl<I: Io> Output<I> {
 
     async fn end_layer(&mut self) -> Result<(), LayerError> {
         if let Some(writer) = self.writer.take() {
-            self.done.push(writer.finish(self.first..self.last.next()).await?);
+            let keys = self.first..self.last.next();
+            let name = LayerName::Delta { keys: keys.clone(), lsns: self.job.lsns.clone() };
+            if self.job.inputs.contains(&name) {
+                writer.abort().await;
+                let (file, lsn) = (self.job.dir.join(name.to_string()), name.lsns().start);
+                let what = "a merge would replace one of its inputs";
+                return Err(LayerError::Misplaced { file, key: self.first, lsn, what });
+            }
+            self.done.push(writer.finish(keys).await?);
         }
         Ok(())
     }
@@ -146,10 +156,11 @@ pub(super) async fn run<I: Io>(io: I, job: MergeJob) -> Result<Made, CompactErro
     let MergeJob { base, inputs, lsns, others, cuts, bars, chain_max } = job;
     let JobBase { owner, dir, target_bytes, start_lsn, redo, flags } = base;
     let pages = Pages::new(Points::new(&io, &dir, owner, others), redo());
-    let mut merge = DeltaMerge::new(&io, &dir, owner, inputs, Key::MIN..Key::MAX);
+    let mut merge = DeltaMerge::new(&io, &dir, owner, inputs.clone(), Key::MIN..Key::MAX);
     let span = lsns.clone();
     let bounds = Bounds { start: start_lsn, lsns: &span, chain_max };
-    let mut out = Output::new(&io, OutputJob { dir, owner, target_bytes, lsns, cuts, bars });
+    let mut out =
+        Output::new(&io, OutputJob { dir, owner, target_bytes, lsns, cuts, bars, inputs });
     let mut stream = Stream::new(&io, &pages, bounds);
     let mut merged = async {
         while let Some(entry) = merge.next().await? {
@@ -293,6 +304,8 @@ impl<'a, I: Io> Stream<'a, I> {
 
 #[cfg(test)]
 mod tests {
+    use std::path::Path;
+
     use bytes::Bytes;
 
     use super::*;
@@ -310,7 +323,8 @@ mod tests {
             let owner = LayerOwner { shard: tenant, timeline: TimelineId([2; 16]) };
             let (cuts, bars) = (vec![key(2)], vec![key(5), key(7), key(20), key(30)]);
             let (target_bytes, lsns) = (1 << 20, Lsn(8)..Lsn(16));
-            let job = OutputJob { dir, owner, target_bytes, lsns, cuts, bars };
+            let inputs = vec![LayerName::Delta { keys: key(40)..key(43), lsns: lsns.clone() }];
+            let job = OutputJob { dir, owner, target_bytes, lsns, cuts, bars, inputs };
             let mut out = Output::new(&io, job);
             for n in [1, 3, 9, 10, 19, 20, 29] {
                 let mut group = Group::new(key(n));
@@ -321,6 +335,14 @@ mod tests {
             let keys: Vec<crate::base::KeyRange> =
                 out.done.iter().map(|desc| desc.name.keys().clone()).collect();
             assert_eq!(keys, [key(1)..key(4), key(9)..key(20), key(20)..key(30)]);
+            // The name of an input is refused.
+            for n in [40, 42] {
+                let mut group = Group::new(key(n));
+                group.push(Lsn(8), Value::Image(Bytes::from_static(b"small")));
+                out.put(group).await.unwrap();
+            }
+            assert!(matches!(out.end_layer().await, Err(LayerError::Misplaced { .. })));
+            assert_eq!(io.list(Path::new("/layers")).await.unwrap().len(), 3);
         });
         assert_eq!(story, Ok(()), "{world}");
     }

@@ -5,7 +5,7 @@ use super::*;
 use crate::base::key::KeyKind;
 use crate::base::{BlockNumber, Key, KeyRange, RelTag, Value};
 use crate::layers::{ImageWriter, LayerDesc, LayerOwner};
-use crate::shard::get_page::zero_page;
+use crate::shard::pages::zero_page;
 use crate::shard::reader::ReadError;
 
 impl<I: Io> Timeline<I> {

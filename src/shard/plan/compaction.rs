@@ -490,6 +490,7 @@ fn merge_l1(layers: &[PlanLayer], column: &Column, config: &PlanConfig) -> Optio
         // Layers that come along because they share keys must not be what most of the work is for.
         let limit = bytes(layers, &inputs).saturating_mul(2).min(COMPACT_L1_INPUT_BYTES_MAX);
         let whole = closed(layers, &inputs, limit);
+        let whole = whole.map(|whole| without_done(layers, whole));
         let fits = |whole: &Vec<usize>| (2..=COMPACT_LEVELS_MAX).contains(&levels(layers, whole));
         if let Some(whole) = whole.filter(fits).filter(|whole| is_mergeable(layers, whole)) {
             let lsns = hull(layers, &whole)?;
@@ -499,6 +500,19 @@ fn merge_l1(layers: &[PlanLayer], column: &Column, config: &PlanConfig) -> Optio
         inputs.pop();
     }
     None
+}
+
+/// Leaves out those that have the LSN range of the result already: none of the others has keys of
+/// theirs, and what is written of them could get the very name that they have.
+fn without_done(layers: &[PlanLayer], mut inputs: Vec<usize>) -> Vec<usize> {
+    while let Some(lsns) = hull(layers, &inputs) {
+        let before = inputs.len();
+        inputs.retain(|at| layers.get(*at).is_some_and(|layer| layer.span.lsns != lsns));
+        if inputs.len() == before {
+            break;
+        }
+    }
+    inputs
 }
 
 fn bytes(layers: &[PlanLayer], chosen: &[usize]) -> u64 {

@@ -178,6 +178,8 @@ impl Model {
         let clamp = |at: Key| at.clamp(key(0), key(self.pages)).field6;
         let cover: Vec<std::ops::Range<u32>> =
             cover.map(|keys| clamp(keys.start)..clamp(keys.end)).collect();
+        let input_spans: Vec<LayerSpan> =
+            inputs.iter().map(|at| self.layers[*at].span.clone()).collect();
         let keep = |at: usize, l: PlanLayer| (!inputs.contains(&at)).then_some(l);
         let old = std::mem::take(&mut self.layers);
         self.layers = old.into_iter().enumerate().filter_map(|(at, l)| keep(at, l)).collect();
@@ -201,7 +203,9 @@ impl Model {
             // Nothing changed there.
             let is_hole = self.holes && self.seed >> 62 == 0;
             if !is_hole {
-                self.layers.push(layer(key(from)..key(last), lsns, false, bytes_of(from, last)));
+                let made = layer(key(from)..key(last), lsns, false, bytes_of(from, last));
+                assert!(!input_spans.contains(&made.span), "{:?} is an input's name", made.span);
+                self.layers.push(made);
             }
             from = cut;
         }
@@ -500,4 +504,29 @@ fn what_lies_between_the_keys_of_a_merge_bars_its_result() {
     let lsns = hull(&layers, &inputs).unwrap();
     assert_eq!(bars(&layers, &inputs, &lsns), [key(14)]);
     assert_eq!(bars(&layers, &[1, 2, 3, 4, 5], &lsns), []);
+}
+
+/// A layer that covers all LSNs of a merge shares no keys with the others: its file would be
+/// written anew under its own name.
+#[test]
+fn no_merge_writes_what_it_reads() {
+    let size = 1_000_000u64;
+    let delta = |keys: std::ops::Range<u32>, lsns, share| {
+        layer(key(keys.start)..key(keys.end), lsns, false, size * share)
+    };
+    let layers = [
+        layer(Key::MIN..Key::MAX, 100..101, true, 64 * size),
+        delta(1..10, 200..400, 1),
+        delta(25..30, 200..300, 1),
+        delta(12..14, 150..300, 5),
+        delta(1..30, 101..150, 1),
+    ];
+    for action in plan(&layers, &config(3, 128 * size, 1_000)) {
+        if let Action::MergeL1 { inputs, lsns, .. } = action {
+            assert!(inputs.iter().all(|at| layers[*at].span.lsns != lsns), "{inputs:?}");
+        }
+    }
+    // The second is all that is left then.
+    assert!(without_done(&layers, vec![1, 2]).is_empty());
+    assert_eq!(without_done(&layers, vec![1, 2, 3]), [1, 2, 3]);
 }
