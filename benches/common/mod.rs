@@ -150,6 +150,9 @@ pub fn main(benchmark: impl FnOnce() -> Result<()>) -> std::process::ExitCode {
         let log = tracing_subscriber::fmt().with_env_filter(filter);
         log.with_writer(std::io::stderr).init();
     }
+    if quick() {
+        std::thread::spawn(give_up);
+    }
     match benchmark() {
         Ok(()) => std::process::ExitCode::SUCCESS,
         Err(error) => {
@@ -157,4 +160,17 @@ pub fn main(benchmark: impl FnOnce() -> Result<()>) -> std::process::ExitCode {
             std::process::ExitCode::FAILURE
         }
     }
+}
+
+/// A quick run that takes so long hangs; what its threads wait for says where.
+fn give_up() {
+    const LONGEST: Duration = Duration::from_secs(600);
+    std::thread::sleep(LONGEST);
+    eprintln!("benchmark: not done after {} s; its threads:", LONGEST.as_secs());
+    for task in std::fs::read_dir("/proc/self/task").into_iter().flatten().flatten() {
+        let line = |name| std::fs::read_to_string(task.path().join(name)).unwrap_or_default();
+        let [name, place, call] = ["comm", "wchan", "syscall"].map(line);
+        eprintln!("  {}: {} {}", name.trim(), place.trim(), call.trim());
+    }
+    std::process::abort();
 }

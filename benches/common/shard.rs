@@ -212,11 +212,11 @@ where
     let memory_budget_bytes = defaults.memory_budget_bytes / scale;
     let (background, runner) = background::channel();
     // Tasks that wait keep their ends of the channel when the serve executor goes.
-    let done = Arc::new(AtomicBool::new(false));
+    let [done, beats_done] = [(); 2].map(|()| Arc::new(AtomicBool::new(false)));
     let seen = done.clone();
     let pulses = [Pulse::default(), Pulse::default()];
     let [background_progress, serve_progress] = [pulses[0].progress(), pulses[1].progress()];
-    let ticked = done.clone();
+    let ticked = beats_done.clone();
     let ticks = thread::spawn(move || tick_until(ticked, pulses));
     let runner = executor().spawn(move || async move {
         priority::lower();
@@ -273,6 +273,8 @@ where
     done.store(true, Ordering::Release);
     let result = result.map_err(|error| error.to_string())??;
     runner.join().map_err(|error| error.to_string())?;
+    // Not earlier: an executor that is to end may sleep over that, too.
+    beats_done.store(true, Ordering::Release);
     ticks.join().map_err(|_| "the heartbeat's thread panicked")?;
     drop(trimming);
     fs::remove_dir_all(dir)?;

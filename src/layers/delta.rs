@@ -311,7 +311,7 @@ impl<I: Io> DeltaLayer<I> {
         out: &mut Values,
     ) -> Result<Answer, LayerError> {
         if !self.name().keys().contains(&key) || !filter::may_contain(&self.filter, key) {
-            return Ok(Answer { lookup: Lookup::Continue, is_read: false });
+            return Ok(Answer::NOTHING);
         }
         let after = self.index.partition_point(|block| (block.key, block.lsn) < (key, lsns.end));
         for (number, place) in self.index.iter().enumerate().take(after).rev() {
@@ -332,7 +332,7 @@ impl<I: Io> DeltaLayer<I> {
     /// See [`crate::layers::FileLayer::held`].
     pub(super) fn held(&self, key: Key, lsns: &LsnRange, out: &mut Values) -> Option<Answer> {
         if !self.name().keys().contains(&key) || !filter::may_contain(&self.filter, key) {
-            return Some(Answer { lookup: Lookup::Continue, is_read: false });
+            return Some(Answer::NOTHING);
         }
         let after = self.index.partition_point(|block| (block.key, block.lsn) < (key, lsns.end));
         for (number, place) in self.index.iter().enumerate().take(after).rev() {

@@ -275,32 +275,34 @@ impl<I: Io> ImageLayer<I> {
         lsns: &LsnRange,
         out: &mut Values,
     ) -> Result<Answer, LayerError> {
-        let lsn = self.name().lsns().start;
-        if !self.name().keys().contains(&key) || !lsns.contains(&lsn) {
-            return Ok(Answer { lookup: Lookup::Continue, is_read: false });
-        }
-        let Some((number, blob)) = self.index.find(key) else {
-            return Ok(Answer { lookup: Lookup::Absent, is_read: false });
+        let (number, blob) = match self.place(key, lsns) {
+            Ok(place) => place,
+            Err(answer) => return Ok(answer),
         };
-        out.push((lsn, self.value(number, &blob).await?));
+        out.push((self.name().lsns().start, self.value(number, &blob).await?));
         Ok(Answer { lookup: Lookup::Complete, is_read: blob.form != Form::Zero })
+    }
+
+    /// Number and place of the content of `key`, or what there is to say without it.
+    fn place(&self, key: Key, lsns: &LsnRange) -> Result<(u32, BlobRef), Answer> {
+        if !self.name().keys().contains(&key) || !lsns.contains(&self.name().lsns().start) {
+            return Err(Answer::NOTHING);
+        }
+        self.index.find(key).ok_or(Answer { lookup: Lookup::Absent, is_read: false })
     }
 
     /// See [`crate::layers::FileLayer::held`].
     pub(super) fn held(&self, key: Key, lsns: &LsnRange, out: &mut Values) -> Option<Answer> {
-        let lsn = self.name().lsns().start;
-        if !self.name().keys().contains(&key) || !lsns.contains(&lsn) {
-            return Some(Answer { lookup: Lookup::Continue, is_read: false });
-        }
-        let Some((number, blob)) = self.index.find(key) else {
-            return Some(Answer { lookup: Lookup::Absent, is_read: false });
+        let (number, blob) = match self.place(key, lsns) {
+            Ok(place) => place,
+            Err(answer) => return Some(answer),
         };
         let is_read = blob.form != Form::Zero;
         let value = match is_read {
             true => Value::Image(self.file.held_block(number)?),
             false => Value::ZeroPage,
         };
-        out.push((lsn, value));
+        out.push((self.name().lsns().start, value));
         Some(Answer { lookup: Lookup::Complete, is_read })
     }
 

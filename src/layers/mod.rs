@@ -112,6 +112,11 @@ pub struct Answer {
     pub is_read: bool,
 }
 
+impl Answer {
+    /// Nothing of the key, which no block was needed for.
+    const NOTHING: Answer = Answer { lookup: Lookup::Continue, is_read: false };
+}
+
 /// The newest value of each key, as `scan` gathers it from several layers in any order.
 pub type Newest = BTreeMap<Key, (Lsn, Value)>;
 

@@ -323,17 +323,12 @@ impl<I: Io> Timeline<I> {
         rel: RelTag,
         lsn: Lsn,
     ) -> Result<Option<BlockNumber>, ReadError> {
-        let cached = self.mutable.borrow().sizes.rel(rel);
-        if let Some(size) = cached.filter(|size| size.since <= lsn) {
-            return Ok(size.blocks);
-        }
-        // No blocks: there is no such fork, or it is empty.
-        if let Some(blocks) = self.found_sizes.get(rel, lsn).filter(|blocks| *blocks > 0) {
-            return Ok(Some(blocks));
+        if let Some(blocks) = self.known_size(rel, lsn) {
+            return Ok(blocks);
         }
         let stored = self.stored_u32(Key::rel_size(rel), lsn).await?;
         if let Some((since, blocks)) = stored {
-            self.found_sizes.put(rel, (since, lsn), blocks);
+            self.found_sizes.put(rel, (since, lsn), Some(blocks));
         }
         Ok(stored.map(|(_, blocks)| blocks))
     }

@@ -94,24 +94,26 @@ impl<I: Io> Timeline<I> {
         (is_retained(request) && is_retained(lsn)).then_some(lsn)
     }
 
+    /// The fork's size in blocks at `lsn`, if it is in memory; `Some(None)`: it does not exist.
+    pub(super) fn known_size(&self, rel: RelTag, lsn: Lsn) -> Option<Option<BlockNumber>> {
+        let newest = self.mutable.borrow().sizes.rel(rel).filter(|size| size.since <= lsn);
+        newest.map(|size| size.blocks).or_else(|| self.found_sizes.get(rel, lsn))
+    }
+
     /// The fork's size in blocks; 0 where there is none.
     fn size_if_held(&self, rel: RelTag, lsn: Lsn, room: &mut Room) -> Option<BlockNumber> {
-        let known = self.mutable.borrow().sizes.rel(rel);
-        if let Some(size) = known.filter(|size| size.since <= lsn) {
-            return Some(size.blocks.unwrap_or(0));
-        }
-        if let Some(blocks) = self.found_sizes.get(rel, lsn) {
-            return Some(blocks);
+        if let Some(blocks) = self.known_size(rel, lsn) {
+            return Some(blocks.unwrap_or(0));
         }
         self.collect_if_held(Key::rel_size(rel), lsn, room)?;
         let Some((since, value)) = room.values.pop() else { return Some(0) };
         let blocks = match value {
-            Value::Image(bytes) if bytes.is_empty() => 0,
-            Value::Image(bytes) => u32::from_le_bytes(<[u8; 4]>::try_from(&bytes[..]).ok()?),
+            Value::Image(bytes) if bytes.is_empty() => None,
+            Value::Image(bytes) => Some(u32::from_le_bytes(<[u8; 4]>::try_from(&bytes[..]).ok()?)),
             _ => return None,
         };
         self.found_sizes.put(rel, (since, lsn), blocks);
-        Some(blocks)
+        Some(blocks.unwrap_or(0))
     }
 
     /// The base that is the newest version of `key` at or below `lsn`, or nothing where there is

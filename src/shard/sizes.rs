@@ -130,7 +130,8 @@ struct Found {
     rel: RelTag,
     from: Lsn,
     until: Lsn,
-    blocks: BlockNumber,
+    /// `None` where the fork does not exist.
+    blocks: Option<BlockNumber>,
 }
 
 /// Sizes that reads have found, some forks' last ones. History does not change, so nothing has to
@@ -149,15 +150,15 @@ impl FoundSizes {
         self.0.get(number as usize % FOUND_SIZES)
     }
 
-    /// The fork's size in blocks at `lsn`, if it is known.
-    pub fn get(&self, rel: RelTag, lsn: Lsn) -> Option<BlockNumber> {
+    /// The fork's size in blocks at `lsn`, if it is known; `Some(None)`: it does not exist.
+    pub fn get(&self, rel: RelTag, lsn: Lsn) -> Option<Option<BlockNumber>> {
         let found = self.place(rel)?.get()?;
         let fits = found.rel == rel && (found.from..=found.until).contains(&lsn);
         fits.then_some(found.blocks)
     }
 
     /// The size at `lsn`, which has not changed since `from`.
-    pub fn put(&self, rel: RelTag, (from, lsn): (Lsn, Lsn), blocks: BlockNumber) {
+    pub fn put(&self, rel: RelTag, (from, lsn): (Lsn, Lsn), blocks: Option<BlockNumber>) {
         let Some(place) = self.place(rel) else { return };
         let same = place.get().filter(|found| found.rel == rel && found.from == from);
         let until = same.map_or(lsn, |found| found.until.max(lsn));
@@ -176,18 +177,18 @@ mod tests {
         let rel = |rel| RelNode { spc: 1663, db: 5, rel }.fork(0);
         let lsns = || (8..34).map(Lsn);
         let known = |rel| lsns().filter_map(|lsn| found.get(rel, lsn)).collect::<Vec<_>>();
-        found.put(rel(1), (Lsn(10), Lsn(12)), 7);
-        found.put(rel(2), (Lsn(9), Lsn(9)), 1);
-        assert_eq!((known(rel(1)), known(rel(2))), (vec![7; 3], vec![1]));
-        assert_eq!(found.get(rel(1), Lsn(10)).and(found.get(rel(1), Lsn(12))), Some(7));
+        found.put(rel(1), (Lsn(10), Lsn(12)), Some(7));
+        found.put(rel(2), (Lsn(9), Lsn(9)), None);
+        assert_eq!((known(rel(1)), known(rel(2))), (vec![Some(7); 3], vec![None]));
+        assert_eq!(found.get(rel(1), Lsn(10)).and(found.get(rel(1), Lsn(12))), Some(Some(7)));
         // Later and earlier than before.
-        found.put(rel(1), (Lsn(10), Lsn(15)), 7);
-        found.put(rel(1), (Lsn(10), Lsn(11)), 7);
-        assert_eq!(known(rel(1)), [7; 6]);
+        found.put(rel(1), (Lsn(10), Lsn(15)), Some(7));
+        found.put(rel(1), (Lsn(10), Lsn(11)), Some(7));
+        assert_eq!(known(rel(1)), [Some(7); 6]);
         // Another size, and a fork at the same place.
-        found.put(rel(1), (Lsn(20), Lsn(21)), 8);
-        assert_eq!(known(rel(1)), [8; 2]);
-        found.put(rel(1 + FOUND_SIZES as u32), (Lsn(20), Lsn(21)), 9);
+        found.put(rel(1), (Lsn(20), Lsn(21)), Some(8));
+        assert_eq!(known(rel(1)), [Some(8); 2]);
+        found.put(rel(1 + FOUND_SIZES as u32), (Lsn(20), Lsn(21)), Some(9));
         assert_eq!((known(rel(1)), known(rel(1).node.fork(1))), (vec![], vec![]));
     }
 

@@ -1,154 +1,24 @@
-use std::cell::Cell;
 use std::io::{Read, Write};
 use std::net::TcpStream;
 use std::pin::Pin;
 use std::task::{Context, Poll};
 
-use bytes::{Bytes, BytesMut};
+use bytes::BytesMut;
 use futures_util::{AsyncRead, AsyncWrite};
 use postgres_protocol::message::frontend;
 
 use super::*;
-use crate::base::{BlockNumber, Lsn, RelNode, RelTag, SlruKind, TenantId};
-use crate::base::{TenantShardId, TimelineId, Timestamp};
+use crate::base::{Lsn, RelNode, TenantId, TenantShardId};
 use crate::limits::CONNECTION_WRITE_MS_MAX;
 use crate::server::page_protocol::*;
 use crate::server::page_service::{Session, serve};
 use crate::server::router;
 use crate::server::socket::Stream;
-use crate::shard::base_backup::{BackupError, BackupRequest, BackupSink};
-use crate::shard::control::{Change, ControlError, CreateTimeline, TenantInfo, TimelineInfo};
-use crate::shard::history::{HistoryReply, HistoryRequest};
-use crate::shard::leases::LeaseError;
-use crate::shard::reader::{ReadError, RequestLsn, TimelineReader};
+use crate::shard::reader::RequestLsn;
 
-/// A page that is not there before [`WAKING`] was asked for.
-const WAITING: u32 = 1002;
-const WAKING: u32 = 1003;
+mod fake;
 
-thread_local! {
-    static WOKEN: Cell<bool> = const { Cell::new(false) };
-}
-
-/// Every tenant whose first byte is not 0xff exists; a page's bytes name the core and the block.
-struct Fake(usize);
-
-impl Fake {
-    fn page(&self, block: BlockNumber) -> Bytes {
-        let mut page = vec![self.0 as u8; PAGE_BYTES];
-        page[..4].copy_from_slice(&block.to_be_bytes());
-        page.into()
-    }
-}
-
-impl TimelineReader for Fake {
-    async fn get_page(
-        &self,
-        _rel: RelTag,
-        block: BlockNumber,
-        _lsn: RequestLsn,
-    ) -> Result<Bytes, ReadError> {
-        match block {
-            13 => return Err(ReadError::BadRequest("thirteen".to_owned())),
-            WAITING => {
-                while !WOKEN.get() {
-                    glommio::timer::sleep(Duration::from_millis(1)).await;
-                }
-            }
-            WAKING => WOKEN.set(true),
-            _ => {}
-        }
-        Ok(self.page(block))
-    }
-    fn held_page(&self, _rel: RelTag, block: BlockNumber, _lsn: RequestLsn) -> Option<Bytes> {
-        (block % 4 < 2 && block != 13).then(|| self.page(block))
-    }
-    async fn rel_exists(&self, _rel: RelTag, _lsn: RequestLsn) -> Result<bool, ReadError> {
-        Ok(true)
-    }
-    async fn rel_size(&self, _rel: RelTag, _lsn: RequestLsn) -> Result<u32, ReadError> {
-        Ok(99)
-    }
-    async fn db_size(&self, db: u32, _lsn: RequestLsn) -> Result<i64, ReadError> {
-        Ok(i64::from(db))
-    }
-    async fn slru_segment(&self, _: SlruKind, _: u32, _: RequestLsn) -> Result<Bytes, ReadError> {
-        Ok(vec![3; PAGE_BYTES].into())
-    }
-    async fn lease_lsn(&self, lsn: Lsn) -> Result<Timestamp, LeaseError> {
-        match lsn {
-            Lsn(1) => Err(LeaseError::BelowStart { lsn, start: Lsn(2) }),
-            Lsn(2) => Err(LeaseError::NotThereYet { lsn, last_record_lsn: Lsn(1) }),
-            _ => Ok(Timestamp(1_234_567_899)),
-        }
-    }
-    async fn backup<S: BackupSink>(
-        &self,
-        request: BackupRequest,
-        sink: &mut S,
-    ) -> Result<Lsn, BackupError> {
-        let lsn = request.lsn.unwrap_or(Lsn(7));
-        if lsn == Lsn(1) {
-            return Err(ReadError::BelowStart { request: lsn, start: Lsn(2) }.into());
-        }
-        for n in 0..40u8 {
-            sink.write(&[n; 10_000]).await?;
-            if lsn == Lsn(2) && n == 20 {
-                return Err(ReadError::BadRequest("half way".to_owned()).into());
-            }
-        }
-        Ok(lsn)
-    }
-}
-
-impl PageBackend for Fake {
-    type Timeline = Fake;
-    async fn timeline(&self, tenant: TenantShardId, _: TimelineId) -> Result<Rc<Fake>, ReadError> {
-        assert_eq!(router::owner(&tenant, 2), self.0, "a tenant of another core");
-        match tenant.tenant.0[0] {
-            0xff => Err(ReadError::TenantNotFound(tenant)),
-            _ => Ok(Rc::new(Fake(self.0))),
-        }
-    }
-}
-
-impl CoreControl for Fake {
-    fn timelines(&self) -> Vec<TimelineInfo> {
-        Vec::new()
-    }
-    fn metrics(&self) -> CoreMetrics {
-        CoreMetrics::default()
-    }
-    fn tenants(&self) -> Vec<TenantInfo> {
-        Vec::new()
-    }
-    async fn change(&self, _: Change) -> Result<(), ControlError> {
-        Ok(())
-    }
-    async fn create_timeline(&self, _: CreateTimeline) -> Result<(), ControlError> {
-        Ok(())
-    }
-    async fn checkpoint(&self, _: TenantShardId, _: TimelineId) -> Result<(), ControlError> {
-        Ok(())
-    }
-    async fn history(
-        &self,
-        _: TenantShardId,
-        _: TimelineId,
-        _: HistoryRequest,
-    ) -> Result<HistoryReply, ControlError> {
-        Ok(HistoryReply::TimestampOfLsn { timestamp: None })
-    }
-    async fn shutdown(&self) {}
-}
-
-impl CoreService for Fake {
-    async fn start(context: CoreContext) -> Result<Self, String> {
-        let six = context.background.run(|| async { 6 }).await;
-        assert_eq!(six, Ok(6));
-        Ok(Fake(context.core))
-    }
-}
+use fake::{Fake, WAITING, WAKING};
 
 fn tenant_of(core: usize) -> TenantShardId {
     let shards = (0..).map(|n| TenantShardId::unsharded(TenantId([n; 16])));
@@ -233,7 +103,7 @@ fn pipeline(client: &mut Client, version: Version, core: usize) {
 }
 
 /// A request is begun while one before it waits, and answered behind it; and all of them although
-/// the client sends no more.
+/// the client sends no more, or takes its leave.
 fn overtaking(address: SocketAddr, core: usize) {
     let mut client = Client::connect(address);
     client.open(3, tenant_of(core));
@@ -244,6 +114,15 @@ fn overtaking(address: SocketAddr, core: usize) {
     ask(&mut client, Version::V3, &requests[1..]);
     client.0.shutdown(std::net::Shutdown::Write).unwrap();
     check_answers(&mut client, Version::V3, core, &requests);
+    assert_eq!(client.0.read(&mut [0]).unwrap(), 0);
+    let mut client = Client::connect(address);
+    client.open(3, tenant_of(core));
+    let refused = get_page(1, 13);
+    client.send(|out| {
+        crate::server::pq::put_message(out, b'd', |o| encode_request(Version::V3, &refused, o));
+        frontend::terminate(out);
+    });
+    check_answers(&mut client, Version::V3, core, &[refused]);
     assert_eq!(client.0.read(&mut [0]).unwrap(), 0);
 }
 

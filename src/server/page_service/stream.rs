@@ -11,7 +11,7 @@ use std::pin::Pin;
 use std::rc::Rc;
 use std::task::{Context, Poll};
 
-use bytes::Buf;
+use bytes::{Buf, Bytes, BytesMut};
 use futures_channel::oneshot;
 use futures_util::StreamExt;
 use futures_util::future::LocalBoxFuture;
@@ -27,7 +27,7 @@ use crate::server::buffers::Page;
 use crate::server::counters::count;
 use crate::server::fair::{Ask, Class};
 use crate::server::page_protocol::{
-    Answer, PAGE_BYTES, Query, Version, decode_request, encode_error, encode_page_head,
+    Answer, PAGE_BYTES, Query, Request, Version, decode_request, encode_error, encode_page_head,
     encode_response,
 };
 use crate::server::pq::{self, Message, SqlState};
@@ -42,8 +42,8 @@ struct Window<'s, B: PageBackend> {
     /// Whole requests that wait in the session.
     there: usize,
     class: Class,
-    /// Those in line for a permit, and their number.
-    line: Option<(oneshot::Receiver<Permit>, usize)>,
+    /// The next of them, if they are in line for a permit.
+    line: Option<Line<B>>,
     /// Those that are being worked on.
     answers: FuturesOrdered<LocalBoxFuture<'s, Reply>>,
     /// The timeline that they are of. It is looked up again when nothing is under way: one that is
@@ -53,6 +53,13 @@ struct Window<'s, B: PageBackend> {
     pages: Vec<Page>,
     /// The client sends no more.
     ended: bool,
+}
+
+/// Requests in line.
+struct Line<B: PageBackend> {
+    admitted: oneshot::Receiver<Permit>,
+    requests: usize,
+    timeline: Rc<B::Timeline>,
 }
 
 /// What a stream waits for.
@@ -68,6 +75,19 @@ impl<B: PageBackend> Window<'_, B> {
     fn room(&self) -> usize {
         let is_closed = self.line.is_some() || (self.timeline.is_none() && self.is_busy());
         if is_closed { 0 } else { PAGE_REQUESTS_CONCURRENT_MAX - self.answers.len() }
+    }
+
+    /// Puts the reply to a request for a page into `out`, but for the page, which is sent from where
+    /// it stands.
+    fn put_page(&mut self, request: &Request, bytes: Bytes, out: &mut BytesMut) {
+        assert_eq!(bytes.len(), PAGE_BYTES, "a page has the length of a page");
+        pq::put_message_head(out, b'd', PAGE_BYTES, |out| {
+            encode_page_head(self.version, request, out);
+        });
+        if self.pages.capacity() == 0 {
+            self.pages = self.service.buffers.take_pages();
+        }
+        self.pages.push(Page { behind: out.len(), bytes });
     }
 
     /// Requests are under way.
@@ -137,7 +157,10 @@ where
                 }
                 // They mean nothing within COPY: drivers send them with the command that opened it.
                 Some(Message::Flush | Message::Sync) => {}
-                Some(Message::Terminate) => return Ok(false),
+                Some(Message::Terminate) => {
+                    self.send_all(window).await?;
+                    return Ok(false);
+                }
                 Some(other) => {
                     let text = format!("unexpected message {} during COPY", other.name());
                     self.end_with_error(&window.wanted, SqlState::PROTOCOL_VIOLATION, &text);
@@ -161,13 +184,13 @@ where
         let requests = window.there.min(window.room());
         let (tenant, class) = (window.wanted.tenant, window.class);
         let ask = Ask { tenant, quota: timeline.quota(), class, pages: requests as u64 };
-        window.timeline = Some(timeline);
+        window.timeline = Some(timeline.clone());
         let now = (service.now)();
         match service.admission.try_admit(&ask, now) {
-            Some(permit) => self.begin(window, requests, permit).await?,
+            Some(permit) => self.begin(window, requests, timeline, permit).await?,
             None => {
                 let admitted = service.admission.stand_in_line(&ask, now);
-                window.line = Some((admitted, requests));
+                window.line = Some(Line { admitted, requests, timeline });
             }
         }
         Ok(true)
@@ -178,18 +201,16 @@ where
         &mut self,
         window: &mut Window<'_, B>,
         requests: usize,
+        timeline: Rc<B::Timeline>,
         permit: Permit,
     ) -> Result<(), Fault> {
         window.there -= requests;
-        let Some(timeline) = window.timeline.clone() else { return Ok(()) };
         let (service, version) = (window.service, window.version);
         let mut rest = requests;
         if !window.is_busy() {
             self.send(window)?;
-            let mut pages = service.buffers.take_pages();
-            rest -= self.answer_held(version, &timeline, requests, &mut pages);
-            let unwritten = &mut self.session.unwritten;
-            service.buffers.send_now(self.stream, unwritten, pages).map_err(Fault::Io)?;
+            rest -= self.answer_held(window, &timeline, requests);
+            self.send(window)?;
         }
         let permit = Rc::new(permit);
         while rest > 0
@@ -226,8 +247,9 @@ where
                 self.send_many(window).await?;
             }
             Event::Admitted(permit) => {
-                let requests = window.line.take().map_or(0, |(_, requests)| requests);
-                self.begin(window, requests, permit).await?;
+                if let Some(Line { requests, timeline, .. }) = window.line.take() {
+                    self.begin(window, requests, timeline, permit).await?;
+                }
             }
             Event::Read(Ok(length)) => window.ended = length == 0,
             // It is the client who waits, not the node.
@@ -244,8 +266,8 @@ where
         {
             return Poll::Ready(Event::Answer(reply));
         }
-        if let Some((admitted, _)) = &mut window.line
-            && let Poll::Ready(admitted) = Pin::new(admitted).poll(context)
+        if let Some(line) = &mut window.line
+            && let Poll::Ready(admitted) = Pin::new(&mut line.admitted).poll(context)
         {
             // Nobody admits any more when the core stops.
             return Poll::Ready(admitted.map_or(Event::Stop, Event::Admitted));
@@ -291,29 +313,23 @@ where
     }
 
     /// Answers up to `requests` messages in one step, up to the first that is not for a page that
-    /// is held; returns their number. The pages are left out of the replies, and go to `pages`. What
-    /// is wrong with a message is not said here.
+    /// is held; returns their number. What is wrong with a message is not said here.
     fn answer_held(
         &mut self,
-        version: Version,
+        window: &mut Window<'_, B>,
         timeline: &B::Timeline,
         requests: usize,
-        pages: &mut Vec<Page>,
     ) -> usize {
         let Session { unread, unwritten, .. } = &mut self.session;
         let start = (self.service.now)();
         let (mut rest, mut answered) = (&unread[..], 0);
         while answered < requests
             && let Some((message, behind)) = pq::split_copy_data(rest)
-            && let Ok(request) = decode_request(version, message)
+            && let Ok(request) = decode_request(window.version, message)
             && let Query::GetPage { rel, block } = request.query
             && let Some(bytes) = timeline.held_page(rel, block, request.header.lsn)
         {
-            assert_eq!(bytes.len(), PAGE_BYTES, "a page has the length of a page");
-            pq::put_message_head(unwritten, b'd', PAGE_BYTES, |out| {
-                encode_page_head(version, &request, out);
-            });
-            pages.push(Page { behind: unwritten.len(), bytes });
+            window.put_page(&request, bytes, unwritten);
             (rest, answered) = (behind, answered + 1);
         }
         let used = unread.len() - rest.len();
@@ -332,14 +348,7 @@ where
         let (version, out) = (window.version, &mut self.session.unwritten);
         match reply {
             Reply::Answer(request, Answer::GetPage(bytes)) => {
-                assert_eq!(bytes.len(), PAGE_BYTES, "a page has the length of a page");
-                pq::put_message_head(out, b'd', PAGE_BYTES, |out| {
-                    encode_page_head(version, &request, out);
-                });
-                if window.pages.capacity() == 0 {
-                    window.pages = self.service.buffers.take_pages();
-                }
-                window.pages.push(Page { behind: out.len(), bytes });
+                window.put_page(&request, bytes, out);
                 if window.pages.len() == PAGE_REQUESTS_CONCURRENT_MAX {
                     self.send(window)?;
                 }

@@ -309,7 +309,7 @@ mod tests {
     use bytes::Bytes;
 
     use super::*;
-    use crate::base::{TenantId, TenantShardId, TimelineId};
+    use crate::base::{KeyRange, TenantId, TenantShardId, TimelineId};
     use crate::sim::{SimOptions, SimWorld};
 
     #[test]
@@ -332,7 +332,7 @@ mod tests {
                 out.put(group).await.unwrap();
             }
             out.end_layer().await.unwrap();
-            let keys: Vec<crate::base::KeyRange> =
+            let keys: Vec<KeyRange> =
                 out.done.iter().map(|desc| desc.name.keys().clone()).collect();
             assert_eq!(keys, [key(1)..key(4), key(9)..key(20), key(20)..key(30)]);
             // The name of an input is refused.
