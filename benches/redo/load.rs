@@ -8,12 +8,15 @@ use std::time::{Duration, Instant};
 use bytes::{Buf, Bytes};
 use futures_lite::future::block_on;
 use nix::sys::resource::UsageWho;
+use pgstrata::base::page::{PAGE_SIZE, Page};
 use pgstrata::base::{BlockNumber, Lsn, RelTag};
 use pgstrata::cli::pg::PgCluster;
 use pgstrata::cli::tpcc;
 use pgstrata::cli::verify_files::scan;
 use pgstrata::redo::child::ChildRedo;
+use pgstrata::redo::native::apply_bytes;
 use pgstrata::redo::native::run::NativeRedo;
+use pgstrata::redo::record::check;
 use pgstrata::redo::{Redo, RedoRequest, RedoSettings};
 use pgstrata::wal::page::WalLayout;
 use pgstrata::wal::record::Record;
@@ -28,7 +31,10 @@ const REDO: RedoSettings = RedoSettings { hint_bits_logged: false };
 /// What WAL does to pages.
 #[derive(Default)]
 struct Chains {
+    /// A page each.
     requests: Vec<RedoRequest>,
+    /// The same in the order of the WAL: a page's request, and the record's number in it.
+    steps: Vec<(usize, usize)>,
     /// Records in the WAL.
     records: u64,
     /// Of these, records that change pages.
@@ -39,7 +45,7 @@ struct Chains {
 /// makes it anew.
 fn chains(recorded: &Recorded) -> Result<Chains> {
     let files = scan(&recorded.backup.join("data"))?;
-    let mut pages: BTreeMap<(RelTag, BlockNumber), RedoRequest> = BTreeMap::new();
+    let mut pages: BTreeMap<(RelTag, BlockNumber), usize> = BTreeMap::new();
     let mut chains = Chains::default();
     let layout = WalLayout { segment_bytes: SEGMENT, system_id: None };
     let mut stream = WalStream::new(recorded.start()?, layout)?;
@@ -50,12 +56,13 @@ fn chains(recorded: &Recorded) -> Result<Chains> {
         chains.page_records += u64::from(!record.blocks.is_empty());
         for named in &record.blocks {
             let (rel, block) = (named.rel, named.block);
-            let page = pages.entry((rel, block)).or_insert_with(|| RedoRequest {
-                rel,
-                block,
-                base: None,
-                records: Vec::new(),
+            let at = *pages.entry((rel, block)).or_insert_with(|| {
+                let records = Vec::new();
+                chains.requests.push(RedoRequest { rel, block, base: None, records });
+                chains.requests.len() - 1
             });
+            let page = &mut chains.requests[at];
+            chains.steps.push((at, page.records.len()));
             if page.records.is_empty() && !named.replaces_page() {
                 let file = files.forks.get(&rel).map(|fork| fork.page(block)).transpose()?;
                 page.base = Some(file.flatten().unwrap_or_else(|| vec![0; 8192]).into());
@@ -66,7 +73,6 @@ fn chains(recorded: &Recorded) -> Result<Chains> {
     if wal.has_remaining() {
         return Err("not all of the WAL was read".into());
     }
-    chains.requests = pages.into_values().collect();
     Ok(chains)
 }
 
@@ -113,6 +119,40 @@ fn native_seconds(chains: &Chains) -> Result<f64> {
     Ok(took.as_secs_f64() / passes as f64)
 }
 
+/// CPU seconds to apply the same records in the order of the WAL, each to its page in memory, as
+/// recovery does.
+fn in_order_seconds(chains: &Chains) -> Result<f64> {
+    let start = |request: &RedoRequest| -> Result<Box<Page>> {
+        let page = request.base.as_ref().map_or_else(|| vec![0; PAGE_SIZE], |base| base.to_vec());
+        Ok(page.try_into().map_err(|_| "a page of another size")?)
+    };
+    let redo = NativeRedo::new(super::Nobody, REDO);
+    let rebuilt = |request: &RedoRequest| block_on(redo.redo(request.clone())).ok();
+    let wanted: Vec<Option<Bytes>> = chains.requests.iter().map(rebuilt).collect();
+    let (mut took, mut passes) = (Duration::ZERO, 0);
+    while took < Duration::from_millis(500) {
+        let mut pages = chains.requests.iter().map(start).collect::<Result<Vec<_>>>()?;
+        let before = cpu_time(UsageWho::RUSAGE_THREAD)?;
+        for &(at, number) in &chains.steps {
+            let request = &chains.requests[at];
+            let (lsn, record) = &request.records[number];
+            if wanted[at].is_some() {
+                check(*lsn, request.rel, request.block, record)?;
+                let target = (request.rel, request.block);
+                apply_bytes(&mut pages[at], record, target, *lsn, &REDO)?;
+            }
+        }
+        took += cpu_time(UsageWho::RUSAGE_THREAD)?.saturating_sub(before);
+        passes += 1;
+        for (page, wanted) in pages.iter().zip(&wanted) {
+            if wanted.as_ref().is_some_and(|wanted| wanted[..] != page[..]) {
+                return Err("the order of the WAL makes another page".into());
+            }
+        }
+    }
+    Ok(took.as_secs_f64() / f64::from(passes))
+}
+
 fn compare(
     name: &str,
     full_page_writes: bool,
@@ -133,26 +173,37 @@ fn compare(
         chains.requests.len()
     );
     coverage(root, &chains)?;
-    let [mut theirs, mut ours, mut ratio, mut net] = std::array::from_fn(|_| Rounds::default());
+    let [mut theirs, mut alone] = std::array::from_fn(|_| Rounds::default());
+    let mut ours = [(); 2].map(|()| std::array::from_fn::<_, 3, _>(|_| Rounds::default()));
     for _ in 0..sized(1, 3) {
         let all = recorded.recover(root)?.cpu.as_secs_f64();
         let nothing = recorded.recover_nothing(root)?.as_secs_f64();
-        let native = native_seconds(&chains)?;
         let per_record = |seconds: f64, records: u64| seconds * 1e6 / records.max(1) as f64;
-        let (their, our) =
-            (per_record(all, chains.records), per_record(native, chains.page_records));
-        theirs.add(their);
-        ours.add(our);
-        ratio.add(their / our);
-        net.add(per_record(all - nothing, chains.records) / our);
+        let their = [all, all - nothing].map(|seconds| per_record(seconds, chains.records));
+        theirs.add(their[0]);
+        alone.add(their[1]);
+        let native = [in_order_seconds(&chains)?, native_seconds(&chains)?];
+        for (rounds, seconds) in ours.iter_mut().zip(native) {
+            let our = per_record(seconds, chains.page_records);
+            for (rounds, value) in rounds.iter_mut().zip([our, their[0] / our, their[1] / our]) {
+                rounds.add(value);
+            }
+        }
     }
-    println!("  PostgreSQL's recovery: {} us of CPU for a record", theirs.text(2));
-    println!("  native, page in hand:  {} us of CPU for a record that changes pages", ours.text(2));
     println!(
-        "  recovery / native:     {} x; without start and end of the server {} x",
-        ratio.text(1),
-        net.text(1)
+        "  CPU for a record, us: PostgreSQL's recovery {}, without start and end of the server {}",
+        theirs.text(2),
+        alone.text(2)
     );
+    for (name, [our, ratio, net]) in ["in the WAL's order", "page after page"].iter().zip(&ours) {
+        println!(
+            "  native, {name:18} {} us for a record that changes pages; recovery / native {} x, \
+             without start and end {} x",
+            our.text(2),
+            ratio.text(1),
+            net.text(1)
+        );
+    }
     Ok(())
 }
 
