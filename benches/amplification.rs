@@ -246,12 +246,12 @@ fn benchmark() -> Result<()> {
     for times in sized(vec![1, 2], vec![1, 2, 4, 8]) {
         let scratch = Scratch::new("amplification")?;
         let root = kept.as_ref().map_or_else(
-            || scratch.path().join("recorded"),
+            || scratch.join("recorded"),
             |dir| Path::new(dir).join(format!("{times}")),
         );
         // 16 MiB of `pgbench_accounts` each.
         let load = record(&root, times as u32)?;
-        let told = measure(scratch.path(), &load)?;
+        let told = measure(&scratch, &load)?;
         report(times, &load, &told);
     }
     Ok(())

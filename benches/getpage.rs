@@ -419,12 +419,12 @@ fn benchmark() -> Result<()> {
     );
     let scratch = Scratch::new("getpage")?;
     let settings = ["full_page_writes = off"];
-    let primary = node::primary(&scratch.path().join("primary"), &settings, 1)?;
+    let primary = node::primary(&scratch.join("primary"), &settings, 1)?;
     // Room on every page for the versions to come.
     primary.psql("postgres", "ALTER TABLE pgbench_accounts SET (fillfactor = 75)")?;
     primary.psql("postgres", "VACUUM FULL pgbench_accounts")?;
     primary.psql("postgres", "VACUUM pgbench_accounts")?;
-    let dir = |name| scratch.path().join(name);
+    let dir = |name| scratch.join(name);
     let (node, admin) = start_node(&dir("node"), client_cpu, 32 << 20)?;
     let loaded = load(&primary, &admin)?;
     admin.checkpoint(TenantShardId::unsharded(TENANT), TIMELINE)?;

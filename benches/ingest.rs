@@ -84,7 +84,7 @@ fn ingest(root: &Path, recorded: &Recorded, wal: Bytes) -> Result<Cost> {
 
 fn compare(full_page_writes: bool) -> Result<()> {
     let scratch = Scratch::new(if full_page_writes { "ingest-fpw" } else { "ingest" })?;
-    let recorded = record(scratch.path(), full_page_writes)?;
+    let recorded = record(&scratch, full_page_writes)?;
     let (from, wal) = (recorded.start()?, recorded.wal()?);
     let megabytes = wal.len() as f64 / MB;
     let on = if full_page_writes { "on" } else { "off" };
@@ -98,8 +98,8 @@ fn compare(full_page_writes: bool) -> Result<()> {
     let [mut ours_in, mut ratio_in] = std::array::from_fn(|_| Rounds::default());
     let (mut their_wall, mut our_wall) = (Rounds::default(), Rounds::default());
     for round in 1..=sized(1, 3) {
-        let stock = recover(scratch.path(), &recorded)?;
-        let cost = ingest(scratch.path(), &recorded, wal.clone())?;
+        let stock = recover(&scratch, &recorded)?;
+        let cost = ingest(&scratch, &recorded, wal.clone())?;
         let (a, b) = (stock.cpu.as_secs_f64(), cost.cpu.as_secs_f64());
         let c = cost.ingest_cpu.as_secs_f64();
         println!(
@@ -147,7 +147,7 @@ fn main() -> std::process::ExitCode {
         println!("ingest: WAL per CPU-second; median (min..max) of the rounds");
         if wanted("images") {
             let scratch = Scratch::new("ingest-images")?;
-            images::compare(scratch.path().to_owned())?;
+            images::compare(scratch.to_owned())?;
         }
         for (part, full_page_writes) in [("on", true), ("off", false)] {
             if wanted(part) {

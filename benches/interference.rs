@@ -208,7 +208,7 @@ async fn story(bed: Rc<Bed>, rel: RelTag, blocks: u32, middle: Lsn, end: Lsn) ->
 
 fn benchmark() -> Result<()> {
     let scratch = Scratch::new("interference")?;
-    let setting = record(scratch.path())?;
+    let setting = record(&scratch)?;
     let (from, wal) = (setting.recorded.start()?, setting.recorded.wal()?);
     let end = setting.recorded.mark.end;
     let middle = Lsn(from.0 + (wal.len() as f64 * PREPARED) as u64);
@@ -228,7 +228,7 @@ fn benchmark() -> Result<()> {
     let mut all: [Rounds; 9] = Default::default();
     for round in 1..=sized(1, 5) {
         let (rel, blocks) = (setting.rel, setting.blocks);
-        let dir = scratch.path().join("node");
+        let dir = scratch.join("node");
         let done = shard::run(&dir, &setting.recorded, wal.clone(), config, move |bed| {
             story(bed, rel, blocks, middle, end)
         })?;

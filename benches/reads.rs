@@ -227,7 +227,7 @@ fn benchmark() -> Result<()> {
     let scratch = Scratch::new("reads")?;
     // The server has its CPU for itself.
     common::pin(client_cpu)?;
-    let primary = node::primary(&scratch.path().join("primary"), &[], 2)?;
+    let primary = node::primary(&scratch.join("primary"), &[], 2)?;
     // Pages that do not pack, so that the device has to read 8 KiB of each.
     let noise = format!(
         "CREATE TABLE noise AS SELECT i, (SELECT string_agg(decode(md5(i || ' ' || j), 'hex'), '') \
@@ -239,11 +239,11 @@ fn benchmark() -> Result<()> {
     primary.psql("postgres", "VACUUM FREEZE")?;
     primary.psql("postgres", "CHECKPOINT")?;
     let small = ["block_cache_bytes=1048576", "page_cache_bytes=0"];
-    let node = node::start(&scratch.path().join("node"), client_cpu, &small)?;
+    let node = node::start(&scratch.join("node"), client_cpu, &small)?;
     attach(&node, &primary, tenant(1))?;
     catch_up(&node, &primary, tenant(1))?;
     if wanted("uncached") {
-        uncached(scratch.path(), &primary, &node, client_cpu)?;
+        uncached(&scratch, &primary, &node, client_cpu)?;
     }
     if wanted("scan") {
         scan(&primary, &node)?;
@@ -251,7 +251,7 @@ fn benchmark() -> Result<()> {
     if wanted("deep") {
         for (dir, settings) in [("default", &DEEP[..1]), ("deep", &DEEP[..])] {
             println!("settings {}:", settings.join(" "));
-            let node = node::start(&scratch.path().join(dir), client_cpu, settings)?;
+            let node = node::start(&scratch.join(dir), client_cpu, settings)?;
             deep(&primary, &node)?;
         }
     }

@@ -26,7 +26,7 @@ use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
-use common::{Result, Rounds, Scratch, sized};
+use common::{Result, Rounds, Scratch, sized, wanted};
 use futures_lite::future::block_on;
 use futures_util::future::{LocalBoxFuture, join_all};
 use nix::fcntl::{FcntlArg, OFlag, fcntl};
@@ -376,8 +376,8 @@ fn benchmark() -> Result<()> {
     );
     let scratch = Scratch::new("redo")?;
     common::pin(CPU)?;
-    let cases = cases(scratch.path())?;
-    for case in &cases {
+    let cases = cases(&scratch)?;
+    for case in cases.iter().filter(|_| wanted("pages")) {
         println!("{}: {} bytes there, {} back", case.name, case.frame.len(), case.reply);
         let [mut bare, mut direct, mut ours, mut here] = std::array::from_fn(|_| Way::default());
         let mut beyond = Rounds::default();
@@ -387,12 +387,12 @@ fn benchmark() -> Result<()> {
             let pipe = piped(&mut echo, &case.frame, case.reply, count)?;
             drop(echo);
             bare.add(pipe, pipe);
-            let mut process = Piped::wal_redo(scratch.path())?;
+            let mut process = Piped::wal_redo(&scratch)?;
             let by_pipe = piped(&mut process, &case.frame, case.reply, count)?;
             direct.add(by_pipe, pipe);
             drop(process);
             if let Some(request) = &case.request {
-                let by_node = through_executor(scratch.path(), request, count)?;
+                let by_node = through_executor(&scratch, request, count)?;
                 beyond.add(by_node.alone / by_pipe.alone);
                 ours.add(by_node, pipe);
                 here.add(native(request, &case.page, count)?, pipe);
@@ -412,8 +412,10 @@ fn benchmark() -> Result<()> {
             );
         }
     }
-    callers::run(scratch.path(), &cases)?;
-    load::run()
+    if wanted("callers") {
+        callers::run(&scratch, &cases)?;
+    }
+    if wanted("loads") { load::run() } else { Ok(()) }
 }
 
 fn main() -> std::process::ExitCode {

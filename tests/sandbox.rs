@@ -11,6 +11,7 @@ use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
 use nix::libc;
+use pgstrata::cli::scratch::Scratch;
 
 const SIGILL: i32 = 4;
 const SIGSEGV: i32 = 11;
@@ -49,43 +50,37 @@ fn libraries() -> (PathBuf, PathBuf) {
 
 struct Started {
     child: Child,
-    dir: PathBuf,
+    _dir: Scratch,
 }
 
 impl Drop for Started {
     fn drop(&mut self) {
         let _ = self.child.kill();
         let _ = self.child.wait();
-        let _ = std::fs::remove_dir_all(&self.dir);
     }
 }
 
 /// Starts the process as `redo::child` does, with the probe before the library.
 fn start(preload: &str, probe: Option<&str>, optional: bool) -> Started {
-    use std::sync::atomic::{AtomicU32, Ordering};
-    static NUMBER: AtomicU32 = AtomicU32::new(0);
-    let number = NUMBER.fetch_add(1, Ordering::Relaxed);
-    let dir =
-        std::env::temp_dir().join(format!("pgstrata-sandbox-{}-{number}", std::process::id()));
-    std::fs::create_dir(&dir).unwrap();
-    std::fs::set_permissions(&dir, PermissionsExt::from_mode(0o700)).unwrap();
+    let dir = Scratch::new("sandbox").unwrap();
+    std::fs::set_permissions(&*dir, PermissionsExt::from_mode(0o700)).unwrap();
     let output = Command::new("pg_config").arg("--bindir").output().unwrap();
     let bin = PathBuf::from(String::from_utf8(output.stdout).unwrap().trim());
     let mut command = Command::new(bin.join("postgres"));
     command.args(["--wal-redo", "--hint-bits=on"]);
     if nix::unistd::geteuid().is_root() {
-        chown(&dir, Some(NOBODY), Some(NOBODY)).unwrap();
+        chown(&*dir, Some(NOBODY), Some(NOBODY)).unwrap();
         command.args([format!("--uid={NOBODY}"), format!("--gid={NOBODY}")]);
     }
     if optional {
         command.arg("--sandbox=optional");
     }
-    command.env_clear().env("LC_ALL", "C").env("LD_PRELOAD", preload).current_dir(&dir);
+    command.env_clear().env("LC_ALL", "C").env("LD_PRELOAD", preload).current_dir(&*dir);
     if let Some(probe) = probe {
         command.env("WALREDO_PROBE", probe);
     }
     let piped = command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
-    Started { child: piped.spawn().unwrap(), dir }
+    Started { child: piped.spawn().unwrap(), _dir: dir }
 }
 
 impl Started {

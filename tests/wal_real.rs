@@ -10,6 +10,7 @@ use std::path::Path;
 use std::process::Command;
 
 use pgstrata::base::Lsn;
+use pgstrata::cli::scratch::Scratch;
 use pgstrata::wal::control_file::ControlFile;
 use pgstrata::wal::decode::decode;
 use pgstrata::wal::names::record_name;
@@ -44,14 +45,7 @@ truncate t; drop table u; checkpoint; select pg_switch_wal(); insert into t valu
 create database d1 strategy wal_log; create database d2 strategy file_copy; drop database d1;\n";
 
 fn check(settings: &[&str]) {
-    let root = std::env::temp_dir().join(format!(
-        "pgstrata-wal-{}-{}",
-        std::process::id(),
-        settings.len()
-    ));
-    std::fs::create_dir_all(&root).unwrap();
-    let user = Command::new("chown").arg("postgres").arg(&root).status().unwrap();
-    assert!(user.success());
+    let root = Scratch::new("wal").unwrap();
     let data = root.join("data");
     let data_text = data.to_str().unwrap();
     run(&root, "initdb", &["-D", data_text, "-N", "-U", "postgres", "-A", "trust"]);
@@ -83,7 +77,6 @@ fn check(settings: &[&str]) {
     run(&root, "pg_ctl", &["-D", data_text, "-w", "-m", "fast", "stop"]);
     done.unwrap();
     compare(&data);
-    std::fs::remove_dir_all(&root).unwrap();
 }
 
 fn compare(data: &Path) {

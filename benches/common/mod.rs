@@ -23,6 +23,9 @@ use nix::sched::{CpuSet, sched_setaffinity};
 use nix::sys::resource::{UsageWho, getrusage};
 use nix::unistd::Pid;
 
+#[allow(unused_imports, reason = "layer_map writes no files")]
+pub use pgstrata::cli::scratch::Scratch;
+
 pub type Result<T> = std::result::Result<T, Box<dyn std::error::Error + Send + Sync>>;
 
 pub const MB: f64 = 1e6;
@@ -111,30 +114,6 @@ pub fn pin(cpu: usize) -> Result<()> {
 /// The CPU for load generators: another one than 0, where there is one.
 pub fn client_cpu() -> usize {
     usize::from(std::thread::available_parallelism().is_ok_and(|count| count.get() > 1))
-}
-
-/// A directory that goes with this value.
-pub struct Scratch(PathBuf);
-
-impl Scratch {
-    pub fn new(name: &str) -> Result<Scratch> {
-        use std::os::unix::fs::PermissionsExt;
-        let dir = std::env::temp_dir().join(format!("pgstrata-{name}-{}", std::process::id()));
-        std::fs::create_dir_all(&dir)?;
-        // PostgreSQL and wal-redo run as other users where this runs as root.
-        std::fs::set_permissions(&dir, std::fs::Permissions::from_mode(0o755))?;
-        Ok(Scratch(dir))
-    }
-
-    pub fn path(&self) -> &Path {
-        &self.0
-    }
-}
-
-impl Drop for Scratch {
-    fn drop(&mut self) {
-        let _ = std::fs::remove_dir_all(&self.0);
-    }
 }
 
 /// `neon_walredo.so` where `make walredo` puts it.

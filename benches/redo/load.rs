@@ -160,7 +160,7 @@ fn compare(
     load: impl FnOnce(&PgCluster, &Path) -> Result<()>,
 ) -> Result<()> {
     let scratch = Scratch::new("redo-load")?;
-    let root = scratch.path();
+    let root = &scratch;
     let recorded = Recorded::make(root, full_page_writes, prepare, |primary| load(primary, root))?;
     let chains = chains(&recorded)?;
     let wal: Lsn = Lsn(recorded.mark.end.0 - recorded.start()?.0);

@@ -18,7 +18,8 @@ use super::demo_node::DemoNode;
 use super::kills::{Followed, Kills};
 use super::oracle::{self, Mark};
 use super::page_client::PageClient;
-use super::pg::{PgCluster, make_dir};
+use super::pg::PgCluster;
+use super::scratch::Scratch;
 use super::verify::verify;
 use super::verify_wal::verify_images;
 use super::{verify_files, workload};
@@ -96,13 +97,7 @@ fn say(text: &str) {
 
 /// Runs the demo; fails if anything differs.
 pub fn demo(args: DemoArgs) -> Result<(), CommandError> {
-    let root = std::env::temp_dir().join(format!("pgstrata-demo-{}", std::process::id()));
-    make_dir(&root)?;
-    std::fs::set_permissions(&root, std::os::unix::fs::PermissionsExt::from_mode(0o755))?;
-    let result = run(&args, &root);
-    // The directory is the node's and the clusters'; all of them have ended by now.
-    let _ = std::fs::remove_dir_all(&root);
-    result
+    run(&args, &Scratch::new("demo")?)
 }
 
 fn run(args: &DemoArgs, root: &Path) -> Result<(), CommandError> {

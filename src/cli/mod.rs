@@ -32,6 +32,7 @@ pub mod redo_compare;
 pub mod redo_excerpts;
 pub mod redo_recovery;
 mod redo_replay;
+pub mod scratch;
 pub mod serve;
 mod service;
 pub mod simulate;

@@ -19,10 +19,11 @@ use std::time::{Duration, Instant};
 use futures_lite::future::block_on;
 
 use super::admin_client::CommandError;
-use super::pg::{PgCluster, StopMode, bin_dir, control_data, make_dir};
+use super::pg::{PgCluster, StopMode, bin_dir, control_data};
 use super::redo_compare::{Compare, CompareReport, read_wal};
 use super::redo_recovery::{Recovery, Stop};
 use super::redo_replay::{ReplayArgs, replay};
+use super::scratch::Scratch;
 use super::service::find_library;
 use super::verify_files::{DataDirectory, scan};
 use super::{oracle, tpcc, workload};
@@ -123,12 +124,7 @@ pub fn run(args: RedoArgs) -> Result<(), CommandError> {
         RedoCommand::Compare(args) => args,
         RedoCommand::Replay(args) => return replay(args),
     };
-    let root = std::env::temp_dir().join(format!("pgstrata-compare-{}", std::process::id()));
-    make_dir(&root)?;
-    std::fs::set_permissions(&root, std::os::unix::fs::PermissionsExt::from_mode(0o755))?;
-    let result = compare(&args, &root);
-    let _ = std::fs::remove_dir_all(&root);
-    let report = result?;
+    let report = compare(&args, &Scratch::new("compare")?)?;
     match report.is_equal() {
         true => Ok(()),
         false => Err("native redo differs from PostgreSQL".into()),

@@ -13,7 +13,8 @@ use bytes::Bytes;
 use futures_lite::future::block_on;
 
 use super::admin_client::CommandError;
-use super::pg::{bin_dir, make_dir};
+use super::pg::bin_dir;
+use super::scratch::Scratch;
 use super::service::find_library;
 use crate::base::page::page_lsn;
 use crate::redo::child::{ChildRedo, ChildSettings};
@@ -41,13 +42,7 @@ pub(super) fn replay(args: ReplayArgs) -> Result<(), CommandError> {
     let input = Failed::decode(&file).map_err(|error| named(&error))?;
     let request = protocol::decode_request(&input.frames)?;
     describe(&input, &request);
-    let root = std::env::temp_dir().join(format!("pgstrata-replay-{}", std::process::id()));
-    make_dir(&root)?;
-    // The process's user has to get through.
-    std::fs::set_permissions(&root, std::os::unix::fs::PermissionsExt::from_mode(0o755))?;
-    let answers = both(&args, &root, &input, request);
-    let _ = std::fs::remove_dir_all(&root);
-    let (child, native) = answers?;
+    let (child, native) = both(&args, &Scratch::new("replay")?, &input, request)?;
     say("PostgreSQL", &child);
     say("native redo, PostgreSQL for the rest", &native);
     let child = child?;

@@ -11,7 +11,8 @@ use bytes::BytesMut;
 use super::*;
 use crate::base::{Lsn, TenantId, TimelineId};
 use crate::cli::oracle;
-use crate::cli::pg::{self, PgCluster, StopMode};
+use crate::cli::pg::{PgCluster, StopMode};
+use crate::cli::scratch::Scratch;
 use crate::cli::verify_files::scan;
 use crate::cli::workload;
 use crate::server::page_protocol::{Version, decode_request, encode_response};
@@ -93,23 +94,6 @@ fn compare(
     verify(&mut client, oracle, checksums, &absent).unwrap()
 }
 
-struct TempDir(std::path::PathBuf);
-
-impl TempDir {
-    fn new(name: &str) -> TempDir {
-        let path = std::env::temp_dir().join(format!("pgstrata-{name}-{}", std::process::id()));
-        let _ = std::fs::remove_dir_all(&path);
-        pg::make_dir(&path).unwrap();
-        TempDir(path)
-    }
-}
-
-impl Drop for TempDir {
-    fn drop(&mut self) {
-        let _ = std::fs::remove_dir_all(&self.0);
-    }
-}
-
 fn copy_dir(source: &Path, target: &Path) {
     let status = Command::new("cp").arg("-a").arg(source).arg(target).status().unwrap();
     assert!(status.success());
@@ -118,16 +102,16 @@ fn copy_dir(source: &Path, target: &Path) {
 /// Two stand-bys of one backup, replayed with different buffers, one of them in two legs with a
 /// stop between (so that records before its restart point are replayed twice).
 fn two_standbys_agree(name: &str, checksums: bool, settings: &[&str]) {
-    let temp = TempDir::new(name);
+    let temp = Scratch::new(name).unwrap();
     let settings: Vec<String> = settings.iter().map(|s| (*s).to_owned()).collect();
-    let mut primary = PgCluster::init(&temp.0.join("primary"), checksums, &settings).unwrap();
+    let mut primary = PgCluster::init(&temp.join("primary"), checksums, &settings).unwrap();
     primary.start().unwrap();
     oracle::keep_wal(&primary).unwrap();
-    primary.base_backup(&temp.0.join("a")).unwrap();
-    copy_dir(&temp.0.join("a"), &temp.0.join("b"));
+    primary.base_backup(&temp.join("a")).unwrap();
+    copy_dir(&temp.join("a"), &temp.join("b"));
     let small = ["shared_buffers = 1MB".to_owned()];
-    let mut a = oracle::prepare(&temp.0.join("a"), &primary, &[]).unwrap();
-    let mut b = oracle::prepare(&temp.0.join("b"), &primary, &small).unwrap();
+    let mut a = oracle::prepare(&temp.join("a"), &primary, &[]).unwrap();
+    let mut b = oracle::prepare(&temp.join("b"), &primary, &small).unwrap();
 
     primary.pgbench_init("postgres", 1).unwrap();
     primary.pgbench("postgres", &["-c", "4", "-t", "300"], |_| {}).unwrap();
@@ -224,7 +208,7 @@ fn differing_bytes_are_described() {
 
 #[test]
 fn an_empty_directory_has_nothing() {
-    let temp = TempDir::new("empty");
-    let found = scan(&temp.0).unwrap();
+    let temp = Scratch::new("empty").unwrap();
+    let found = scan(&temp).unwrap();
     assert!(found.forks.is_empty() && found.slru.is_empty());
 }

@@ -11,20 +11,17 @@ use pgstrata::base::{Lsn, TenantId, TenantShardId, TimelineId};
 use pgstrata::cli::demo_node::DemoNode;
 use pgstrata::cli::page_client::PageClient;
 use pgstrata::cli::pg::{PgCluster, StopMode, make_dir};
+use pgstrata::cli::scratch::Scratch;
 use pgstrata::cli::verify::verify;
 use pgstrata::cli::verify_files::scan;
 use pgstrata::shard::control::{TimelineInfo, TimelineState};
 
 /// A directory that goes with the test. Declare it first: what is in it must end before it.
-pub struct Root(pub PathBuf);
+pub struct Root(pub Scratch);
 
 impl Root {
     pub fn new(name: &str) -> Root {
-        let path = std::env::temp_dir().join(format!("pgstrata-{name}-{}", std::process::id()));
-        make_dir(&path).unwrap();
-        let open = std::os::unix::fs::PermissionsExt::from_mode(0o755);
-        std::fs::set_permissions(&path, open).unwrap();
-        Root(path)
+        Root(Scratch::new(name).unwrap())
     }
 
     pub fn join(&self, name: &str) -> PathBuf {
@@ -51,12 +48,6 @@ impl Root {
         cluster.pgbench_init("postgres", 1).unwrap();
         cluster.stop(StopMode::Fast).unwrap();
         cluster
-    }
-}
-
-impl Drop for Root {
-    fn drop(&mut self) {
-        let _ = std::fs::remove_dir_all(&self.0);
     }
 }
 

@@ -16,7 +16,8 @@ use crate::base::page::{PAGE_SIZE, page_lsn};
 use crate::base::wal_record::{WAL_RECORD_CRC_AT, wal_record_crc};
 use crate::base::{Lsn, RelNode};
 use crate::cli::admin_client::CommandError;
-use crate::cli::pg::{bin_dir, make_dir};
+use crate::cli::pg::bin_dir;
+use crate::cli::scratch::Scratch;
 use crate::cli::service::find_library;
 use crate::redo::child::{ChildRedo, ChildSettings};
 use crate::redo::native::run::NativeRedo;
@@ -92,15 +93,12 @@ fn with_process(
     request: &RedoRequest,
     time: Duration,
 ) -> Result<(Tally, Duration), CommandError> {
-    let root = std::env::temp_dir().join(format!("pgstrata-bench-{}", std::process::id()));
-    make_dir(&root)?;
-    // The process's user has to get through.
-    std::fs::set_permissions(&root, std::os::unix::fs::PermissionsExt::from_mode(0o755))?;
+    let root = Scratch::new("bench")?;
     let child = ChildRedo::new(ChildSettings {
         tenant: "bench".to_owned(),
         postgres_bin: bin_dir().join("postgres"),
         walredo_so: std::path::absolute(find_library(&args.library.clone().unwrap_or_default())?)?,
-        scratch_dir: root.clone(),
+        scratch_dir: root.to_owned(),
         cpu: None,
         redo: SETTINGS,
         timeout: Duration::from_secs(60),
@@ -108,7 +106,6 @@ fn with_process(
     let child = Rc::new(child);
     let result = measure(&*child, request, time);
     block_on(child.shutdown());
-    let _ = std::fs::remove_dir_all(&root);
     result
 }
 
