@@ -2,7 +2,8 @@
 //!
 //! PostgreSQL moves items in different ways, depending on their order and number; where no two
 //! of them overlap, all ways leave the same bytes, the hole included, as nothing but the places
-//! where items end up is written. That no two overlap is checked here.
+//! where items end up is written. That no two overlap is checked here. Half of the time that redo
+//! of pruning takes is spent here, so nothing is copied or cleared that need not be.
 
 use super::page::{
     Bounds, Fit, HAS_FREE_LINES, HEADER, HEAP_LINES_MAX, INDEX_LINES_MAX, LINE, Line,
@@ -12,11 +13,26 @@ use super::page::{
 use crate::base::page::{PAGE_SIZE, Page};
 
 /// An item that stays: its line pointer's number afterwards, its place, its length with padding.
-#[derive(Clone, Copy)]
+#[derive(Clone, Copy, Default)]
 struct Kept {
-    number: usize,
-    offset: usize,
-    len: usize,
+    number: u16,
+    offset: u16,
+    len: u16,
+}
+
+impl Kept {
+    /// Line pointers have no larger numbers, nor have pages.
+    fn new(number: usize, offset: usize, len: usize) -> Kept {
+        Kept { number: number as u16, offset: offset as u16, len: len as u16 }
+    }
+
+    fn offset(self) -> usize {
+        usize::from(self.offset)
+    }
+
+    fn len(self) -> usize {
+        usize::from(self.len)
+    }
 }
 
 /// Marks eight-byte units of the page as taken.
@@ -42,33 +58,42 @@ impl Taken {
 /// Moves the items to the end of the page, in the order of `items` (`compactify_tuples`).
 fn compactify(page: &mut Page, items: &[Kept], bounds: Bounds) -> Fit<()> {
     let mut taken = Taken([0; PAGE_SIZE / 512]);
+    let (mut descend, mut before) = (true, bounds.special);
     for kept in items {
-        if kept.offset < bounds.upper || kept.offset + kept.len > bounds.special {
+        if kept.offset() < bounds.upper || kept.offset() + kept.len() > bounds.special {
             return Err("an item lies outside of the items' space");
         }
-        if !kept.offset.is_multiple_of(8) {
+        if !kept.offset().is_multiple_of(8) {
             return Err("an item is not aligned");
         }
-        taken.take(kept.offset, kept.len)?;
+        taken.take(kept.offset(), kept.len())?;
+        descend &= kept.offset() < before;
+        before = kept.offset();
     }
     let mut upper = bounds.special;
     let mut rest = items;
     // What is in its place stays there.
     while let Some((kept, after)) = rest.split_first() {
-        if kept.offset + kept.len != upper {
+        if kept.offset() + kept.len() != upper {
             break;
         }
-        upper = kept.offset;
+        upper = kept.offset();
         rest = after;
     }
-    if !rest.is_empty() {
-        let old = *page;
-        for kept in rest {
-            upper = upper.checked_sub(kept.len).ok_or("items are larger than their space")?;
-            put(page, upper, slice_at(&old, kept.offset, kept.len)?)?;
-            let moved = line(page, kept.number)?;
-            set_line(page, kept.number, Line { offset: upper, ..moved })?;
+    // One that lies before another never lands on that one's old place, if that has moved first.
+    let old = match descend || rest.is_empty() {
+        true => Vec::new(),
+        false => slice_at(page, bounds.upper, upper - bounds.upper)?.to_vec(),
+    };
+    for kept in rest {
+        upper = upper.checked_sub(kept.len()).ok_or("items are larger than their space")?;
+        match descend {
+            true => move_bytes(page, kept.offset(), upper, kept.len())?,
+            false => put(page, upper, slice_at(&old, kept.offset() - bounds.upper, kept.len())?)?,
         }
+        let number = usize::from(kept.number);
+        let moved = line(page, number)?;
+        set_line(page, number, Line { offset: upper, ..moved })?;
     }
     set_upper(page, upper)
 }
@@ -81,7 +106,7 @@ pub(super) fn repair_fragmentation(page: &mut Page) -> Fit<()> {
     if count > HEAP_LINES_MAX {
         return Err("a heap page has too many line pointers");
     }
-    let mut items = [Kept { number: 0, offset: 0, len: 0 }; HEAP_LINES_MAX];
+    let mut items = [Kept::default(); HEAP_LINES_MAX];
     let (mut stored, mut unused, mut last_used, mut total) = (0, 0, 0, 0);
     for number in 1..=count {
         let found = line(page, number)?;
@@ -93,8 +118,7 @@ pub(super) fn repair_fragmentation(page: &mut Page) -> Fit<()> {
         last_used = number;
         if found.has_storage() {
             let len = max_align(found.len);
-            let kept = Kept { number, offset: found.offset, len };
-            *items.get_mut(stored).ok_or("too many items")? = kept;
+            *items.get_mut(stored).ok_or("too many items")? = Kept::new(number, found.offset, len);
             stored += 1;
             total += len;
         }
@@ -207,8 +231,7 @@ pub(super) fn index_multi_delete(page: &mut Page, numbers: &[u8]) -> Fit<()> {
     if count > INDEX_LINES_MAX {
         return Err("an index page has too many line pointers");
     }
-    let mut items = [Kept { number: 0, offset: 0, len: 0 }; INDEX_LINES_MAX];
-    let mut kept_lines = [Line::UNUSED; INDEX_LINES_MAX];
+    let mut items = [Kept::default(); INDEX_LINES_MAX];
     let (mut kept, mut total) = (0, 0);
     let mut delete = numbers().peekable();
     for number in 1..=count {
@@ -217,20 +240,17 @@ pub(super) fn index_multi_delete(page: &mut Page, numbers: &[u8]) -> Fit<()> {
             continue;
         }
         let len = max_align(found.len);
-        *items.get_mut(kept).ok_or("too many items")? =
-            Kept { number: kept + 1, offset: found.offset, len };
-        *kept_lines.get_mut(kept).ok_or("too many items")? = found;
+        *items.get_mut(kept).ok_or("too many items")? = Kept::new(kept + 1, found.offset, len);
         kept += 1;
         total += len;
+        // Never before it is read.
+        set_line(page, kept, found)?;
     }
     if delete.next().is_some() {
         return Err("offsets of items to be deleted are out of order or too high");
     }
     if total > bounds.special - bounds.lower {
         return Err("items are larger than their space");
-    }
-    for (index, found) in kept_lines.iter().take(kept).enumerate() {
-        set_line(page, index + 1, *found)?;
     }
     set_lower(page, HEADER + LINE * kept)?;
     compactify(page, items.get(..kept).unwrap_or_default(), bounds)
@@ -261,6 +281,7 @@ pub(super) fn index_overwrite(page: &mut Page, number: usize, new: &[u8]) -> Fit
 
 #[cfg(test)]
 mod tests {
+    use super::super::page::LineState;
     use super::*;
 
     #[test]
@@ -277,5 +298,41 @@ mod tests {
             }
         }
         assert!(Taken([0; PAGE_SIZE / 512]).take(PAGE_SIZE - 8, 16).is_err());
+    }
+
+    /// A page whose line pointers are `items`, all of its bytes different where items are.
+    fn page_of(items: &[(usize, usize)]) -> Page {
+        let mut page = [0; PAGE_SIZE];
+        let bytes = page.iter_mut().zip(0u32..);
+        bytes.for_each(|(byte, at)| *byte = (at.wrapping_mul(2_654_435_761) >> 24) as u8);
+        set_lower(&mut page, HEADER + LINE * items.len()).unwrap();
+        for (number, (offset, len)) in (1..).zip(items) {
+            let normal = Line { offset: *offset, len: *len, state: LineState::Normal };
+            set_line(&mut page, number, normal).unwrap();
+        }
+        page
+    }
+
+    #[test]
+    fn items_move_to_the_end_in_their_order_whatever_that_is() {
+        let (upper, special) = (4096, 8176);
+        let bounds = Bounds { lower: 0, upper, special };
+        let descending = [(8168, 8), (8136, 24), (7000, 1000), (4104, 96), (4096, 8)];
+        let some_in_place = [(8152, 24), (8128, 24), (4096, 8), (6000, 80), (5000, 800)];
+        let ascending = [(4096, 8), (4104, 96), (7000, 1000), (8136, 24), (8168, 8)];
+        for items in [descending, some_in_place, ascending] {
+            let before = page_of(&items);
+            let mut page = before;
+            let kept: Vec<Kept> =
+                (1..).zip(items).map(|(number, (at, len))| Kept::new(number, at, len)).collect();
+            compactify(&mut page, &kept, bounds).unwrap();
+            let mut end = special;
+            for (number, (offset, len)) in (1..).zip(items) {
+                end -= len;
+                assert_eq!(page[end..end + len], before[offset..offset + len], "{number}");
+                assert_eq!(line(&page, number).unwrap().offset, end);
+            }
+            assert_eq!(page[end - 8..end], before[end - 8..end], "nothing else is written");
+        }
     }
 }
