@@ -64,6 +64,11 @@ fn longest_gap(seconds: u64, heartbeats: bool) -> Duration {
             }
         })
         .unwrap();
+    // Over its first task nothing could wake it yet.
+    let begin = Instant::now();
+    while work.load(Ordering::Relaxed) == 0 && begin.elapsed() < Duration::from_secs(10) {
+        thread::sleep(Duration::from_millis(1));
+    }
     let hogs: Vec<_> = (0..2)
         .map(|_| {
             let stop = stop.clone();

@@ -252,6 +252,7 @@ fn passwords_restarts_and_lost_slots() {
     });
     let shown = succeeds(&node, "status", id, &[]);
     assert!(shown.contains("has already been removed"), "{shown}");
+    assert!(shown.contains("copy it back into the primary's pg_wal"), "{shown}");
     // What it has, it serves.
     is_equal(&node, id, mark.end, judge.data(), false);
 }

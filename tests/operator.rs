@@ -113,6 +113,11 @@ fn a_node_names_what_is_wrong() {
     let conninfo = cluster.conninfo();
     succeeds(&node, "import", id, &["--pgdata", &data, "--primary", &conninfo]);
     let start = info(&node, id).last_record_lsn;
+    let unknown = "77777777777777777777777777777777";
+    let body = format!(r#"{{"timeline": "{unknown}", "branch": {{"ancestor": "{unknown}"}}}}"#);
+    let (status, text) = http(&node, "POST", &path, &body);
+    assert!(status == 404 && text.contains("is not on this node"), "{status} {text}");
+
     let page_address = node.page_address();
     let lsn = start.to_string();
     let ids = ["--tenant", tenant.as_str(), "--timeline", timeline.as_str()];

@@ -5,21 +5,23 @@ use std::fs;
 use std::future::Future;
 use std::path::{Path, PathBuf};
 use std::rc::Rc;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex};
 use std::thread;
 use std::time::Duration;
 
 use bytes::Bytes;
 use futures_util::future::{LocalBoxFuture, select};
-use glommio::{Latency, LocalExecutorBuilder, Placement, Shares};
+use glommio::{ExecutorJoinHandle, Latency, LocalExecutorBuilder, Placement, Shares};
 use pgstrata::base::lsn::Lsn;
 use pgstrata::base::{TenantId, TenantShardId, TimelineId};
 use pgstrata::cli::pg::bin_dir;
 use pgstrata::config::Config;
 use pgstrata::io::spares::Spares;
 use pgstrata::io::uring::UringIo;
-use pgstrata::limits::{HEARTBEAT_INTERVAL_MS, PREEMPT_INTERVAL_US};
+use pgstrata::limits::{
+    EXECUTOR_START_MS_MAX, EXECUTOR_STARTS_MAX, HEARTBEAT_INTERVAL_MS, PREEMPT_INTERVAL_US,
+};
 use pgstrata::redo::child::{ChildRedo, ChildSettings};
 use pgstrata::redo::native::run::NativeRedo;
 use pgstrata::redo::{Redo, RedoMaker, RedoSettings};
@@ -155,6 +157,39 @@ fn executor() -> LocalExecutorBuilder {
         .preempt_timer(Duration::from_micros(PREEMPT_INTERVAL_US))
 }
 
+/// Starts an executor with `work`. As in a node, one that falls asleep before its first task, when
+/// nothing can wake it yet, is left alone, and another is made.
+fn started<T, F>(work: impl FnOnce() -> F + Send + 'static) -> Result<ExecutorJoinHandle<Result<T>>>
+where
+    T: Send + 'static,
+    F: Future<Output = Result<T>> + 'static,
+{
+    let mut work = Some(work);
+    for _ in 0..EXECUTOR_STARTS_MAX {
+        let place = Arc::new(Mutex::new(work.take()));
+        let take = |place: &Mutex<Option<_>>| place.lock().ok().and_then(|mut work| work.take());
+        let of_executor = place.clone();
+        let handle = executor().spawn(move || async move {
+            match take(&of_executor) {
+                Some(work) => work().await,
+                None => Err("another executor has the work".into()),
+            }
+        });
+        let handle = handle.map_err(|error| error.to_string())?;
+        for _ in 0..EXECUTOR_START_MS_MAX {
+            if place.lock().is_ok_and(|work| work.is_none()) {
+                return Ok(handle);
+            }
+            thread::sleep(Duration::from_millis(1));
+        }
+        work = take(&place);
+        if work.is_none() {
+            return Ok(handle);
+        }
+    }
+    Err("executors fall asleep before their first task".into())
+}
+
 /// Runs `story` on an executor of CPU 0, with the heartbeat of a node.
 pub fn on_executor<T, F>(story: impl FnOnce() -> F + Send + 'static) -> Result<T>
 where
@@ -166,12 +201,11 @@ where
     let progress = pulses[0].progress();
     let ticked = done.clone();
     let ticks = thread::spawn(move || tick_until(ticked, pulses));
-    let serve = executor().spawn(move || async move {
+    let serve = started(move || async move {
         progress.begin().await;
         start_beat(progress);
         story().await
-    });
-    let serve = serve.map_err(|error| error.to_string())?;
+    })?;
     let result = serve.join();
     done.store(true, Ordering::Release);
     ticks.join().map_err(|_| "the heartbeat's thread panicked")?;
@@ -218,18 +252,18 @@ where
     let [background_progress, serve_progress] = [pulses[0].progress(), pulses[1].progress()];
     let ticked = beats_done.clone();
     let ticks = thread::spawn(move || tick_until(ticked, pulses));
-    let runner = executor().spawn(move || async move {
+    let runner = started(move || async move {
         priority::lower();
         background_progress.begin().await;
         start_beat(background_progress);
         let work = std::pin::pin!(runner.run(UringIo::new(Some(of_background))));
         let end = std::pin::pin!(until(seen));
         select(work, end).await;
-    });
-    let runner = runner.map_err(|error| error.to_string())?;
+        Ok(())
+    })?;
     let (data_dir, backup) = (dir.to_owned(), recorded.backup.join("data"));
     let from = recorded.start()?;
-    let serve = executor().spawn(move || async move {
+    let serve = started(move || async move {
         priority::shorten_turns();
         serve_progress.begin().await;
         start_beat(serve_progress);
@@ -267,12 +301,11 @@ where
         let result = story(Rc::new(Bed { shard: shard.clone(), timeline, io, gate })).await;
         shard.shutdown().await;
         result
-    });
-    let serve = serve.map_err(|error| error.to_string())?;
+    })?;
     let result = serve.join();
     done.store(true, Ordering::Release);
     let result = result.map_err(|error| error.to_string())??;
-    runner.join().map_err(|error| error.to_string())?;
+    runner.join().map_err(|error| error.to_string())??;
     // Not earlier: an executor that is to end may sleep over that, too.
     beats_done.store(true, Ordering::Release);
     ticks.join().map_err(|_| "the heartbeat's thread panicked")?;

@@ -363,7 +363,8 @@ async fn create_timeline(
             if let Some(source) = &source {
                 source.check().map_err(bad_request)?;
             }
-            let TenantInfo { tenant, .. } = find_tenant(&state, &tenant).await?;
+            let names = (tenant, ancestor.to_string());
+            let TimelineInfo { tenant, .. } = find_timeline(&state, names).await?;
             let request = CreateBranch { tenant, timeline, ancestor, lsn, source };
             state.change(&tenant, Change::Branch(request)).await?;
             Ok(StatusCode::CREATED)

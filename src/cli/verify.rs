@@ -235,7 +235,8 @@ fn verify_fork(
         // A missing or a wrongly sized fork is a difference even when it has no block.
         sums.different += 1;
         if judged {
-            let text = format!("{rel}: {exists:?}, {size:?}; the file has {} blocks", files.blocks);
+            let (exists, size) = (said(&exists), said(&size));
+            let text = format!("{rel}: {exists}, {size}; the file has {} blocks", files.blocks);
             report.detail(|| text);
         }
     }
@@ -280,6 +281,17 @@ fn verify_fork(
     problem.map_or(Ok(sums), |error| Err(error.into()))
 }
 
+/// An answer in a report.
+fn said(answer: &Answer) -> String {
+    match answer {
+        Answer::Error(text) => text.clone(),
+        Answer::Exists(true) => "it exists".to_owned(),
+        Answer::Exists(false) => "it does not exist".to_owned(),
+        Answer::Nblocks(blocks) => format!("{blocks} blocks"),
+        _ => "an answer to another question".to_owned(),
+    }
+}
+
 fn verify_slru(
     client: &mut PageClient,
     oracle: &DataDirectory,
@@ -291,7 +303,7 @@ fn verify_slru(
         let ours = match answer {
             Answer::GetSlruSegment(ours) => ours,
             other => {
-                let text = format!("{} {segment:04X}: {other:?}", kind.directory());
+                let text = format!("{} {segment:04X}: {}", kind.directory(), said(&other));
                 report.slru.different += 1;
                 report.detail(|| text);
                 continue;
@@ -342,7 +354,7 @@ fn verify_absent(
             return;
         }
         report.absent.different += 1;
-        report.detail(|| format!("{query:?} must not exist: {answer:?}"));
+        report.detail(|| format!("{query:?} must not exist: {}", said(&answer)));
     })?;
     Ok(())
 }

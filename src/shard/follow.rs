@@ -75,6 +75,11 @@ enum FollowError {
     Source(#[from] SourceError),
     #[error(transparent)]
     TakeIn(#[from] TakeInError),
+    #[error(
+        "{error}; this timeline needs the WAL from {from} on: copy it back into the primary's \
+         pg_wal, or delete the timeline and attach it anew, best with a slot, which keeps WAL"
+    )]
+    WalRemoved { error: SourceError, from: Lsn },
     #[error("nothing was heard of the primary for too long")]
     Silent,
     #[error("the primary was shut down")]
@@ -96,7 +101,13 @@ impl<I: Io> Timeline<I> {
             let result = match connector.connect(&config, &self.cluster).await {
                 Ok(mut source) => self.stream(&mut source).await,
                 Err(error) => Err(error.into()),
-            };
+            }
+            .map_err(|error| match error {
+                FollowError::Source(error) if error.is_removed_wal() => {
+                    FollowError::WalRemoved { error, from: self.lsns().received }
+                }
+                other => other,
+            });
             self.source_connected.set(false);
             match result {
                 Ok(()) => break,

@@ -152,6 +152,11 @@ impl SourceError {
         }
     }
 
+    /// The source has removed WAL that it was asked for (58P01, `undefined_file`).
+    pub fn is_removed_wal(&self) -> bool {
+        matches!(self, SourceError::Server { error, .. } if error.code == "58P01")
+    }
+
     pub(crate) fn protocol(during: &'static str, detail: impl Into<String>) -> SourceError {
         SourceError::Protocol { during, detail: detail.into() }
     }
