@@ -92,7 +92,8 @@ fn longest_gap(seconds: u64, heartbeats: bool) -> Duration {
         }
         gap = gap.max(last.elapsed());
     }
-    assert!(seen > 100, "the executor never ran: {seen} steps");
+    // Without heartbeats it may sleep from its first step to the end: that is what they are for.
+    assert!(!heartbeats || seen > 100, "the executor never ran: {seen} steps");
     stop.store(true, Ordering::Release);
     hogs.into_iter().for_each(|hog| hog.join().unwrap());
     // An executor that sleeps is woken, so that it can end.

@@ -12,20 +12,19 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use futures_util::future::{LocalBoxFuture, select};
-use glommio::{ExecutorJoinHandle, Latency, LocalExecutorBuilder, Placement, Shares};
+use glommio::{ExecutorJoinHandle, LocalExecutorBuilder, Placement};
 use pgstrata::base::lsn::Lsn;
 use pgstrata::base::{TenantId, TenantShardId, TimelineId};
 use pgstrata::cli::pg::bin_dir;
 use pgstrata::config::Config;
 use pgstrata::io::spares::Spares;
 use pgstrata::io::uring::UringIo;
-use pgstrata::limits::{
-    EXECUTOR_START_MS_MAX, EXECUTOR_STARTS_MAX, HEARTBEAT_INTERVAL_MS, PREEMPT_INTERVAL_US,
-};
+use pgstrata::limits::{HEARTBEAT_INTERVAL_MS, PREEMPT_INTERVAL_US};
 use pgstrata::redo::child::{ChildRedo, ChildSettings};
 use pgstrata::redo::native::run::NativeRedo;
 use pgstrata::redo::{Redo, RedoMaker, RedoSettings};
-use pgstrata::server::mesh::{Progress, Pulse, beat};
+use pgstrata::server::mesh::Pulse;
+use pgstrata::server::node::{Claim, start_beat, started_executor};
 use pgstrata::server::priority;
 use pgstrata::shard::background;
 use pgstrata::shard::control::{CoreControl, CoreMetrics, CreateTimeline, TimelineSource};
@@ -139,12 +138,6 @@ async fn until(done: Arc<AtomicBool>) {
 
 /// As in a node: an executor that went to sleep over a task that can run is woken from outside. A
 /// timer of its own would not do: the task that waits for it may be the one that is slept over.
-fn start_beat(progress: Progress) {
-    let latency = Latency::Matters(Duration::from_millis(1));
-    let queue = glommio::executor().create_task_queue(Shares::default(), latency, "heartbeat");
-    glommio::spawn_local_into(beat(progress), queue).expect("the queue is there").detach();
-}
-
 fn tick_until(done: Arc<AtomicBool>, mut pulses: [Pulse; 2]) {
     while !done.load(Ordering::Acquire) {
         thread::sleep(Duration::from_millis(HEARTBEAT_INTERVAL_MS));
@@ -157,37 +150,22 @@ fn executor() -> LocalExecutorBuilder {
         .preempt_timer(Duration::from_micros(PREEMPT_INTERVAL_US))
 }
 
-/// Starts an executor with `work`. As in a node, one that falls asleep before its first task, when
-/// nothing can wake it yet, is left alone, and another is made.
+/// Starts an executor with `work`, as a node starts its own.
 fn started<T, F>(work: impl FnOnce() -> F + Send + 'static) -> Result<ExecutorJoinHandle<Result<T>>>
 where
     T: Send + 'static,
     F: Future<Output = Result<T>> + 'static,
 {
-    let mut work = Some(work);
-    for _ in 0..EXECUTOR_STARTS_MAX {
-        let place = Arc::new(Mutex::new(work.take()));
-        let take = |place: &Mutex<Option<_>>| place.lock().ok().and_then(|mut work| work.take());
-        let of_executor = place.clone();
-        let handle = executor().spawn(move || async move {
-            match take(&of_executor) {
-                Some(work) => work().await,
-                None => Err("another executor has the work".into()),
-            }
-        });
-        let handle = handle.map_err(|error| error.to_string())?;
-        for _ in 0..EXECUTOR_START_MS_MAX {
-            if place.lock().is_ok_and(|work| work.is_none()) {
-                return Ok(handle);
-            }
-            thread::sleep(Duration::from_millis(1));
-        }
-        work = take(&place);
-        if work.is_none() {
-            return Ok(handle);
-        }
-    }
-    Err("executors fall asleep before their first task".into())
+    let work = Arc::new(Mutex::new(Some(work)));
+    let make = |claim: Claim| {
+        let work = work.clone();
+        executor().spawn(move || async move {
+            let work = claim.take().then(|| work.lock().ok()?.take()).flatten();
+            work.ok_or("it woke up too late")?().await
+        })
+    };
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_time().build()?;
+    Ok(runtime.block_on(started_executor(make))?)
 }
 
 /// Runs `story` on an executor of CPU 0, with the heartbeat of a node.

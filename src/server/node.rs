@@ -179,11 +179,11 @@ impl Guard {
 /// Who is first to take it: an executor that runs its first task, or the control thread that has
 /// waited long enough for that.
 #[derive(Clone, Default)]
-struct Claim(Arc<AtomicBool>);
+pub struct Claim(Arc<AtomicBool>);
 
 impl Claim {
     /// True for the first who asks.
-    fn take(&self) -> bool {
+    pub fn take(&self) -> bool {
         !self.0.swap(true, Ordering::AcqRel)
     }
 
@@ -196,10 +196,14 @@ impl Claim {
 ///
 /// glommio 0.9 may go to sleep over runnable tasks ([`crate::server::mesh`]), the first one too,
 /// and before that has run there is no waker that could end it. Such an executor is left asleep,
-/// without work and harmless, and another is made.
-async fn started_executor(
-    make: impl Fn(Claim) -> Result<ExecutorJoinHandle<()>, glommio::GlommioError<()>>,
-) -> Result<ExecutorJoinHandle<()>, String> {
+/// without work and harmless, and another is made. What `make` starts takes the claim first of all,
+/// and ends at once if that is taken already.
+///
+/// # Errors
+/// No executor can be made, or none runs its first task.
+pub async fn started_executor<T: Send + 'static>(
+    make: impl Fn(Claim) -> Result<ExecutorJoinHandle<T>, glommio::GlommioError<()>>,
+) -> Result<ExecutorJoinHandle<T>, String> {
     for _ in 0..EXECUTOR_STARTS_MAX {
         let claim = Claim::default();
         let handle = make(claim.clone()).map_err(|error| error.to_string())?;
@@ -232,7 +236,8 @@ fn builder(name: &str, core: usize, cpu: usize, io_memory: usize) -> LocalExecut
         .preempt_timer(Duration::from_micros(PREEMPT_INTERVAL_US))
 }
 
-fn start_beat(progress: Progress) {
+/// Starts the executor's end of a heartbeat, after [`Progress::begin`].
+pub fn start_beat(progress: Progress) {
     let latency = Latency::Matters(Duration::from_millis(1));
     let queue = glommio::executor().create_task_queue(Shares::default(), latency, "heartbeat");
     if let Ok(task) = glommio::spawn_local_into(beat(progress), queue) {

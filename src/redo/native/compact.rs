@@ -332,7 +332,8 @@ mod tests {
                 assert_eq!(page[end..end + len], before[offset..offset + len], "{number}");
                 assert_eq!(line(&page, number).unwrap().offset, end);
             }
-            assert_eq!(page[end - 8..end], before[end - 8..end], "nothing else is written");
+            let lines_end = HEADER + LINE * items.len();
+            assert_eq!(page[lines_end..end], before[lines_end..end], "nothing else is written");
         }
     }
 }
