@@ -110,7 +110,8 @@ impl<I: Io> Timeline<I> {
             });
             self.source_connected.set(false);
             match result {
-                Ok(()) => break,
+                // The stop may have been taken back by now, as that of an archiving that failed.
+                Ok(()) => {}
                 Err(FollowError::TakeIn(error)) if breaks(&error) => {
                     self.set_broken(Kind::Corrupt, error.to_string());
                 }
@@ -263,7 +264,7 @@ impl<I: Io> Timeline<I> {
         }
         while self.journal.is_full() {
             match self.flush_journal().await {
-                Err(JournalError::NoSpace(_)) if !self.stopping.get() => {
+                Err(JournalError::NoSpace(_)) if self.may_follow() => {
                     self.context.io.sleep(Duration::from_millis(NO_SPACE_RETRY_MS)).await;
                 }
                 flushed => flushed?,

@@ -10,6 +10,7 @@ use super::{SimOptions, SimWorld};
 use crate::base::{Kind, TimelineId};
 use crate::io::Io;
 use crate::shard::control::{
+    Change,
     Change, CoreControl, CreateBranch, CreateTimeline, TimelineSource, TimelineState,
 };
 use crate::shard::index::INDEX_FILE;
@@ -73,6 +74,11 @@ fn a_full_disk_pauses_ingest_and_nothing_else() {
             assert_eq!(info.state, TimelineState::Active);
             assert!(outside.acknowledged.get() <= timeline.lsns().journal);
             check_page(&timeline, &outside, &io).await.unwrap();
+            if seed % 3 == 0 {
+                // There is no room for what it would write, either, and it changes nothing.
+                let archive = Change::Archive(TENANT, TIMELINE, true);
+                shard.change(archive).await.expect_err("the disk is full");
+            }
             io.set_capacity(None);
             let end = outside.primary.borrow().record_ends().last().copied().unwrap();
             timeline.wait_for_lsn(end).await.unwrap();
