@@ -12,8 +12,9 @@
 //! them; values at one key and LSN keep the order that they have in their layer.
 
 use std::collections::VecDeque;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::rc::Rc;
+use std::sync::Arc;
 
 use bytes::Bytes;
 
@@ -23,6 +24,20 @@ use crate::layers::format::{BlockEntries, Packed};
 use crate::layers::{BlockCache, DeltaLayer, ImageLayer, LayerError, LayerName, LayerOwner};
 use crate::limits::COMPACT_READ_BYTES;
 
+/// A layer file that a job reads.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct InputLayer {
+    /// Where it is.
+    pub dir: Arc<Path>,
+    /// Whose it is.
+    pub owner: LayerOwner,
+    /// Its name.
+    pub name: LayerName,
+    /// Values with LSNs from here on do not count: in a layer of an ancestor they came after the
+    /// branch point.
+    pub below: Lsn,
+}
+
 /// A value of a delta layer.
 pub type MergeEntry = (Key, Lsn, Value);
 
@@ -30,6 +45,7 @@ pub type MergeEntry = (Key, Lsn, Value);
 pub struct DeltaCursor<I: Io> {
     layer: DeltaLayer<I>,
     keys: KeyRange,
+    below: Lsn,
     /// The next block to be read.
     block: usize,
     /// Blocks that were read, with their offsets.
@@ -42,18 +58,13 @@ impl<I: Io> DeltaCursor<I> {
     ///
     /// # Errors
     /// As [`DeltaLayer::open`].
-    pub async fn open(
-        io: &I,
-        dir: &Path,
-        name: &LayerName,
-        owner: LayerOwner,
-        keys: KeyRange,
-    ) -> Result<Self, LayerError> {
+    pub async fn open(io: &I, input: &InputLayer, keys: KeyRange) -> Result<Self, LayerError> {
         let cache = Rc::new(BlockCache::new(0));
-        let layer = DeltaLayer::open(io, dir, name, owner, cache).await?;
+        let InputLayer { dir, owner, name, below } = input;
+        let layer = DeltaLayer::open(io, dir, name, *owner, cache).await?;
         let block = layer.first_block(keys.start);
         let (blocks, values) = (VecDeque::new(), VecDeque::new());
-        Ok(DeltaCursor { layer, keys, block, blocks, values })
+        Ok(DeltaCursor { layer, keys, below: *below, block, blocks, values })
     }
 
     /// Key and LSN of the next value; `None` at the end.
@@ -66,7 +77,7 @@ impl<I: Io> DeltaCursor<I> {
                 return Ok(None);
             }
             let Some((offset, block)) = self.blocks.pop_front() else { continue };
-            let decoded = decode(&block, &self.keys, &mut self.values);
+            let decoded = decode(&block, &self.keys, self.below, &mut self.values);
             decoded.map_err(|what| self.layer.file().damaged(offset, what))?;
         }
         Ok(self.values.front().map(|(key, lsn, _)| (*key, *lsn)))
@@ -98,12 +109,13 @@ impl<I: Io> DeltaCursor<I> {
 fn decode(
     block: &Bytes,
     keys: &KeyRange,
+    below: Lsn,
     out: &mut VecDeque<MergeEntry>,
 ) -> Result<(), &'static str> {
     let mut entries = BlockEntries::new(block);
     while let Some(entry) = entries.next() {
         let entry = entry?;
-        if keys.contains(&entry.key) {
+        if keys.contains(&entry.key) && entry.lsn < below {
             out.push_back((entry.key, entry.lsn, entries.value(&entry)?));
         }
     }
@@ -113,40 +125,30 @@ fn decode(
 /// The values of several delta layers in order of key, then LSN.
 pub struct DeltaMerge<I: Io> {
     io: I,
-    dir: PathBuf,
-    owner: LayerOwner,
     keys: KeyRange,
     /// Not open yet, by falling start of the key range.
-    waiting: Vec<LayerName>,
+    waiting: Vec<InputLayer>,
     /// Open, each with its head.
     open: Vec<((Key, Lsn), DeltaCursor<I>)>,
 }
 
 impl<I: Io> DeltaMerge<I> {
-    /// A merge of the values that delta layers in `dir` have of `keys`. It ends with
+    /// A merge of the values that delta layers have of `keys`. It ends with
     /// [`DeltaMerge::close`], after an error too.
-    pub fn new(
-        io: &I,
-        dir: &Path,
-        owner: LayerOwner,
-        mut names: Vec<LayerName>,
-        keys: KeyRange,
-    ) -> Self {
-        names.sort_by_key(|name| std::cmp::Reverse(name.keys().start));
-        let (io, dir, open) = (io.clone(), dir.to_owned(), Vec::new());
-        DeltaMerge { io, dir, owner, keys, waiting: names, open }
+    pub fn new(io: &I, mut inputs: Vec<InputLayer>, keys: KeyRange) -> Self {
+        inputs.sort_by_key(|input| std::cmp::Reverse(input.name.keys().start));
+        DeltaMerge { io: io.clone(), keys, waiting: inputs, open: Vec::new() }
     }
 
     /// Opens the layers that may have the next value.
     async fn open_due(&mut self) -> Result<(), LayerError> {
-        while let Some(name) = self.waiting.last() {
+        while let Some(input) = self.waiting.last() {
             let first = self.open.iter().map(|((key, _), _)| *key).min();
-            if first.is_some_and(|first| first < name.keys().start) {
+            if first.is_some_and(|first| first < input.name.keys().start) {
                 return Ok(());
             }
-            let Some(name) = self.waiting.pop() else { return Ok(()) };
-            let keys = self.keys.clone();
-            let cursor = DeltaCursor::open(&self.io, &self.dir, &name, self.owner, keys).await?;
+            let Some(input) = self.waiting.pop() else { return Ok(()) };
+            let cursor = DeltaCursor::open(&self.io, &input, self.keys.clone()).await?;
             self.admit(cursor).await?;
         }
         Ok(())
@@ -219,15 +221,10 @@ impl<I: Io> ImageCursor<I> {
     ///
     /// # Errors
     /// As [`ImageLayer::open`].
-    pub async fn open(
-        io: &I,
-        dir: &Path,
-        name: &LayerName,
-        owner: LayerOwner,
-        keys: KeyRange,
-    ) -> Result<Self, LayerError> {
+    pub async fn open(io: &I, input: &InputLayer, keys: KeyRange) -> Result<Self, LayerError> {
         let cache = Rc::new(BlockCache::new(0));
-        let layer = ImageLayer::open(io, dir, name, owner, cache).await?;
+        let InputLayer { dir, owner, name, .. } = input;
+        let layer = ImageLayer::open(io, dir, name, *owner, cache).await?;
         Ok(ImageCursor { layer, keys, values: VecDeque::new() })
     }
 

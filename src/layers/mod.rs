@@ -54,7 +54,7 @@ pub use error::{Damage, LayerError};
 pub use file::FileLayer;
 pub use frozen::FrozenLayer;
 pub use image::{ImageLayer, ImageWriter};
-pub use merge::{DeltaMerge, ImageCursor, MergeEntry};
+pub use merge::{DeltaMerge, ImageCursor, InputLayer, MergeEntry};
 pub use name::{LayerName, LayerNameError};
 pub use open::OpenLayer;
 pub use verify::{Verified, verify};

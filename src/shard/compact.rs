@@ -24,6 +24,7 @@
 
 use std::cell::{Cell, RefCell};
 use std::collections::BTreeSet;
+use std::ops::Range;
 use std::pin::pin;
 use std::rc::Rc;
 use std::sync::Arc;
@@ -35,13 +36,14 @@ use self::images::ImageJob;
 pub use self::job::CompactError;
 use self::job::{Flags, JobBase};
 use self::merge::MergeJob;
+use super::branch::{Older, below_branch_point};
 use super::plan::compaction::{Action, PlanConfig, PlanLayer, bars, plan};
 use super::stored::StoredLayer;
-use super::timeline::{Signal, Timeline};
+use super::timeline::{Mutable, Signal, Timeline};
 use super::turn::Turn;
 use crate::base::{Key, KeyRange, Lsn, LsnRange};
 use crate::io::Io;
-use crate::layers::{LayerName, LayerOwner};
+use crate::layers::{InputLayer, LayerName, LayerOwner};
 use crate::limits::{
     COMPACT_L0_INPUT_BYTES_MAX, COMPACT_REMOVE_POLL_MS, COMPACT_RETRY_MS_MAX, COMPACT_RETRY_MS_MIN,
     L0_LAYERS_MAX, L0_LAYERS_URGENT, L0_MERGE_FAILURES_MAX,
@@ -208,15 +210,41 @@ impl<I: Io> Compaction<I> {
     }
 }
 
-/// The layers of a timeline as they were planned for.
+/// The layers of a timeline as they were planned for, then those of its ancestors that it sees.
 struct Snapshot<I: Io> {
     plan: Vec<PlanLayer>,
     stored: Vec<Rc<StoredLayer<I>>>,
+    /// For the timeline and each ancestor: its part of the lists, and where it ends.
+    levels: Vec<(Range<usize>, Lsn)>,
+    /// Ancestors stay until the work is done.
+    _kept: Vec<Older<I>>,
 }
 
 impl<I: Io> Snapshot<I> {
+    /// Adds the timeline's own layers, or what is below an LSN of an ancestor's.
+    fn add(&mut self, mutable: &Mutable<I>, below: Option<Lsn>) {
+        let from = self.plan.len();
+        let (end, inherited) = (below.unwrap_or(Lsn::MAX), below.is_some());
+        for (span, layer) in mutable.layers.iter().filter(|(span, _)| span.lsns.start < end) {
+            let mut span = span.clone();
+            span.lsns.end = span.lsns.end.min(end);
+            self.plan.push(PlanLayer { span, bytes: layer.file_bytes(), inherited });
+            self.stored.push(layer.clone());
+        }
+        self.levels.push((from..self.plan.len(), end));
+    }
+
     fn layers(&self, chosen: &[usize]) -> Vec<Rc<StoredLayer<I>>> {
         chosen.iter().filter_map(|at| self.stored.get(*at).cloned()).collect()
+    }
+
+    fn input(&self, at: usize) -> Option<InputLayer> {
+        let level = self.levels.iter().find(|(part, _)| part.contains(&at))?;
+        Some(self.stored.get(at)?.input(level.1))
+    }
+
+    fn inputs(&self, chosen: &[usize]) -> Vec<InputLayer> {
+        chosen.iter().filter_map(|at| self.input(*at)).collect()
     }
 
     /// WAL of the L0 layers among these, in bytes.
@@ -226,12 +254,14 @@ impl<I: Io> Snapshot<I> {
         l0.map(|lsns| lsns.end.bytes_since(lsns.start)).sum()
     }
 
-    /// Names of layers that begin below `below`, without the `inputs`.
-    fn older(&self, below: Lsn, inputs: &[usize]) -> Vec<LayerName> {
-        let stored = self.stored.iter().enumerate();
-        let older =
-            stored.filter(|(at, layer)| layer.span().lsns.start < below && !inputs.contains(at));
-        older.map(|(_, layer)| layer.name().clone()).collect()
+    /// Layers that begin below `below`, without the `inputs`; those of each timeline together.
+    fn older(&self, below: Lsn, inputs: &[usize]) -> Vec<Vec<InputLayer>> {
+        let begins = |at: &usize| self.plan.get(*at).map(|layer| layer.span.lsns.start);
+        let is_older = |at: &usize| begins(at) < Some(below) && !inputs.contains(at);
+        let of_level = |(part, _): &(Range<usize>, Lsn)| {
+            part.clone().filter(is_older).filter_map(|at| self.input(at)).collect()
+        };
+        self.levels.iter().map(of_level).collect()
     }
 
     /// Keys where image layers begin, ascending.
@@ -242,14 +272,17 @@ impl<I: Io> Snapshot<I> {
     }
 }
 
-fn names<I: Io>(layers: &[Rc<StoredLayer<I>>]) -> Vec<LayerName> {
-    layers.iter().map(|layer| layer.name().clone()).collect()
-}
-
 impl<I: Io> Timeline<I> {
     /// Number of L0 layers, which compaction keeps down.
     pub fn l0_count(&self) -> usize {
         self.mutable.borrow().layers.l0_count()
+    }
+
+    /// Number of image layers, and of all layers.
+    #[cfg(test)]
+    pub(crate) fn layer_counts(&self) -> (usize, usize) {
+        let mutable = self.mutable.borrow();
+        (mutable.layers.iter().filter(|(span, _)| span.is_image).count(), mutable.layers.len())
     }
 
     /// Two delta layers that have keys and LSNs in common, described; there must never be any.
@@ -300,17 +333,31 @@ impl<I: Io> Timeline<I> {
         }
     }
 
+    /// Layers of ancestors are part of it where everything that the branch sees of them is in
+    /// files.
     fn snapshot(&self) -> Snapshot<I> {
-        let mutable = self.mutable.borrow();
-        let (plan, stored) = mutable
-            .layers
-            .iter()
-            .map(|(span, layer)| {
-                let plan = PlanLayer { span: span.clone(), bytes: layer.file_bytes() };
-                (plan, layer.clone())
-            })
-            .unzip();
-        Snapshot { plan, stored }
+        let mut snapshot = Snapshot {
+            plan: Vec::new(),
+            stored: Vec::new(),
+            levels: Vec::new(),
+            _kept: Vec::new(),
+        };
+        snapshot.add(&self.mutable.borrow(), None);
+        let (mut older, mut below) = (Older::of(&self.mutable.borrow()), Lsn::MAX);
+        let mut found = Vec::new();
+        while let Some(ancestor) = older {
+            if ancestor.timeline.lsns().disk_consistent < ancestor.lsn {
+                return snapshot;
+            }
+            older = Older::of(&ancestor.timeline.mutable.borrow());
+            found.push(ancestor);
+        }
+        for ancestor in found {
+            below = below_branch_point(below, ancestor.lsn);
+            snapshot.add(&ancestor.timeline.mutable.borrow(), Some(below));
+            snapshot._kept.push(ancestor);
+        }
+        snapshot
     }
 
     fn plan_config(&self) -> PlanConfig {
@@ -326,7 +373,7 @@ impl<I: Io> Timeline<I> {
     }
 
     /// Plans, and carries out one action; false if there is nothing to do.
-    pub(super) async fn compact_once(&self) -> Result<bool, CompactError> {
+    pub(crate) async fn compact_once(&self) -> Result<bool, CompactError> {
         let _turn = self.compaction.turn.acquire().await;
         if self.stopping.get() || self.broken().is_some() || self.compaction.flags.is_cancelled() {
             return Ok(false);
@@ -413,7 +460,7 @@ impl<I: Io> Timeline<I> {
         let bars = bars(&snapshot.plan, inputs, &lsns);
         let job = MergeJob {
             base: self.job_base(),
-            inputs: names(&removed),
+            inputs: snapshot.inputs(inputs),
             others: snapshot.older(lsns.end, inputs),
             lsns,
             cuts: snapshot.cuts(),
@@ -436,13 +483,13 @@ impl<I: Io> Timeline<I> {
     ) -> Result<(), CompactError> {
         #[cfg(test)]
         let deltas = deltas.get(usize::from(planted(Planted::StaleImages))..).unwrap_or_default();
-        let Some(image) = snapshot.stored.get(image) else { return Err(CompactError::Changed) };
+        let Some(image) = snapshot.input(image) else { return Err(CompactError::Changed) };
         let job = ImageJob {
             base: self.job_base(),
             keys,
             lsn,
-            image: image.name().clone(),
-            deltas: names(&snapshot.layers(deltas)),
+            image,
+            deltas: snapshot.inputs(deltas),
             all: snapshot.older(Lsn(lsn.0.saturating_add(1)), &[]),
         };
         let began = self.context.io.now();

@@ -12,7 +12,8 @@ use super::memory::Resident;
 use crate::base::{Key, KeyRange, Lsn, LsnRange};
 use crate::io::Io;
 use crate::layers::{
-    Answer, BlockCache, FileLayer, FrozenLayer, LayerError, LayerName, LayerOwner, Newest, Values,
+    Answer, BlockCache, FileLayer, FrozenLayer, InputLayer, LayerError, LayerName, LayerOwner,
+    Newest, Values,
 };
 
 /// See the module's text.
@@ -89,6 +90,12 @@ impl<I: Io> StoredLayer<I> {
     /// Name of the file.
     pub fn name(&self) -> &LayerName {
         &self.name
+    }
+
+    /// The file as the input of a job that takes its values below an LSN.
+    pub(super) fn input(&self, below: Lsn) -> InputLayer {
+        let (dir, owner, name) = (Arc::from(&*self.dir), self.owner, self.name.clone());
+        InputLayer { dir, owner, name, below }
     }
 
     /// Path of the file.

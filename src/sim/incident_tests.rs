@@ -10,7 +10,6 @@ use super::{SimOptions, SimWorld};
 use crate::base::{Kind, TimelineId};
 use crate::io::Io;
 use crate::shard::control::{
-    Change,
     Change, CoreControl, CreateBranch, CreateTimeline, TimelineSource, TimelineState,
 };
 use crate::shard::index::INDEX_FILE;

@@ -32,6 +32,8 @@ use std::rc::Rc;
 use std::time::Duration;
 
 #[cfg(test)]
+mod branch_compaction_tests;
+#[cfg(test)]
 mod branch_tests;
 #[cfg(test)]
 mod check_tests;

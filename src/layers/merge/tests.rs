@@ -59,6 +59,16 @@ async fn all(merge: &mut DeltaMerge<SimIo>) -> Vec<MergeEntry> {
     found
 }
 
+fn inputs(names: &[LayerName]) -> Vec<InputLayer> {
+    let input = |name: &LayerName| InputLayer {
+        dir: Path::new("d").into(),
+        owner: OWNER,
+        name: name.clone(),
+        below: Lsn::MAX,
+    };
+    names.iter().map(input).collect()
+}
+
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(40))]
 
@@ -83,10 +93,10 @@ proptest! {
                 names.extend(write_delta(&io, dir, layer).await);
             }
             let whole = Key::MIN..Key::MAX;
-            let mut merge = DeltaMerge::new(&io, dir, OWNER, names.clone(), whole);
+            let mut merge = DeltaMerge::new(&io, inputs(&names), whole);
             let everything = all(&mut merge).await;
             merge.close().await;
-            let mut merge = DeltaMerge::new(&io, dir, OWNER, names, part);
+            let mut merge = DeltaMerge::new(&io, inputs(&names), part);
             let part = all(&mut merge).await;
             merge.close().await;
             (everything, part)
@@ -121,7 +131,7 @@ proptest! {
                 writer.add(*key, value).await.unwrap();
             }
             let name = writer.finish(Key::MIN..Key::MAX).await.unwrap().name;
-            let mut cursor = ImageCursor::open(&io, dir, &name, OWNER, part).await.unwrap();
+            let mut cursor = ImageCursor::open(&io, &inputs(&[name])[0], part).await.unwrap();
             let mut found = Vec::new();
             while let Some(key) = cursor.head().await.unwrap() {
                 let (taken, value) = cursor.take().unwrap();
@@ -148,7 +158,7 @@ fn values_at_one_lsn_keep_their_order() {
             for layer in [&twice, &older] {
                 names.extend(write_delta(&io, dir, layer).await);
             }
-            let mut merge = DeltaMerge::new(&io, dir, OWNER, names, Key::MIN..Key::MAX);
+            let mut merge = DeltaMerge::new(&io, inputs(&names), Key::MIN..Key::MAX);
             let found = all(&mut merge).await;
             merge.close().await;
             let [first, second] = twice;

@@ -27,7 +27,7 @@ use super::{Planted, planted};
 use crate::base::{Key, KeyKind, KeyRange, Kind, Lsn, Value};
 use crate::io::Io;
 use crate::layers::{
-    DeltaMerge, ImageCursor, ImageWriter, LayerDesc, LayerError, LayerName, LayerOwner, Values,
+    DeltaMerge, ImageCursor, ImageWriter, InputLayer, LayerDesc, LayerError, LayerOwner, Values,
 };
 use crate::limits::{
     COMPACT_GROUP_BYTES_MAX, COMPACT_IMAGE_PIECES_MAX, COMPACT_IMAGE_VALUES_MAX,
@@ -40,12 +40,13 @@ pub(super) struct ImageJob {
     pub(super) base: JobBase,
     pub(super) keys: KeyRange,
     pub(super) lsn: Lsn,
-    /// The image layer below.
-    pub(super) image: LayerName,
+    /// The image layer below, perhaps an ancestor's.
+    pub(super) image: InputLayer,
     /// All delta layers between it and `lsn`.
-    pub(super) deltas: Vec<LayerName>,
-    /// All layers with values at or below `lsn`: sizes of forks are looked up in them.
-    pub(super) all: Vec<LayerName>,
+    pub(super) deltas: Vec<InputLayer>,
+    /// All layers with values at or below `lsn`, those of ancestors last: sizes of forks are looked
+    /// up in them.
+    pub(super) all: Vec<Vec<InputLayer>>,
 }
 
 /// A key and its content; or why there is none.
@@ -227,14 +228,14 @@ impl<I: Io> Input<I> {
 pub(super) async fn run<I: Io>(io: I, job: ImageJob) -> Result<Made, CompactError> {
     let ImageJob { base, keys, lsn, image, deltas, all } = job;
     let JobBase { owner, dir, target_bytes, redo, flags, .. } = base;
-    let image_lsn = image.lsns().start;
-    let is_whole = *image.keys() == keys;
-    let image = ImageCursor::open(&io, &dir, &image, owner, keys.clone()).await?;
+    let image_lsn = image.name.lsns().start;
+    let is_whole = *image.name.keys() == keys;
+    let image = ImageCursor::open(&io, &image, keys.clone()).await?;
     // Images of the same keys have about the same length; of a part of them it is not known.
     let left = if is_whole { image.file_bytes() } else { target_bytes / 8 };
-    let deltas = DeltaMerge::new(&io, &dir, owner, deltas, keys.clone());
+    let deltas = DeltaMerge::new(&io, deltas, keys.clone());
     let mut input = Input { image, image_lsn, deltas, lsn };
-    let pages = Pages::new(Points::new(&io, &dir, owner, all), redo());
+    let pages = Pages::new(Points::new(&io, all), redo());
     let mut out = Output {
         io,
         dir,

@@ -19,7 +19,8 @@ use super::{Planted, planted};
 use crate::base::{Key, KeyKind, Lsn, LsnRange, Value};
 use crate::io::Io;
 use crate::layers::{
-    DeltaMerge, DeltaWriter, LayerDesc, LayerError, LayerName, LayerOwner, MergeEntry, Values,
+    DeltaMerge, DeltaWriter, InputLayer, LayerDesc, LayerError, LayerName, LayerOwner, MergeEntry,
+    Values,
 };
 use crate::limits::{
     COMPACT_GROUP_BYTES_MAX, COMPACT_KEYS_MAX, COMPACT_REDO_CONCURRENT_MAX,
@@ -29,11 +30,11 @@ use crate::limits::{
 /// Delta layers to merge.
 pub(super) struct MergeJob {
     pub(super) base: JobBase,
-    pub(super) inputs: Vec<LayerName>,
+    pub(super) inputs: Vec<InputLayer>,
     /// LSN range of the result; contains those of the inputs.
     pub(super) lsns: LsnRange,
-    /// Everything else that begins below its end.
-    pub(super) others: Vec<LayerName>,
+    /// Everything else that begins below its end, layers of ancestors last.
+    pub(super) others: Vec<Vec<InputLayer>>,
     /// Keys where a layer is cut even if it could still grow; ascending.
     pub(super) cuts: Vec<Key>,
     /// Keys that no layer may reach over; ascending.
@@ -155,12 +156,13 @@ impl<I: Io> Output<I> {
 pub(super) async fn run<I: Io>(io: I, job: MergeJob) -> Result<Made, CompactError> {
     let MergeJob { base, inputs, lsns, others, cuts, bars, chain_max } = job;
     let JobBase { owner, dir, target_bytes, start_lsn, redo, flags } = base;
-    let pages = Pages::new(Points::new(&io, &dir, owner, others), redo());
-    let mut merge = DeltaMerge::new(&io, &dir, owner, inputs.clone(), Key::MIN..Key::MAX);
+    let pages = Pages::new(Points::new(&io, others), redo());
+    let names = inputs.iter().map(|input| input.name.clone()).collect();
+    let mut merge = DeltaMerge::new(&io, inputs, Key::MIN..Key::MAX);
     let span = lsns.clone();
     let bounds = Bounds { start: start_lsn, lsns: &span, chain_max };
-    let mut out =
-        Output::new(&io, OutputJob { dir, owner, target_bytes, lsns, cuts, bars, inputs });
+    let to_write = OutputJob { dir, owner, target_bytes, lsns, cuts, bars, inputs: names };
+    let mut out = Output::new(&io, to_write);
     let mut stream = Stream::new(&io, &pages, bounds);
     let mut merged = async {
         while let Some(entry) = merge.next().await? {

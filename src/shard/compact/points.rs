@@ -1,86 +1,120 @@
 //! Single values out of many layers, for a job that reads a key here and there.
 //!
 //! Layers are opened when they are needed, a few are kept open, and blocks are kept in a small
-//! cache of the job's own: the cache that serves reads is left alone.
+//! cache of the job's own: the cache that serves reads is left alone. As a read, a search that finds
+//! no base in the timeline's own layers goes on in those of its ancestors.
 
 use std::cell::RefCell;
-use std::path::{Path, PathBuf};
 use std::rc::Rc;
 
 use crate::base::{Key, Lsn, LsnRange};
 use crate::io::Io;
-use crate::layers::{BlockCache, FileLayer, LayerError, LayerName, LayerOwner, Lookup, Values};
+use crate::layers::{BlockCache, FileLayer, InputLayer, LayerError, Lookup, Values};
 use crate::limits::{COMPACT_POINT_CACHE_BYTES, COMPACT_POINT_READERS_MAX};
 use crate::shard::layer_map::{LayerMap, LayerSpan};
 
 /// See the module's text.
 pub(super) struct Points<I: Io> {
     io: I,
-    dir: PathBuf,
-    owner: LayerOwner,
     cache: Rc<BlockCache>,
-    map: LayerMap<Rc<LayerName>>,
+    /// The timeline's own layers, then those of each ancestor.
+    levels: Vec<Level>,
     /// Open layers, the one that was used last at the end.
-    readers: RefCell<Vec<Rc<FileLayer<I>>>>,
+    readers: RefCell<Vec<Opened<I>>>,
+}
+
+/// A layer and its open file.
+type Opened<I> = (Rc<InputLayer>, Rc<FileLayer<I>>);
+
+/// The layers of one timeline.
+struct Level {
+    map: LayerMap<Rc<InputLayer>>,
+    /// Values with LSNs from here on do not count.
+    below: Lsn,
+}
+
+impl Level {
+    fn new(inputs: Vec<InputLayer>) -> Level {
+        let below = inputs.iter().map(|input| input.below).min().unwrap_or(Lsn::MAX);
+        let mut map = LayerMap::default();
+        for input in inputs {
+            map.insert(LayerSpan::from(&input.name), Rc::new(input));
+        }
+        Level { map, below }
+    }
 }
 
 impl<I: Io> Points<I> {
-    pub(super) fn new(io: &I, dir: &Path, owner: LayerOwner, names: Vec<LayerName>) -> Self {
-        let mut map = LayerMap::default();
-        for name in names {
-            let (keys, lsns) = (name.keys().clone(), name.lsns());
-            map.insert(LayerSpan { keys, lsns, is_image: name.is_image() }, Rc::new(name));
-        }
+    pub(super) fn new(io: &I, levels: Vec<Vec<InputLayer>>) -> Self {
+        let levels = levels.into_iter().map(Level::new).collect();
         let cache = Rc::new(BlockCache::new(COMPACT_POINT_CACHE_BYTES));
-        let (io, dir) = (io.clone(), dir.to_owned());
-        Points { io, dir, owner, cache, map, readers: RefCell::default() }
+        Points { io: io.clone(), cache, levels, readers: RefCell::default() }
     }
 
     /// Versions of `key` with LSNs below `below`, newest first, up to a base.
     pub(super) async fn collect(&self, key: Key, below: Lsn) -> Result<Values, LayerError> {
         let mut found = Vec::new();
-        let names = self.map.search(key, below);
-        // As in a read: what deltas have below the image is in the image already.
-        let image = names.last().filter(|name| name.is_image());
-        let floor = image.map_or(Lsn(0), |name| name.lsns().end);
-        for name in names {
-            let range = if name.is_image() { Lsn(0)..below } else { floor..below };
-            let reader = self.reader(&name).await?;
-            if reader.collect(key, &range, &mut found).await?.lookup != Lookup::Continue {
+        for level in &self.levels {
+            let below = below.min(level.below);
+            if self.collect_at(level, key, below, &mut found).await? != Lookup::Continue {
                 break;
             }
         }
         Ok(found)
     }
 
-    /// LSNs of the image layers within `lsns` that have `key`, newest first.
+    async fn collect_at(
+        &self,
+        level: &Level,
+        key: Key,
+        below: Lsn,
+        found: &mut Values,
+    ) -> Result<Lookup, LayerError> {
+        let inputs = level.map.search(key, below);
+        // As in a read: what deltas have below the image is in the image already.
+        let image = inputs.last().filter(|input| input.name.is_image());
+        let floor = image.map_or(Lsn(0), |input| input.name.lsns().end);
+        for input in inputs {
+            let range = if input.name.is_image() { Lsn(0)..below } else { floor..below };
+            let reader = self.reader(&input).await?;
+            let lookup = reader.collect(key, &range, found).await?.lookup;
+            if lookup != Lookup::Continue {
+                return Ok(lookup);
+            }
+        }
+        Ok(Lookup::Continue)
+    }
+
+    /// LSNs of the timeline's own image layers within `lsns` that have `key`, newest first.
     pub(super) fn image_lsns(&self, key: Key, lsns: &LsnRange) -> Vec<Lsn> {
-        let older = |lsn: &Lsn| self.map.image_lsn(key, *lsn);
+        let Some(own) = self.levels.first() else { return Vec::new() };
+        let older = |lsn: &Lsn| own.map.image_lsn(key, *lsn);
         let images = std::iter::successors(older(&lsns.end), older);
         images.take_while(|lsn| *lsn >= lsns.start).collect()
     }
 
-    fn opened(&self, name: &LayerName) -> Option<Rc<FileLayer<I>>> {
+    fn opened(&self, input: &Rc<InputLayer>) -> Option<Rc<FileLayer<I>>> {
         let mut readers = self.readers.borrow_mut();
-        let at = readers.iter().position(|reader| reader.name() == name)?;
-        let reader = readers.remove(at);
-        readers.push(reader.clone());
+        let at = readers.iter().position(|(other, _)| Rc::ptr_eq(other, input))?;
+        let entry = readers.remove(at);
+        let reader = entry.1.clone();
+        readers.push(entry);
         Some(reader)
     }
 
-    async fn reader(&self, name: &LayerName) -> Result<Rc<FileLayer<I>>, LayerError> {
-        if let Some(reader) = self.opened(name) {
+    async fn reader(&self, input: &Rc<InputLayer>) -> Result<Rc<FileLayer<I>>, LayerError> {
+        if let Some(reader) = self.opened(input) {
             return Ok(reader);
         }
-        let cache = self.cache.clone();
-        let opened = FileLayer::open(&self.io, &self.dir, name, self.owner, cache).await?;
-        if let Some(reader) = self.opened(name) {
+        let InputLayer { dir, owner, name, .. } = &**input;
+        let opened = FileLayer::open(&self.io, dir, name, *owner, self.cache.clone()).await?;
+        if let Some(reader) = self.opened(input) {
             // Another page of the job opened it meanwhile.
             opened.close().await?;
             return Ok(reader);
         }
         let reader = Rc::new(opened);
-        self.readers.borrow_mut().push(reader.clone());
+        self.readers.borrow_mut().push((input.clone(), reader.clone()));
         self.close_unused(COMPACT_POINT_READERS_MAX).await;
         Ok(reader)
     }
@@ -90,9 +124,9 @@ impl<I: Io> Points<I> {
         loop {
             let unused = {
                 let mut readers = self.readers.borrow_mut();
-                let unused = readers.iter().position(|reader| Rc::strong_count(reader) == 1);
+                let unused = readers.iter().position(|(_, reader)| Rc::strong_count(reader) == 1);
                 match unused {
-                    Some(at) if readers.len() > count => Rc::try_unwrap(readers.remove(at)).ok(),
+                    Some(at) if readers.len() > count => Rc::try_unwrap(readers.remove(at).1).ok(),
                     _ => None,
                 }
             };

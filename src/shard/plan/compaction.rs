@@ -52,16 +52,22 @@ pub struct PlanLayer {
     pub span: LayerSpan,
     /// Length of its file in bytes.
     pub bytes: u64,
+    /// It is an ancestor's, up to the branch point: it is read, and never replaced.
+    pub inherited: bool,
 }
 
 impl PlanLayer {
     /// True for a delta layer over all keys.
     pub fn is_l0(&self) -> bool {
-        self.span.is_l0()
+        self.span.is_l0() && !self.inherited
     }
 
     fn is_l1(&self) -> bool {
-        !self.span.is_image && !self.is_l0()
+        !self.span.is_image && !self.is_l0() && !self.inherited
+    }
+
+    fn is_inherited_delta(&self) -> bool {
+        !self.span.is_image && self.inherited
     }
 }
 
@@ -103,9 +109,9 @@ pub enum Action {
         keys: KeyRange,
         /// LSN of the images.
         lsn: Lsn,
-        /// The image layer below.
+        /// The image layer below, perhaps an ancestor's.
         base: usize,
-        /// The L1 layers between.
+        /// The L1 layers between, and an ancestor's delta layers.
         deltas: Vec<usize>,
     },
     /// Merges L1 layers into fewer.
@@ -120,6 +126,7 @@ pub enum Action {
 }
 
 /// A key range, the image layer below it and the L1 layers between that and L0.
+#[derive(Clone)]
 struct Column {
     keys: KeyRange,
     image: usize,
@@ -127,6 +134,8 @@ struct Column {
     image_bytes: u64,
     /// L1 layers, newest first, with the bytes that this column has of each.
     stack: Vec<(usize, u64)>,
+    /// Delta layers of ancestors, above the image, which is an ancestor's then.
+    inherited: Vec<usize>,
 }
 
 fn overlap(a: &KeyRange, b: &KeyRange) -> bool {
@@ -378,8 +387,10 @@ fn columns(layers: &[PlanLayer], config: &PlanConfig) -> Vec<Column> {
         let share = layer.bytes / (pieces.len() as u64).max(1);
         let image_bytes = share.max(config.target_bytes / 16).max(1);
         let lsn = layer.span.lsns.start;
-        let column = |keys| Column { keys, image, lsn, image_bytes, stack: Vec::new() };
-        columns.extend(pieces.into_iter().map(column));
+        let (stack, inherited) = (Vec::new(), Vec::new());
+        let column = Column { keys: Key::MIN..Key::MIN, image, lsn, image_bytes, stack, inherited };
+        let of_keys = |keys| Column { keys, ..column.clone() };
+        columns.extend(pieces.into_iter().map(of_keys));
     }
     columns.sort_by_key(|column| column.keys.start);
     let mut l1: Vec<usize> = Vec::new();
@@ -388,6 +399,13 @@ fn columns(layers: &[PlanLayer], config: &PlanConfig) -> Vec<Column> {
     for at in l1 {
         let Some(layer) = layers.get(at) else { continue };
         stack(&mut columns, at, layer);
+    }
+    for (at, layer) in layers.iter().enumerate().filter(|(_, l)| l.is_inherited_delta()) {
+        let LayerSpan { keys, lsns, .. } = &layer.span;
+        let touched = columns.iter_mut().filter(|column| overlap(keys, &column.keys));
+        touched
+            .filter(|column| lsns.end.0 > column.lsn.0.saturating_add(1))
+            .for_each(|column| column.inherited.push(at));
     }
     columns
 }
@@ -457,8 +475,9 @@ fn make_images(
     if column.stack.is_empty() || percent < percent_min {
         return None;
     }
-    let deltas: Vec<usize> = column.stack.iter().map(|(at, _)| *at).collect();
+    let mut deltas: Vec<usize> = column.stack.iter().map(|(at, _)| *at).collect();
     let lsn = Lsn(hull(layers, &deltas)?.end.0.checked_sub(1)?);
+    deltas.extend(&column.inherited);
     // Nothing else of these keys may lie at or below the images' LSN and above the image below.
     let hidden = layers.iter().enumerate().any(|(at, layer)| {
         let LayerSpan { keys, lsns, is_image } = &layer.span;

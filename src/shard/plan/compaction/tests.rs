@@ -14,7 +14,7 @@ fn span(keys: KeyRange, lsns: std::ops::Range<u64>, is_image: bool) -> LayerSpan
 }
 
 fn layer(keys: KeyRange, lsns: std::ops::Range<u64>, is_image: bool, bytes: u64) -> PlanLayer {
-    PlanLayer { span: span(keys, lsns, is_image), bytes }
+    PlanLayer { span: span(keys, lsns, is_image), bytes, inherited: false }
 }
 
 /// A timeline whose pages are updated at random, and what was written for it.
