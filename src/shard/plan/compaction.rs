@@ -9,7 +9,9 @@
 //! | image | every key of a range at one LSN |
 //!
 //! A **column** is a key range whose newest image layer is the same everywhere in it; L1 layers
-//! above that image are stacked on the column. The rules, in order:
+//! above that image are stacked on the column. A branch sees its ancestors' layers up to the branch
+//! point: they are what its first images are made from, and nothing else happens to them. The
+//! rules, in order:
 //!
 //! 1. [`Action::MergeL0`]: enough L0 layers become L1 layers: so many of them, or as many as hold
 //!    some records of each page together. The newest rows of L1 layers are taken along where they

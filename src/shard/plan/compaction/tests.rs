@@ -404,6 +404,32 @@ fn images_are_made_where_deltas_are_stacked_and_nowhere_else() {
 }
 
 #[test]
+fn a_branch_makes_images_from_what_it_inherits_and_merges_its_own() {
+    let whole = Key::MIN..Key::MAX;
+    let inherited = |layer| PlanLayer { inherited: true, ..layer };
+    let layers = [
+        inherited(layer(whole.clone(), 100..101, true, 400_000)),
+        inherited(layer(whole.clone(), 60..90, false, 10)),
+        inherited(layer(key(0)..key(9), 90..150, false, 200_000)),
+        inherited(layer(whole.clone(), 150..201, false, 200_000)),
+        layer(key(0)..key(9), 201..301, false, 300_000),
+        layer(whole.clone(), 301..401, false, 10),
+        layer(whole.clone(), 401..501, false, 10),
+    ];
+    let images =
+        Action::MakeImages { keys: whole, lsn: Lsn(300), base: 0, deltas: vec![4, 2, 3] };
+    assert_eq!(plan(&layers, &config(3, 1_000_000, 50)), [images.clone()]);
+    let merge = Action::MergeL0 {
+        inputs: vec![5, 6],
+        lsns: Lsn(301)..Lsn(501),
+        chain_max: COMPACT_CHAIN_MAX / 2,
+    };
+    assert_eq!(plan(&layers, &config(2, 1_000_000, 50)), [images, merge]);
+    // Without own layers above them nothing is stacked, however much the ancestor has.
+    assert!(plan(&layers[..4], &config(1, 1_000_000, 1)).is_empty());
+}
+
+#[test]
 fn small_rows_are_merged_along_and_large_ones_are_not() {
     let whole = Key::MIN..Key::MAX;
     let image = layer(whole.clone(), 100..101, true, 100_000_000);
