@@ -240,9 +240,8 @@ impl<I: Io> Timeline<I> {
     /// The last readable LSN whose state includes no commit after `time`; exactness: see
     /// [`super::timestamps`].
     pub fn lsn_by_timestamp(&self, time: Timestamp) -> LsnByTimestamp {
-        let floor = self.history.cutoff.get().max(self.start_lsn());
-        let answer = self.history.times.borrow().at_time(time);
-        let (lsn, kind) = match answer {
+        let floor = self.readable_floor();
+        let (lsn, kind) = match self.at_time(time) {
             AtTime::Present(lsn) if lsn >= floor => (Some(lsn), TimeKind::Present),
             // Nothing was committed later, so this is true of every LSN.
             AtTime::Future(lsn) => (Some(lsn.max(floor)), TimeKind::Future),
@@ -250,6 +249,43 @@ impl<I: Io> Timeline<I> {
             AtTime::NoData => (None, TimeKind::Nodata),
         };
         LsnByTimestamp { lsn, kind }
+    }
+
+    /// The lowest LSN of which all later history is readable, in ancestors too.
+    fn readable_floor(&self) -> Lsn {
+        let own = self.history.cutoff.get().max(self.start_lsn());
+        match self.ancestor() {
+            Some(older) if own < older.lsn => {
+                own.max(older.lsn.min(older.timeline.readable_floor()))
+            }
+            _ => own,
+        }
+    }
+
+    /// [`CommitTimes::at_time`], of this timeline and the ancestors that it goes on in.
+    fn at_time(&self, time: Timestamp) -> AtTime {
+        let own = self.history.times.borrow().at_time(time);
+        let Some(older) = self.ancestor().filter(|_| own == AtTime::Past) else { return own };
+        match older.timeline.at_time(time) {
+            // The branch has later commits, or has its branch point from some.
+            AtTime::Present(lsn) | AtTime::Future(lsn) => AtTime::Present(lsn.min(older.lsn)),
+            AtTime::Past | AtTime::NoData => AtTime::Past,
+        }
+    }
+
+    /// [`CommitTimes::of_lsn`], of this timeline and the ancestors that it goes on in.
+    fn time_of(&self, lsn: Lsn) -> Option<Timestamp> {
+        let own = self.history.times.borrow().of_lsn(lsn);
+        let has_own = |point: Lsn| own.is_some_and(|(from, _)| from > point);
+        match self.ancestor().filter(|older| !has_own(older.lsn)) {
+            Some(older) => older.timeline.time_of(lsn.min(older.lsn)),
+            None => Some(own?.1),
+        }
+    }
+
+    /// The file of commit times that a branch at `lsn` begins with, if there is anything in it.
+    pub(super) fn commit_times_of_branch(&self, lsn: Lsn) -> Option<Vec<u8>> {
+        Some(self.history.times.borrow().of_branch(lsn)?.encode(lsn))
     }
 
     /// When the last known commit at or before `lsn` was; exactness: see [`super::timestamps`].
@@ -264,7 +300,7 @@ impl<I: Io> Timeline<I> {
         if lsn > self.lsns().last_record {
             return Err(self.still_to_come(lsn));
         }
-        Ok(self.history.times.borrow().of_lsn(lsn))
+        Ok(self.time_of(lsn))
     }
 
     pub(super) fn still_to_come(&self, lsn: Lsn) -> ReadError {

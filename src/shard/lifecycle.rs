@@ -23,6 +23,7 @@ use super::reader::ReadError;
 use super::tenant_config::{CONFIG_FILE, TenantConfig};
 use super::tenants::{Shard, TIMELINES_DIR};
 use super::timeline::Timeline;
+use super::timestamps::COMMIT_TIMES_FILE;
 use super::turn::Turn;
 use crate::base::{Kind, TenantShardId};
 use crate::io::{Io, IoCause, IoError, TaskClass, durable};
@@ -145,10 +146,11 @@ impl<I: Io, C: Connector> Shard<I, C> {
             layers: Vec::new(),
         };
         let brief = Brief::of(&index);
+        let times = ancestor.commit_times_of_branch(lsn);
         // From here on, nothing that the branch needs is removed or deleted.
         ancestor.set_branch(key.1, Some(lsn));
         self.slots.borrow_mut().insert(key, Slot::Branching(brief.clone()));
-        if let Err(error) = self.write_branch(key, &index).await {
+        if let Err(error) = self.write_branch(key, &index, times).await {
             self.give_up_branch(key, &ancestor, &brief, &error).await;
             return Err(error.into());
         }
@@ -160,7 +162,12 @@ impl<I: Io, C: Connector> Shard<I, C> {
         Ok(())
     }
 
-    async fn write_branch(&self, key: TimelineKey, index: &TimelineIndex) -> Result<(), IoError> {
+    async fn write_branch(
+        &self,
+        key: TimelineKey,
+        index: &TimelineIndex,
+        commit_times: Option<Vec<u8>>,
+    ) -> Result<(), IoError> {
         let io = &self.context.io;
         let timelines = self.timelines_dir(key.0);
         let dir = timelines.join(key.1.to_string());
@@ -168,6 +175,9 @@ impl<I: Io, C: Connector> Shard<I, C> {
         io.remove_dir_all(&dir).await?;
         io.create_dir(&dir).await?;
         io.sync_dir(&timelines).await?;
+        if let Some(times) = commit_times {
+            durable::write_file_atomic(io, &dir.join(COMMIT_TIMES_FILE), &times).await?;
+        }
         durable::write_file_atomic(io, &dir.join(INDEX_FILE), &index.encode()).await
     }
 

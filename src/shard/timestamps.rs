@@ -18,6 +18,10 @@
 //! none is narrower than a share of its age. Merging drops the earlier sample, which keeps the rule
 //! above. Garbage collection trims what lies before the cut-off.
 //!
+//! **Branches.** A branch begins with one sample, at its branch point ([`CommitTimes::of_branch`]),
+//! so its answers agree with its ancestor's, which is asked for what was before. That sample's time
+//! is the one that is rounded up, within its bucket: until a later commit, it may show.
+//!
 //! **Durability.** A checkpoint up to `l` closes the bucket at `l` and writes the samples up to `l`
 //! to a file before the index; after a crash, samples past the index's `disk_consistent_lsn` are
 //! dropped, and replaying the journal brings them again.
@@ -168,11 +172,20 @@ impl CommitTimes {
         }
     }
 
-    /// When the last known commit at or before `lsn` was; `None` when none is known.
-    pub fn of_lsn(&self, lsn: Lsn) -> Option<Timestamp> {
+    /// When the last known commit at or before `lsn` was, and up to where that was so at least;
+    /// `None` when none is known.
+    pub fn of_lsn(&self, lsn: Lsn) -> Option<(Lsn, Timestamp)> {
         let after = self.samples.partition_point(|sample| sample.lsn <= lsn);
         let sample = self.samples.get(after.checked_sub(1)?)?;
-        Some(Timestamp(sample.max))
+        Some((sample.lsn, Timestamp(sample.max)))
+    }
+
+    /// What a branch at `lsn` knows from its beginning: a time after which nothing at or before
+    /// `lsn` was committed, that of the bucket in which `lsn` is. `None` when no time is known.
+    pub fn of_branch(&self, lsn: Lsn) -> Option<CommitTimes> {
+        let place = self.samples.partition_point(|sample| sample.lsn < lsn);
+        let max = self.samples.get(place).or(self.samples.last())?.max;
+        Some(CommitTimes { samples: vec![Sample { lsn, max }], open_since: None })
     }
 
     /// The latest commit time known.

@@ -9,8 +9,9 @@ use std::time::Duration;
 use super::engine::{
     Outside, SimShard, TENANT, TIMELINE, import, live_and_die, read_page, start_shard, timeline_dir,
 };
+use super::gc_tests::{SECOND_US, wrong_time};
 use super::{SimIo, SimOptions, SimWorld, check_seeds};
-use crate::base::{Kind, Lsn, TimelineId};
+use crate::base::{Kind, Lsn, TimelineId, Timestamp};
 use crate::io::Io;
 use crate::shard::branch::CANARY_NO_BRANCH_POINT;
 use crate::shard::control::{
@@ -184,6 +185,51 @@ async fn check_page(
     Ok(())
 }
 
+/// The latest time of a commit at or before an LSN.
+fn max_until(commits: &[(Lsn, Timestamp)], lsn: Lsn) -> Option<i64> {
+    commits.iter().take_while(|(at, _)| *at <= lsn).map(|(_, time)| time.0).max()
+}
+
+/// Asks one timeline for the LSN of a time, and for the time of an LSN.
+async fn check_times(
+    shard: &SimShard,
+    story: &Story,
+    outside: &Outside,
+    io: &SimIo,
+) -> Result<(), String> {
+    let Some(one) = story.pick(io, |one| one.archived == Maybe::No) else { return Ok(()) };
+    let timeline = shard.timeline(TENANT, one.id).await.map_err(|error| error.to_string())?;
+    let primary = outside.primary.borrow();
+    let last = timeline.lsns().last_record;
+    let commits = primary.commits();
+    let known = &commits[..commits.partition_point(|(lsn, _)| *lsn <= last)];
+    if known.is_empty() {
+        return Ok(());
+    }
+    let (lsn, near) = known[io.random_u64() as usize % known.len()];
+    let time = Timestamp(near.0 + (io.random_u64() % 4_000_000).cast_signed() - 2_000_000);
+    let answer = timeline.lsn_by_timestamp(time);
+    if let Some(problem) = wrong_time(known, time, &answer, timeline.start_lsn()) {
+        return Err(format!("{time} on {} gives {answer:?}, but {problem}", one.id));
+    }
+    if lsn >= timeline.start_lsn() {
+        let of_lsn = timeline.timestamp_of_lsn(lsn).map_err(|error| error.to_string())?;
+        let exact = max_until(commits, lsn);
+        let earlier = known.iter().map(|(at, _)| max_until(commits, *at));
+        let at_least = earlier.filter(|max| *max <= Some(exact.unwrap_or(0) - SECOND_US)).max();
+        // A branch begins with the time of the bucket in which its branch point is.
+        let point = timeline.ancestor().map_or(timeline.start_lsn(), |older| older.lsn);
+        let bucket = commits.iter().find(|(at, _)| one.id != TIMELINE && *at > point);
+        let bucket = bucket.and_then(|(at, _)| Some(max_until(commits, *at)? + SECOND_US));
+        let found = of_lsn.map(|time| time.0);
+        if found < at_least.flatten() || found > exact.max(bucket) {
+            return Err(format!("{lsn} of {} is of {of_lsn:?}, not {exact:?}", one.id));
+        }
+    }
+    story.count("time");
+    Ok(())
+}
+
 fn refused<T>(result: &Result<T, ControlError>, part: &str) -> Result<(), String> {
     match result {
         Err(error) if error.kind == Kind::Invalid && error.message.contains(part) => Ok(()),
@@ -350,6 +396,11 @@ async fn live(io: SimIo, outside: Rc<Outside>, story: Rc<Story>) -> Result<(), S
             5 => delete(&shard, &story, &io).await?,
             6 => archive(&shard, &story, &io).await?,
             7 => detach(&shard, &story, &io).await?,
+            8 => {
+                check_times(&shard, &story, &outside, &io).await?;
+                let ahead = (io.random_u64() % 6_000_000).cast_signed() - 3_000_000;
+                outside.clock_ahead_us.set(ahead);
+            }
             _ => check_page(&shard, &story, &outside, &io).await?,
         }
         if let Some(problem) = failed.borrow_mut().take() {
@@ -411,10 +462,19 @@ async fn finish(io: SimIo, outside: Rc<Outside>, story: Rc<Story>) -> Result<(),
         .collect();
     for id in ids {
         let timeline = shard.timeline(TENANT, id).await.map_err(|error| error.to_string())?;
-        timeline.wait_for_lsn(end).await.map_err(|error| format!("{id}: no progress: {error}"))?;
+        let mut before = Lsn::INVALID;
+        // As fast as the disk lets it; but it goes on.
+        while let Err(error) = timeline.wait_for_lsn(end).await {
+            let last = timeline.lsns().last_record;
+            if last <= before {
+                return Err(format!("{id}: no progress: {error}"));
+            }
+            before = last;
+        }
     }
     for _ in 0..150 {
         check_page(&shard, &story, &outside, &io).await?;
+        check_times(&shard, &story, &outside, &io).await?;
     }
     check_sizes(&shard, story.as_ref(), &outside, &io).await?;
     // Nothing is left of what was deleted or not made.
@@ -431,6 +491,7 @@ async fn finish(io: SimIo, outside: Rc<Outside>, story: Rc<Story>) -> Result<(),
 fn scenario(seed: u64, story: &Rc<Story>) -> Result<u64, String> {
     let mut world = SimWorld::new(seed, SimOptions::varied(seed));
     let outside = Outside::new(seed);
+    outside.records_per_commit.set(1 + seed % 7 * 5);
     outside.timeline_idle_ms.set([0, 1, 20][(seed % 3) as usize]);
     *story.known.borrow_mut() = vec![Known {
         id: TIMELINE,
@@ -473,6 +534,7 @@ fn trees_of_timelines_are_right_through_crashes() {
         "unarchive",
         "detach",
         "sizes",
+        "time",
     ] {
         assert!(done.get(what).copied().unwrap_or(0) >= 5, "{what}: {done:?}");
     }

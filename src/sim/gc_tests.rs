@@ -25,7 +25,7 @@ use crate::base::{Key, Lsn, RelTag, Timestamp};
 use crate::io::{File, Io};
 use crate::shard::control::CoreControl;
 use crate::shard::gc::{GcRequest, planted};
-use crate::shard::history::{HISTORY_FILES, TimeKind};
+use crate::shard::history::{HISTORY_FILES, LsnByTimestamp, TimeKind};
 use crate::shard::index::INDEX_FILE;
 use crate::shard::leases::LeaseError;
 use crate::shard::plan::gc::planted::LATE_READ_POINT;
@@ -34,7 +34,7 @@ use crate::shard::timeline::Timeline;
 
 const SEEDS: u64 = 40;
 const CANARY_SEEDS: u64 = 60;
-const SECOND_US: i64 = 1_000_000;
+pub(super) const SECOND_US: i64 = 1_000_000;
 
 /// What the node has promised; it survives the node.
 struct Model {
@@ -53,6 +53,33 @@ struct Life {
     model: Rc<Model>,
     shard: SimShard,
     timeline: Rc<Timeline<SimIo>>,
+}
+
+/// What is wrong with an answer about a time, given all commits, in order, and the first LSN that
+/// is readable.
+pub(super) fn wrong_time(
+    known: &[(Lsn, Timestamp)],
+    time: Timestamp,
+    answer: &LsnByTimestamp,
+    floor: Lsn,
+) -> Option<&'static str> {
+    let exact = |time: Timestamp| {
+        known.iter().take_while(|(_, at)| *at <= time).last().map_or(Lsn(0), |(lsn, _)| *lsn)
+    };
+    let at_least = exact(Timestamp(time.0 - SECOND_US));
+    match (answer.lsn, answer.kind) {
+        (Some(lsn), _) if known.iter().any(|(at, when)| *at <= lsn && *when > time) => {
+            Some("a later commit is at or before it")
+        }
+        (Some(lsn), _) if lsn < at_least => Some("it is more than a second short"),
+        (Some(lsn), _) if lsn < floor => Some("it cannot be read"),
+        (Some(_), TimeKind::Future) if known.iter().any(|(_, when)| *when > time) => {
+            Some("there are later commits")
+        }
+        (None, TimeKind::Past) if at_least >= floor => Some("it is not so old"),
+        (None, TimeKind::Nodata) => Some("there are data"),
+        _ => None,
+    }
 }
 
 impl Life {
@@ -245,25 +272,11 @@ impl Life {
         let known = &commits[..commits.partition_point(|(lsn, _)| *lsn <= last)];
         let Some((_, near)) = self.pick(known) else { return Ok(()) };
         let time = Timestamp(near.0 + self.below(4_000_000) as i64 - 2 * SECOND_US);
-        let exact = |time: Timestamp| {
-            known.iter().take_while(|(_, at)| *at <= time).last().map_or(Lsn(0), |(lsn, _)| *lsn)
-        };
         let answer = self.timeline.lsn_by_timestamp(time);
-        let at_least = exact(Timestamp(time.0 - SECOND_US));
-        let problem = match (answer.lsn, answer.kind) {
-            (Some(lsn), _) if known.iter().any(|(at, when)| *at <= lsn && *when > time) => {
-                "a later commit is at or before it"
-            }
-            (Some(lsn), _) if lsn < at_least => "it is more than a second short",
-            (Some(lsn), _) if lsn < self.timeline.gc_cutoff() => "it cannot be read",
-            (Some(_), TimeKind::Future) if known.iter().any(|(_, when)| *when > time) => {
-                "there are later commits"
-            }
-            (None, TimeKind::Past) if at_least >= self.timeline.gc_cutoff() => "it is not so old",
-            (None, TimeKind::Nodata) => "there are data",
-            _ => return Ok(()),
-        };
-        Err(format!("{time} gives {answer:?}, but {problem}; exact is {}", exact(time)))
+        match wrong_time(known, time, &answer, self.timeline.gc_cutoff()) {
+            Some(problem) => Err(format!("{time} gives {answer:?}, but {problem}")),
+            None => Ok(()),
+        }
     }
 
     async fn pause(&self, us: u64) {

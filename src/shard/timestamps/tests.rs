@@ -70,11 +70,14 @@ fn times_of_lsns_are_consistent_with_lsns_of_times() {
         commits.iter().for_each(|(lsn, time)| times.note(*lsn, *time));
         for (lsn, _) in &commits {
             let lsn = Lsn(lsn.0 + rng.u64(..50));
-            let Some(time) = times.of_lsn(lsn) else { continue };
+            let Some((_, time)) = times.of_lsn(lsn) else { continue };
             let back = lsn_of(times.at_time(time)).unwrap();
             let max = commits.iter().take_while(|(at, _)| *at <= lsn).map(|(_, t)| *t).max();
             assert!(time <= max.unwrap(), "seed {seed}: {time} at {lsn} is too late");
-            assert!(back <= lsn || times.of_lsn(back) == Some(time), "seed {seed}");
+            assert!(
+                back <= lsn || times.of_lsn(back).is_some_and(|(_, at)| at == time),
+                "seed {seed}"
+            );
         }
         assert_eq!(times.of_lsn(Lsn(commits[0].0.0 - 1)), None);
     }
@@ -164,7 +167,7 @@ fn trimming_keeps_what_is_asked_for_at_the_cutoff_and_later() {
     assert_eq!(times.len(), 7);
     assert_eq!(times.at_time(Timestamp(39 * SECOND)), AtTime::Past);
     assert_eq!(times.at_time(Timestamp(41 * SECOND)), AtTime::Present(Lsn(400)));
-    assert_eq!(times.of_lsn(Lsn(450)), Some(Timestamp(40 * SECOND)));
+    assert_eq!(times.of_lsn(Lsn(450)).map(|(_, at)| at), Some(Timestamp(40 * SECOND)));
     times.trim(Lsn(0));
     assert_eq!(times.len(), 7);
     times.trim(Lsn(5000));
@@ -206,4 +209,23 @@ fn golden_bytes_and_damage() {
         }
     }
     assert!(CommitTimes::decode(&[&bytes[..], &[0]].concat()).is_err());
+}
+
+#[test]
+fn a_branch_begins_with_what_is_known_of_its_branch_point() {
+    let mut times = CommitTimes::default();
+    assert_eq!(times.of_branch(Lsn(5)), None);
+    for (lsn, second) in [(100, 10), (200, 5_000)] {
+        times.note(Lsn(lsn), Timestamp(second * SECOND));
+    }
+    let begin = |lsn| times.of_branch(Lsn(lsn)).unwrap().of_lsn(Lsn(lsn));
+    assert_eq!(begin(100), Some((Lsn(100), Timestamp(10 * SECOND))));
+    // Between the two samples it is not known where the second bucket begins.
+    assert_eq!(begin(150), Some((Lsn(150), Timestamp(5_000 * SECOND))));
+    assert_eq!(begin(300), Some((Lsn(300), Timestamp(5_000 * SECOND))));
+    let mut branch = times.of_branch(Lsn(300)).unwrap();
+    assert_eq!(branch, CommitTimes::decode(&branch.encode(Lsn(300))).unwrap());
+    branch.note(Lsn(310), Timestamp(4_000 * SECOND));
+    assert_eq!(branch.at_time(Timestamp(4_500 * SECOND)), AtTime::Past);
+    assert_eq!(branch.at_time(Timestamp(5_000 * SECOND)), AtTime::Future(Lsn(310)));
 }

@@ -416,9 +416,8 @@ fn a_branch_makes_images_from_what_it_inherits_and_merges_its_own() {
         layer(whole.clone(), 301..401, false, 10),
         layer(whole.clone(), 401..501, false, 10),
     ];
-    let images =
-        Action::MakeImages { keys: whole, lsn: Lsn(300), base: 0, deltas: vec![4, 2, 3] };
-    assert_eq!(plan(&layers, &config(3, 1_000_000, 50)), [images.clone()]);
+    let images = Action::MakeImages { keys: whole, lsn: Lsn(300), base: 0, deltas: vec![4, 2, 3] };
+    assert_eq!(plan(&layers, &config(3, 1_000_000, 50)), std::slice::from_ref(&images));
     let merge = Action::MergeL0 {
         inputs: vec![5, 6],
         lsns: Lsn(301)..Lsn(501),
