@@ -353,10 +353,11 @@ const _: () = assert!(COMPACT_KEYS_MAX <= LAYER_DELTA_KEYS_MAX as u64);
 const _: () = assert!(COMPACT_LEVELS_MAX * 3 * COMPACT_READ_BYTES <= 8 * 1024 * 1024);
 // Branches.
 
-/// Values that wait for their image layer while a branch is detached from its ancestor.
-pub const DETACH_QUEUE_VALUES: usize = 64;
+/// Values that wait for their image layer while a branch is detached from its ancestor, or a
+/// database is copied.
+pub const IMAGE_QUEUE_VALUES: usize = 64;
 /// Pages that are rebuilt at once for it.
-pub const DETACH_READS_CONCURRENT: usize = 8;
+pub const IMAGE_READS_CONCURRENT: usize = 8;
 // History: garbage collection, leases, commit times.
 
 /// Samples of commit times that a timeline keeps, of 16 bytes each.

@@ -11,7 +11,6 @@
 //! A crash before 2 leaves files that no index names; the next opening removes them. Reads of the
 //! timeline's older history end with 3; those under way are told so.
 
-use std::path::PathBuf;
 use std::rc::Rc;
 
 use bytes::Bytes;
@@ -22,14 +21,14 @@ use futures_util::stream;
 use super::background::BackgroundStopped;
 use super::control::DetachState;
 use super::gate::GateGuard;
+use super::image_job::{ImageQueue, QueueEnded};
 use super::index::{INDEX_FILE, IndexLayer, TimelineIndex};
 use super::reader::ReadError;
-use super::stored::StoredLayer;
 use super::timeline::Timeline;
 use crate::base::{Key, KeyRange, Kind, Lsn, RelTag, SlruKind, Value};
 use crate::io::{Io, IoError, durable};
-use crate::layers::{ImageWriter, LayerDesc, LayerError, LayerOwner};
-use crate::limits::{DETACH_QUEUE_VALUES, DETACH_READS_CONCURRENT, LAYER_IMAGE_VALUES_MAX};
+use crate::layers::LayerDesc;
+use crate::limits::IMAGE_READS_CONCURRENT;
 
 /// Why a branch was not detached. Nothing has changed, and it may be tried again.
 #[derive(Debug, Clone, thiserror::Error)]
@@ -51,6 +50,12 @@ pub enum DetachError {
     Stopped,
 }
 
+impl From<QueueEnded> for DetachError {
+    fn from(_: QueueEnded) -> Self {
+        DetachError::Stopped
+    }
+}
+
 impl DetachError {
     /// What a caller can do about it.
     pub fn kind(&self) -> Kind {
@@ -63,15 +68,6 @@ impl DetachError {
         }
     }
 }
-
-/// What goes to the background executor.
-enum Item {
-    Value(Key, Value),
-    /// All values have come; without this the layers are thrown away.
-    End,
-}
-
-type Queue = async_channel::Sender<Item>;
 
 impl<I: Io> Timeline<I> {
     /// Claims the detaching, so that there is one at a time.
@@ -106,14 +102,7 @@ impl<I: Io> Timeline<I> {
     async fn copy_and_publish(&self) -> Result<(), DetachError> {
         let ancestor = self.ancestor().ok_or(DetachError::NoAncestor(self.id))?;
         let lsn = ancestor.lsn;
-        let (queue, values) = async_channel::bounded(DETACH_QUEUE_VALUES);
-        let writer = ImageJob {
-            dir: self.context.dir.clone(),
-            owner: LayerOwner { shard: self.tenant, timeline: self.id },
-            lsn,
-            layer_bytes: self.context.config.get().image_layer_bytes,
-            values,
-        };
+        let (queue, writer) = self.image_job(lsn, Key::MIN..Key::MAX);
         let write = self.context.background.run(move |io: I| writer.run(io));
         let (written, fed) = join(write, self.feed(lsn, queue)).await;
         let layers = match (written?, fed) {
@@ -147,15 +136,8 @@ impl<I: Io> Timeline<I> {
         };
         let path = self.context.dir.join(INDEX_FILE);
         durable::write_file_atomic(&self.context.io, &path, &index.encode()).await?;
-        let owner = LayerOwner { shard: self.tenant, timeline: self.id };
+        self.add_layers(layers);
         let mut mutable = self.mutable.borrow_mut();
-        for desc in layers {
-            self.context.counters.layer_bytes.add(desc.file_bytes);
-            let (io, dir, cache) =
-                (self.context.io.clone(), &self.context.dir, self.context.cache.clone());
-            let layer = StoredLayer::new(io, dir, desc.name, desc.file_bytes, owner, cache);
-            mutable.layers.insert(layer.span(), layer);
-        }
         mutable.ancestor = None;
         mutable.start_lsn = lsn;
         Ok(())
@@ -167,7 +149,7 @@ impl<I: Io> Timeline<I> {
     }
 
     /// Sends every value that is visible at `lsn`, in key order.
-    async fn feed(&self, lsn: Lsn, queue: Queue) -> Result<(), DetachError> {
+    async fn feed(&self, lsn: Lsn, queue: ImageQueue) -> Result<(), DetachError> {
         let mut forks = self.all_forks(lsn).await?;
         forks.sort_unstable();
         let mut databases: Vec<(u32, u32)> =
@@ -192,17 +174,27 @@ impl<I: Io> Timeline<I> {
         self.feed_range(&Key::replication_origin_all(), lsn, &queue).await?;
         self.feed_range(&Key::database_all(), lsn, &queue).await?;
         self.feed_range(&Key::rel_dir_all(), lsn, &queue).await?;
-        queue.send(Item::End).await.map_err(|_| DetachError::Stopped)
+        Ok(queue.end().await?)
     }
 
-    async fn feed_fork(&self, rel: RelTag, lsn: Lsn, queue: &Queue) -> Result<(), DetachError> {
+    async fn feed_fork(
+        &self,
+        rel: RelTag,
+        lsn: Lsn,
+        queue: &ImageQueue,
+    ) -> Result<(), DetachError> {
         let Some(blocks) = self.stored_u32(Key::rel_size(rel), lsn).await? else { return Ok(()) };
         let keys = (0..blocks.1).map(|block| Key::rel_block(rel, block));
         self.feed_pages(keys, lsn, queue).await?;
         self.feed_small(Key::rel_size(rel), lsn, queue).await
     }
 
-    async fn feed_slru(&self, kind: SlruKind, lsn: Lsn, queue: &Queue) -> Result<(), DetachError> {
+    async fn feed_slru(
+        &self,
+        kind: SlruKind,
+        lsn: Lsn,
+        queue: &ImageQueue,
+    ) -> Result<(), DetachError> {
         let directory = self.small_values(&Key::slru_dir_range(kind), lsn).await?;
         let segments: Vec<u32> = directory
             .iter()
@@ -210,7 +202,7 @@ impl<I: Io> Timeline<I> {
             .map(|(_, segment)| segment)
             .collect();
         for (key, bytes) in directory {
-            send(queue, key, Value::Image(bytes)).await?;
+            queue.send(key, Value::Image(bytes)).await?;
         }
         for segment in segments {
             let size = Key::slru_size(kind, segment);
@@ -226,17 +218,17 @@ impl<I: Io> Timeline<I> {
         &self,
         keys: impl Iterator<Item = Key>,
         lsn: Lsn,
-        queue: &Queue,
+        queue: &ImageQueue,
     ) -> Result<(), DetachError> {
         let read = |key| async move {
             let _read = self.keep()?;
             Ok::<_, DetachError>((key, self.page(key, lsn).await?))
         };
         let mut pages =
-            std::pin::pin!(stream::iter(keys).map(read).buffered(DETACH_READS_CONCURRENT));
+            std::pin::pin!(stream::iter(keys).map(read).buffered(IMAGE_READS_CONCURRENT));
         while let Some(page) = pages.next().await {
             let (key, page) = page?;
-            send(queue, key, Value::Image(page)).await?;
+            queue.send(key, Value::Image(page)).await?;
             if let Some(state) = &mut self.mutable.borrow_mut().detach {
                 state.values += 1;
             }
@@ -245,10 +237,10 @@ impl<I: Io> Timeline<I> {
         Ok(())
     }
 
-    async fn feed_small(&self, key: Key, lsn: Lsn, queue: &Queue) -> Result<(), DetachError> {
+    async fn feed_small(&self, key: Key, lsn: Lsn, queue: &ImageQueue) -> Result<(), DetachError> {
         let _read = self.keep()?;
         match self.metadata(key, lsn).await? {
-            Some((_, bytes)) => send(queue, key, Value::Image(bytes)).await,
+            Some((_, bytes)) => Ok(queue.send(key, Value::Image(bytes)).await?),
             None => Ok(()),
         }
     }
@@ -257,10 +249,10 @@ impl<I: Io> Timeline<I> {
         &self,
         keys: &KeyRange,
         lsn: Lsn,
-        queue: &Queue,
+        queue: &ImageQueue,
     ) -> Result<(), DetachError> {
         for (key, bytes) in self.small_values(keys, lsn).await? {
-            send(queue, key, Value::Image(bytes)).await?;
+            queue.send(key, Value::Image(bytes)).await?;
         }
         Ok(())
     }
@@ -287,67 +279,5 @@ impl<I: Io> Timeline<I> {
             }
         }
         Ok(found)
-    }
-}
-
-async fn send(queue: &Queue, key: Key, value: Value) -> Result<(), DetachError> {
-    queue.send(Item::Value(key, value)).await.map_err(|_| DetachError::Stopped)
-}
-
-/// The part of the background executor.
-struct ImageJob {
-    dir: PathBuf,
-    owner: LayerOwner,
-    lsn: Lsn,
-    layer_bytes: u64,
-    values: async_channel::Receiver<Item>,
-}
-
-impl ImageJob {
-    async fn run<I: Io>(self, io: I) -> Result<Vec<LayerDesc>, LayerError> {
-        let mut done = Vec::new();
-        let result = self.write(&io, &mut done).await;
-        if !matches!(result, Ok(true)) {
-            // What cannot be removed now is removed at the next opening.
-            for desc in std::mem::take(&mut done) {
-                let _ = io.remove(&self.dir.join(desc.name.to_string())).await;
-            }
-        }
-        result.map(|_| done)
-    }
-
-    async fn writer<I: Io>(&self, io: &I) -> Result<ImageWriter<I>, LayerError> {
-        let least = self.layer_bytes / 8;
-        ImageWriter::create(io, &self.dir, self.owner, self.lsn, least).await
-    }
-
-    /// False when the values ended before their end.
-    async fn write<I: Io>(&self, io: &I, done: &mut Vec<LayerDesc>) -> Result<bool, LayerError> {
-        let mut start = Key::MIN;
-        let mut writer = self.writer(io).await?;
-        loop {
-            let (key, value) = match self.values.recv().await {
-                Ok(Item::Value(key, value)) => (key, value),
-                Ok(Item::End) => break,
-                Err(_) => {
-                    writer.abort().await;
-                    return Ok(false);
-                }
-            };
-            let full = writer.file_bytes() >= self.layer_bytes
-                || writer.value_count() >= LAYER_IMAGE_VALUES_MAX;
-            if full && key > start {
-                done.push(writer.finish(start..key).await?);
-                start = key;
-                writer = self.writer(io).await?;
-            }
-            if let Err(error) = writer.add(key, &value).await {
-                writer.abort().await;
-                return Err(error);
-            }
-            io.yield_if_needed().await;
-        }
-        done.push(writer.finish(start..Key::MAX).await?);
-        Ok(true)
     }
 }

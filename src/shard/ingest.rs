@@ -12,22 +12,22 @@
 //! Records for which nothing waits are taken in by the slice: the steps of all of them run without
 //! a pause, and the last step once for all.
 //!
-//! Only copying a database file by file takes several steps, all of them below the new
-//! `last_record_lsn`, so that no reader sees a half-made database. While a record is under way
+//! Only copying a database file by file ([`super::copy_database`]) takes several steps, all of them
+//! below the new `last_record_lsn`, so that no reader sees a half-made database. While a record is under way
 //! (`ingesting`) the open layer is not frozen: its end must not cut a record in two.
 
 use bytes::Bytes;
 
-use super::apply::{Apply, ApplyError, EXISTS, Sink, touched_forks};
+use super::apply::{Apply, ApplyError, Sink, touched_forks};
+use super::copy_database::CopiedPages;
 use super::follow::TakeInError;
 use super::lsns::Advance;
-use super::pages::zero_page;
 use super::reader::ReadError;
 use super::sizes::Sizes;
 use super::timeline::{Mutable, Timeline};
 use crate::base::{Key, Kind, Lsn, RelTag, SlruKind, Value};
 use crate::io::Io;
-use crate::layers::OpenLayer;
+use crate::layers::{LayerError, OpenLayer};
 use crate::limits::INGEST_SLICE_RECORDS;
 use crate::wal::change::{Change, Parameters};
 use crate::wal::checkpoint::Checkpoint;
@@ -58,6 +58,14 @@ pub enum IngestError {
         /// What is wrong.
         cause: ReadError,
     },
+    /// What the record makes cannot be written.
+    #[error("what the WAL record at {start} makes cannot be written: {cause}")]
+    Write {
+        /// Start of the record.
+        start: Lsn,
+        /// What is wrong.
+        cause: LayerError,
+    },
 }
 
 impl IngestError {
@@ -66,16 +74,17 @@ impl IngestError {
         match self {
             IngestError::Decode { .. } | IngestError::Apply(_) => Kind::Corrupt,
             IngestError::Read { cause, .. } => cause.kind(),
+            IngestError::Write { cause, .. } => cause.kind(),
         }
     }
 }
 
 /// Counts values on their way into the open layer.
-struct CountingSink<'a> {
-    open: &'a mut OpenLayer,
+pub(super) struct CountingSink<'a> {
+    pub(super) open: &'a mut OpenLayer,
     /// Start of the record that is being carried out.
-    start: Lsn,
-    values: u64,
+    pub(super) start: Lsn,
+    pub(super) values: u64,
 }
 
 impl Sink for CountingSink<'_> {
@@ -97,9 +106,9 @@ impl Sink for CountingSink<'_> {
 
 /// Where a record stands: its start, and the LSN of its changes.
 #[derive(Clone, Copy)]
-struct Place {
-    start: Lsn,
-    end: Lsn,
+pub(super) struct Place {
+    pub(super) start: Lsn,
+    pub(super) end: Lsn,
 }
 
 /// Counts of what was carried out.
@@ -272,14 +281,16 @@ impl<I: Io> Timeline<I> {
 
     /// Ingests a record for which something may wait. Called for one record at a time, in WAL
     /// order.
-    async fn ingest(&self, record: &StreamRecord) -> Result<(), IngestError> {
+    async fn ingest(&self, record: &StreamRecord) -> Result<(), TakeInError> {
         let StreamRecord { start, end, ref bytes } = *record;
         let mut changes = Vec::new();
         decode_into(bytes, start, end, &mut changes)
             .map_err(|cause| IngestError::Decode { start, cause })?;
+        let place = Place { start, end };
+        let copied = self.prepare_copies(place, &changes).await?;
         self.history.note_commits(end, &changes);
         self.ingesting.set(true);
-        let result = self.carry_out(Place { start, end }, changes).await;
+        let result = self.carry_out(place, changes, copied).await;
         self.ingesting.set(false);
         result.map_err(|error| match error {
             CarryOutError::Apply(error) => IngestError::Apply(error),
@@ -300,7 +311,12 @@ impl<I: Io> Timeline<I> {
         self.context.counters.changes_skipped.add(done.skipped);
     }
 
-    async fn carry_out(&self, place: Place, changes: Vec<Change>) -> Result<(), CarryOutError> {
+    async fn carry_out(
+        &self,
+        place: Place,
+        changes: Vec<Change>,
+        mut copied: Option<CopiedPages>,
+    ) -> Result<(), CarryOutError> {
         let lsn = place.end;
         let mut ready = Vec::with_capacity(changes.len());
         for change in changes {
@@ -308,7 +324,7 @@ impl<I: Io> Timeline<I> {
                 Change::DatabaseCopy { source, target } => {
                     self.apply_now(place, ready.drain(..))?;
                     self.drop_database(lsn, target.1, &[target.0]).await?;
-                    self.copy_database(lsn, source, target).await?;
+                    self.copy_database(lsn, source, target, copied.take()).await?;
                 }
                 Change::DatabaseDrop { db, spcs } => {
                     self.apply_now(place, ready.drain(..))?;
@@ -340,7 +356,7 @@ impl<I: Io> Timeline<I> {
     }
 
     /// Makes the newest size of a fork known to [`super::sizes::Sizes`].
-    async fn load_fork_size(&self, rel: RelTag) -> Result<(), CarryOutError> {
+    pub(super) async fn load_fork_size(&self, rel: RelTag) -> Result<(), ReadError> {
         let lsn = {
             let mutable = self.mutable.borrow();
             if mutable.sizes.rel(rel).is_some() {
@@ -426,43 +442,6 @@ impl<I: Io> Timeline<I> {
                 }
             }
             self.context.counters.values.add(sink.values);
-        }
-        Ok(())
-    }
-
-    /// `dbase_redo` of `XLOG_DBASE_CREATE_FILE_COPY`: every fork of the template as it stands
-    /// before the record, page by page. The pages wait in the open layer.
-    async fn copy_database(
-        &self,
-        lsn: Lsn,
-        source: (u32, u32),
-        target: (u32, u32),
-    ) -> Result<(), CarryOutError> {
-        let read_lsn = self.lsns().last_record;
-        let relmap = self.metadata(Key::relmap(source.0, source.1), read_lsn).await?;
-        {
-            let mut mutable = self.mutable.borrow_mut();
-            mutable.open.put(Key::database(target.0, target.1), lsn, Value::Image(EXISTS));
-            if let Some((_, content)) = relmap {
-                mutable.open.put(Key::relmap(target.0, target.1), lsn, Value::Image(content));
-            }
-        }
-        for from in self.database_forks(source.0, source.1, read_lsn).await? {
-            let mut to = from;
-            (to.node.spc, to.node.db) = target;
-            self.load_fork_size(to).await?;
-            let blocks = self.fork_size(from, read_lsn).await?.unwrap_or(0);
-            for block in 0..blocks {
-                let page = self.page(Key::rel_block(from, block), read_lsn).await?;
-                let value = if page == zero_page() { Value::ZeroPage } else { Value::Image(page) };
-                self.mutable.borrow_mut().open.put(Key::rel_block(to, block), lsn, value);
-            }
-            let mut mutable = self.mutable.borrow_mut();
-            let Mutable { open, sizes, .. } = &mut *mutable;
-            let mut sink = CountingSink { open, start: lsn, values: 0 };
-            let mut apply = Apply { sink: &mut sink, sizes, lsn, skipped: 0 };
-            apply.ensure_fork(to);
-            apply.set_size(to, blocks);
         }
         Ok(())
     }

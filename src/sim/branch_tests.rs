@@ -7,7 +7,8 @@ use std::rc::Rc;
 use std::time::Duration;
 
 use super::engine::{
-    Outside, SimShard, TENANT, TIMELINE, import, live_and_die, read_page, start_shard, timeline_dir,
+    Outside, SimShard, TENANT, TIMELINE, catch_up, import, live_and_die, read_page, start_shard,
+    timeline_dir,
 };
 use super::gc_tests::{SECOND_US, wrong_time};
 use super::{SimIo, SimOptions, SimWorld, check_seeds};
@@ -462,15 +463,8 @@ async fn finish(io: SimIo, outside: Rc<Outside>, story: Rc<Story>) -> Result<(),
         .collect();
     for id in ids {
         let timeline = shard.timeline(TENANT, id).await.map_err(|error| error.to_string())?;
-        let mut before = Lsn::INVALID;
         // As fast as the disk lets it; but it goes on.
-        while let Err(error) = timeline.wait_for_lsn(end).await {
-            let last = timeline.lsns().last_record;
-            if last <= before {
-                return Err(format!("{id}: no progress: {error}"));
-            }
-            before = last;
-        }
+        catch_up(&timeline, end, 100).await?;
     }
     for _ in 0..150 {
         check_page(&shard, &story, &outside, &io).await?;

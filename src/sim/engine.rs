@@ -69,6 +69,8 @@ pub(super) struct Outside {
     pub(super) compaction: Cell<Option<(usize, u64)>>,
     /// About one in so many records is a commit, at the time of the simulated clock; 0: none is.
     pub(super) records_per_commit: Cell<u64>,
+    /// About one in so many records copies a database; 0: none does.
+    pub(super) records_per_copy: Cell<u64>,
     /// How far the primary's clock is ahead, in microseconds.
     pub(super) clock_ahead_us: Cell<i64>,
     /// The primary does nothing any more.
@@ -104,6 +106,7 @@ impl Outside {
             collects: Cell::new(false),
             compaction: Cell::new(None),
             records_per_commit: Cell::new(0),
+            records_per_copy: Cell::new(0),
             clock_ahead_us: Cell::new(0),
             quiet: Cell::new(false),
             gc_period_s: Cell::new(0),
@@ -164,6 +167,10 @@ impl WalSource for SimSource {
             if one_in > 0 && self.io.random_u64().is_multiple_of(one_in) {
                 let time = self.io.unix_time_us() + self.outside.clock_ahead_us.get();
                 primary.commit(Timestamp(time));
+            }
+            let one_in = self.outside.records_per_copy.get();
+            if one_in > 0 && self.io.random_u64().is_multiple_of(one_in) {
+                primary.copy_database();
             }
         }
         let end_of_wal = primary.end().min(self.outside.visible_end.get());
@@ -426,10 +433,28 @@ async fn live(io: SimIo, outside: Rc<Outside>) -> Result<(), String> {
     }
 }
 
+/// Waits so often for WAL up to `end`, as long as there is any progress.
+pub(super) async fn catch_up(
+    timeline: &Timeline<SimIo>,
+    end: Lsn,
+    patience: u32,
+) -> Result<(), String> {
+    for _ in 0..patience {
+        let before = timeline.lsns().last_record;
+        let Err(error) = timeline.wait_for_lsn(end).await else { return Ok(()) };
+        if timeline.lsns().last_record <= before {
+            return Err(format!("{}: no progress: {error}", timeline.id));
+        }
+    }
+    Err(format!("{} goes on, but too slowly", timeline.id))
+}
+
 async fn finish(io: SimIo, outside: Rc<Outside>) -> Result<(), String> {
     let (shard, timeline) = start(&io, &outside).await?;
     let end = outside.primary.borrow().record_ends().last().copied().unwrap_or(START);
-    timeline.wait_for_lsn(end).await.map_err(|error| format!("no progress: {error}"))?;
+    // A copied database may take longer than a wait lasts.
+    let patience = if outside.records_per_copy.get() > 0 { 100 } else { 1 };
+    catch_up(&timeline, end, patience).await?;
     for _ in 0..FINAL_READS {
         check_page(&timeline, &outside, &io).await?;
     }
@@ -482,6 +507,7 @@ pub fn calm(seed: u64, plant: Plant) -> Result<u64, String> {
     let mut world = SimWorld::new(seed, options);
     let outside = Outside::new(seed);
     outside.collects.set(seed.is_multiple_of(2));
+    outside.records_per_copy.set(if seed % 5 == 3 { 1_000 } else { 0 });
     world.run(import).map_err(|error| error.to_string())??;
     for _ in 0..1 + world.draw("lives", 4) {
         let steps = 200 + world.draw("life", 6_000);

@@ -37,6 +37,8 @@ mod branch_compaction_tests;
 mod branch_tests;
 #[cfg(test)]
 mod check_tests;
+#[cfg(test)]
+mod copy_tests;
 pub mod crash_points;
 pub mod disk;
 pub mod engine;

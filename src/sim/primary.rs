@@ -18,16 +18,21 @@ use crate::wal::record::{BlockRef, Record};
 const RMGR_XLOG: u8 = 0;
 const RMGR_XACT: u8 = 1;
 const RMGR_SMGR: u8 = 2;
+const RMGR_DBASE: u8 = 4;
 const RMGR_HEAP: u8 = 10;
 const XLOG_FPI: u8 = 0xB0;
 const XACT_COMMIT: u8 = 0x00;
 const SMGR_TRUNCATE: u8 = 0x20;
+const DBASE_CREATE_FILE_COPY: u8 = 0x00;
 const HEAP_INSERT: u8 = 0x00;
 const HEAP_UPDATE: u8 = 0x20;
 const HEAP_INIT_PAGE: u8 = 0x80;
 /// Relations and blocks of each, unless a test wants fewer.
 const RELATIONS: u64 = 4;
 const BLOCKS: u64 = 24;
+/// The database that there is from the beginning, and how many its copies may be.
+const DATABASE: u32 = 5;
+const COPIES: u32 = 2;
 
 /// The page of block `target` after applying `record`, which ends at `lsn`. As in PostgreSQL, redo
 /// looks at all of the record but the data of other blocks; what is initialised, at that too.
@@ -78,6 +83,8 @@ pub struct Primary {
     relations: u64,
     blocks: u64,
     bases: bool,
+    /// Databases, the first one first.
+    databases: Vec<u32>,
 }
 
 impl Primary {
@@ -92,6 +99,7 @@ impl Primary {
             relations: RELATIONS,
             blocks: BLOCKS,
             bases: true,
+            databases: vec![DATABASE],
         }
     }
 
@@ -161,7 +169,11 @@ impl Primary {
 
     /// Adds one record of a random kind.
     pub fn step(&mut self) {
-        let rel = RelNode { spc: 1663, db: 5, rel: 16384 + self.rng.u64(..self.relations) as u32 };
+        let db = match self.databases[..] {
+            [only] => only,
+            _ => self.databases[self.rng.usize(..self.databases.len())],
+        };
+        let rel = RelNode { spc: 1663, db, rel: 16384 + self.rng.u64(..self.relations) as u32 };
         let rel = rel.fork(0);
         let size = self.size_at(rel, Lsn::MAX);
         let xid = 1000 + self.ends.len() as u32 / 5;
@@ -228,6 +240,35 @@ impl Primary {
         let body = Body::default().finish(&main);
         let (_, end) = self.wal.append(0, SMGR_TRUNCATE | 0x01, RMGR_SMGR, &body);
         self.forks.entry(rel).or_default().sizes.insert(end, blocks);
+        self.ends.push(end);
+    }
+
+    /// Adds the record of a database that is copied file by file, perhaps in the place of one.
+    pub fn copy_database(&mut self) {
+        let copy = DATABASE + 1 + self.rng.u32(..COPIES);
+        let main: Vec<u8> =
+            [copy, 1663, DATABASE, 1663].iter().flat_map(|number| number.to_le_bytes()).collect();
+        let body = Body::default().finish(&main);
+        let (_, end) = self.wal.append(0, DBASE_CREATE_FILE_COPY, RMGR_DBASE, &body);
+        let of = |db: u32| self.forks().into_iter().filter(move |rel| rel.node.db == db);
+        let (sources, targets): (Vec<RelTag>, Vec<RelTag>) =
+            (of(DATABASE).collect(), of(copy).collect());
+        for target in targets {
+            self.forks.entry(target).or_default().sizes.insert(end, 0);
+        }
+        for source in sources {
+            let blocks = self.size_at(source, end);
+            let pages: Vec<Bytes> =
+                (0..blocks).map(|block| self.page_at(source, block, end)).collect();
+            let target = RelTag { node: RelNode { db: copy, ..source.node }, ..source };
+            let fork = self.forks.entry(target).or_default();
+            fork.sizes.insert(end, blocks);
+            let versions = pages.into_iter().enumerate();
+            fork.pages.extend(versions.map(|(block, page)| ((block as u32, end), page)));
+        }
+        if !self.databases.contains(&copy) {
+            self.databases.push(copy);
+        }
         self.ends.push(end);
     }
 
