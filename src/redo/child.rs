@@ -7,11 +7,9 @@
 //! pipes within one CPU costs a fraction of one across CPUs.
 //!
 //! - A process is bound to one tenant for its whole life, and ends with it.
-//! - A record that PostgreSQL refuses is an answer to its request. The process ends then, and the
-//!   other requests are sent to a fresh one.
-//! - Where the process dies, hangs or talks nonsense, it is ended, and the request whose turn it
-//!   was is tried once more, alone, on a fresh process; if that fails too, it gets the error.
-//!   Requests behind it are sent again.
+//! - Where the process dies, hangs, talks nonsense or answers with an error, it is ended, and the
+//!   request whose turn it was is tried once more, alone, on a fresh process; if that fails too, it
+//!   gets the error. Requests behind it are sent again.
 //! - The input of a request that failed is kept on disk ([`super::failed`]).
 //! - A request whose caller went away is dropped before it is sent; if it was sent already, its
 //!   reply is read and dropped.

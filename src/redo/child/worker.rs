@@ -282,15 +282,7 @@ impl<'a> Worker<'a> {
         let (problem, for_all) = match trouble {
             Trouble::Process(problem) => (problem, false),
             Trouble::Start(problem) => (problem, true),
-            Trouble::Refused(message) => {
-                self.end_process();
-                self.keep_input(&message);
-                if let Some(Job { rel, block, .. }) = self.waiting.front() {
-                    let (rel, block) = (*rel, *block);
-                    self.answer(Err(RedoError::Refused { rel, block, message }));
-                }
-                return;
-            }
+            Trouble::Refused(message) => return self.refused(message),
             Trouble::Stop => return self.end_process(),
         };
         add(&self.shared.counters.failures, 1);
@@ -315,6 +307,21 @@ impl<'a> Worker<'a> {
                 self.answer(Err(RedoError::Child { problem: problem.clone() }));
             }
         }
+    }
+
+    /// PostgreSQL has answered with an error. That may be the state of this process, its memory
+    /// for one, rather than the record: only what a fresh process says as well is final.
+    fn refused(&mut self, message: String) {
+        self.end_process();
+        self.keep_input(&message);
+        let Some(job) = self.waiting.front_mut() else { return };
+        job.failures += 1;
+        let (rel, block) = (job.rel, job.block);
+        if job.failures > 1 {
+            return self.answer(Err(RedoError::Refused { rel, block, message }));
+        }
+        let tenant = &self.seat.tenant;
+        tracing::warn!(%tenant, %rel, block, %message, "redo failed in PostgreSQL; once more");
     }
 
     /// Keeps the request whose turn it is, for `pgstrata redo replay`.

@@ -18,6 +18,8 @@ use crate::redo::child::tests::{ask, children, heap_page, insert, inserts, lock,
 use crate::redo::failed::Failed;
 use crate::redo::{Redo, RedoRequest, protocol};
 
+mod fakes;
+
 const PLAIN: RedoSettings = RedoSettings { hint_bits_logged: false };
 
 fn pool_settings(processes_max: usize, spares: usize) -> PoolSettings {
