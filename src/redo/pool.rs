@@ -99,13 +99,18 @@ pub(in crate::redo) struct Shared {
     free: AtomicUsize,
     /// Workers ever started, and [`STOPPED`].
     workers: AtomicUsize,
-    /// One for each of `workers`; `None` if the thread did not start.
-    threads: Queue<Option<JoinHandle<()>>>,
-    /// One for each worker that has ended.
-    exits: Queue<()>,
+    /// Workers that have ended, or did not start when the end had begun.
+    gone: AtomicUsize,
+    /// Of the workers that were started.
+    threads: Queue<JoinHandle<()>>,
+    /// Somebody sees to what the workers have left behind.
+    clearing: AtomicBool,
     /// Closed when nothing is left.
     ended: Queue<Infallible>,
     seats: Arc<AtomicUsize>,
+    /// The system gives no more threads.
+    #[cfg(test)]
+    no_threads: AtomicBool,
 }
 
 /// The processes of one core. Clones are the same pool, and may go to other threads.
@@ -129,11 +134,14 @@ impl Pool {
             filling: AtomicBool::new(false),
             free: AtomicUsize::new(0),
             workers: AtomicUsize::new(0),
+            gone: AtomicUsize::new(0),
             threads: Queue::bounded(workers),
-            exits: Queue::bounded(workers),
+            clearing: AtomicBool::new(false),
             ended: Queue::bounded(1),
             seats: Arc::default(),
             settings,
+            #[cfg(test)]
+            no_threads: AtomicBool::new(false),
         });
         Pool { shared }
     }
@@ -145,51 +153,58 @@ impl Pool {
 
     /// Ends all threads and processes; requests that wait, and later ones, get
     /// [`RedoError::Shutdown`]. When this returns, no process is left, and none can start.
-    /// True if this call did it; a later call waits for it.
+    /// True if this call began it; a later call waits for it. The end comes also if nobody waits:
+    /// this may be dropped at any time, and called again.
     pub async fn shutdown(&self) -> bool {
         let shared = &self.shared;
-        let before = shared.workers.fetch_or(STOPPED, Ordering::SeqCst);
-        if before & STOPPED != 0 {
-            // Closed, never sent to.
-            let _ = shared.ended.take.recv().await;
-            return false;
-        }
-        shared.ready.put.close();
-        shared.give_up.put.close();
-        let mut threads = Vec::new();
-        for _ in 0..before {
-            if let Ok(Some(thread)) = shared.threads.take.recv().await {
-                threads.push(thread);
-            }
-        }
-        for _ in 0..threads.len() {
-            let _ = shared.exits.take.recv().await;
-        }
-        for thread in threads {
+        let first = shared.stop();
+        // Closed, never sent to.
+        let _ = shared.ended.take.recv().await;
+        while let Ok(thread) = shared.threads.take.try_recv() {
             // It has said that it ends; a panic is in the log.
             let _ = thread.join();
         }
-        while let Ok(seat) = shared.ready.take.try_recv() {
-            seat.refuse_all();
-        }
-        while let Ok(spare) = shared.spares.take.try_recv() {
-            drop(spare);
-        }
-        shared.ended.put.close();
-        true
+        first
     }
 
     /// As the start of [`Pool::shutdown`], without waiting.
     pub(in crate::redo) fn abandon(&self) {
-        self.shared.workers.fetch_or(STOPPED, Ordering::SeqCst);
-        self.shared.ready.put.close();
-        self.shared.give_up.put.close();
+        self.shared.stop();
     }
 }
 
 impl Shared {
     pub(in crate::redo) fn is_stopped(&self) -> bool {
         self.workers.load(Ordering::SeqCst) & STOPPED != 0
+    }
+
+    /// Begins the end of everything; true if it had not begun before.
+    fn stop(&self) -> bool {
+        // Before the flag: once the last worker has ended, no seat may get ready any more.
+        self.ready.put.close();
+        self.give_up.put.close();
+        let before = self.workers.fetch_or(STOPPED, Ordering::SeqCst);
+        self.clear_if_last();
+        before & STOPPED == 0
+    }
+
+    /// Sees to what the workers have left behind, if all of them have ended. Called by each that
+    /// ends, and by who stops the pool: whoever of them is the last finds that he is.
+    fn clear_if_last(&self) {
+        let workers = self.workers.load(Ordering::SeqCst);
+        let is_last = workers & STOPPED != 0
+            && self.gone.load(Ordering::SeqCst) == workers & !STOPPED
+            && !self.clearing.swap(true, Ordering::SeqCst);
+        if !is_last {
+            return;
+        }
+        while let Ok(seat) = self.ready.take.try_recv() {
+            seat.refuse_all();
+        }
+        while let Ok(spare) = self.spares.take.try_recv() {
+            drop(spare);
+        }
+        self.ended.put.close();
     }
 
     /// Time since the pool was made, in microseconds.
@@ -215,35 +230,60 @@ impl Shared {
         if self.ready.take.len() <= self.free.load(Ordering::SeqCst) {
             return;
         }
+        if !self.start_worker() {
+            // One that is full asks all of them already.
+            let _ = self.give_up.put.try_send(());
+        }
+    }
+
+    /// One more worker; false if there are as many as may be, or the system gives no thread.
+    fn start_worker(self: &Arc<Self>) -> bool {
         let most = self.settings.processes_max;
         let one_more = |workers: usize| (workers < most).then_some(workers + 1);
         if self.workers.fetch_update(Ordering::SeqCst, Ordering::SeqCst, one_more).is_err() {
-            // One that is full asks all of them already.
-            let _ = self.give_up.put.try_send(());
-            return;
+            return false;
         }
-        let shared = self.clone();
-        let thread =
-            std::thread::Builder::new().name("wal-redo".into()).spawn(move || shared.work());
-        if let Err(error) = &thread {
-            tracing::error!(%error, "a thread for wal-redo could not be started");
-            self.fail_ready(&format!("no thread could be started: {error}"));
-        }
+        let error = match self.start_thread() {
+            Ok(thread) => {
+                // It holds as many as may ever be started.
+                let _ = self.threads.put.try_send(thread);
+                return true;
+            }
+            Err(error) => error,
+        };
+        tracing::error!(%error, "a thread for wal-redo could not be started");
         let one_less = |workers: usize| (workers & STOPPED == 0).then_some(workers - 1);
-        if thread.is_err()
-            && self.workers.fetch_update(Ordering::SeqCst, Ordering::SeqCst, one_less).is_ok()
-        {
-            return;
+        match self.workers.fetch_update(Ordering::SeqCst, Ordering::SeqCst, one_less) {
+            Ok(1) => self.fail_ready(&format!("no thread could be started: {error}")),
+            // The others see to the seats that are ready.
+            Ok(_) => {}
+            Err(_) => {
+                self.gone.fetch_add(1, Ordering::SeqCst);
+                self.clear_if_last();
+            }
         }
-        // It holds as many as may ever be started.
-        let _ = self.threads.put.try_send(thread.ok());
+        false
     }
 
-    /// Without a single worker nobody would ever answer.
+    fn start_thread(self: &Arc<Self>) -> std::io::Result<JoinHandle<()>> {
+        #[cfg(test)]
+        if self.no_threads.load(Ordering::SeqCst) {
+            return Err(std::io::ErrorKind::WouldBlock.into());
+        }
+        let shared = self.clone();
+        std::thread::Builder::new().name("wal-redo".into()).spawn(move || shared.work())
+    }
+
+    /// Without a single worker nobody would ever answer. Whoever makes a seat ready looks for a
+    /// worker afterwards: either he finds that there is none, or it was ready before there was none,
+    /// and is found here.
     fn fail_ready(&self, problem: &str) {
-        while let Ok(seat) = self.ready.take.try_recv() {
-            seat.fail_all(&RedoError::Child { problem: problem.to_owned() });
+        while self.workers.load(Ordering::SeqCst) == 0
+            && let Ok(seat) = self.ready.take.try_recv()
+        {
+            // In this order: a request that comes later than this is scheduled anew.
             seat.scheduled.store(false, Ordering::SeqCst);
+            seat.fail_all(&RedoError::Child { problem: problem.to_owned() });
         }
     }
 
@@ -252,8 +292,8 @@ impl Shared {
         struct Exit(Arc<Shared>);
         impl Drop for Exit {
             fn drop(&mut self) {
-                // It holds as many as there are workers.
-                let _ = self.0.exits.put.try_send(());
+                self.0.gone.fetch_add(1, Ordering::SeqCst);
+                self.0.clear_if_last();
             }
         }
         let exit = Exit(self);

@@ -316,3 +316,50 @@ fn requests_that_are_given_up_leave_the_pool_sound() {
     assert!(!block_on(pool.shutdown()));
     assert_eq!(children(), Vec::<u32>::new());
 }
+
+/// Who waits for the end may go away: it comes, and others may wait for it.
+#[test]
+fn an_end_that_nobody_waits_for_comes_all_the_same() {
+    let _lock = lock();
+    let pool = Pool::new(pool_settings(3, 1));
+    let redo = tenant(&pool, 1);
+    block_on(redo.redo(first(1))).unwrap();
+    block_on(async {
+        let mut end = Box::pin(pool.shutdown());
+        assert!(poll!(&mut end).is_pending(), "a process takes longer to end");
+    });
+    let later = std::thread::spawn({
+        let pool = pool.clone();
+        move || (block_on(pool.shutdown()), block_on(pool.shutdown()))
+    });
+    until("the later calls end", || later.is_finished());
+    assert_eq!(later.join().unwrap(), (false, false));
+    assert_eq!((children(), number(&pool.counters().alive)), (vec![], 0));
+    assert_eq!(block_on(redo.redo(first(1))), Err(RedoError::Shutdown));
+}
+
+/// Where the system gives no more threads, those that are there do all the work; without any, the
+/// request fails, and the next one is tried anew.
+#[test]
+fn requests_wait_for_living_workers_where_threads_are_short() {
+    let _lock = lock();
+    let pool = Pool::new(pool_settings(2, 0));
+    let (one, two) = (tenant(&pool, 1), tenant(&pool, 2));
+    let no_threads = |short| pool.shared.no_threads.store(short, Ordering::SeqCst);
+    no_threads(true);
+    for _ in 0..2 {
+        let answer = block_on(one.redo(first(1)));
+        let Err(RedoError::Child { problem }) = answer else { panic!("{answer:?}") };
+        assert!(problem.contains("no thread"), "{problem}");
+    }
+    no_threads(false);
+    assert_eq!(heap_page(&block_on(one.redo(first(1))).unwrap()), (1, 1));
+    no_threads(true);
+    for n in [2, 1, 2] {
+        let redo = if n == 1 { &one } else { &two };
+        assert_eq!(heap_page(&block_on(redo.redo(first(n))).unwrap()), (1, n));
+    }
+    assert_eq!(pool.shared.workers.load(Ordering::SeqCst), 1);
+    assert!(block_on(pool.shutdown()));
+    assert_eq!(children(), Vec::<u32>::new());
+}
