@@ -316,14 +316,23 @@ impl Shared {
     }
 
     /// A worker turns from a seat, without a process.
+    ///
+    /// No other worker comes to the seat while `scheduled` is set. So the stop is looked at before
+    /// that ends: `done` must not be closed by one who has left while another serves it again. It
+    /// stays set after a stop, and nobody comes.
+    ///
+    /// A stop that comes later than the look finds either that nobody serves the seat, or another
+    /// worker, who leaves it in his turn ([`Seat::stopped`]).
     fn leave(self: &Arc<Self>, seat: &Arc<Seat>) {
         seat.pid.store(0, Ordering::Relaxed);
         seat.serving.store(false, Ordering::SeqCst);
-        seat.scheduled.swap(false, Ordering::SeqCst);
         if seat.is_stopped() || self.is_stopped() {
             seat.refuse_all();
             seat.done.put.close();
-        } else if !seat.jobs.take.is_empty() {
+            return;
+        }
+        seat.scheduled.store(false, Ordering::SeqCst);
+        if !seat.jobs.take.is_empty() {
             self.schedule(seat);
         }
     }
@@ -511,6 +520,10 @@ impl Seat {
     }
 
     /// After [`Seat::begin_stop`]: waits until its process is gone.
+    ///
+    /// A worker says that it serves the seat before it looks whether that is stopped, and starts
+    /// nothing if so. Whoever is not seen here looks later than the stop, so starts nothing; who is
+    /// seen leaves later than the stop, so closes `done` ([`Shared::leave`]).
     pub(in crate::redo) async fn stopped(&self) {
         if self.serving.load(Ordering::SeqCst) {
             // Closed, never sent to.
