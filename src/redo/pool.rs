@@ -11,13 +11,14 @@
 //!   gives it up when other seats are ready and no worker is free: at once if it has nothing to
 //!   do, else after [`PoolSettings::slice`]. The seat then queues up again, behind the others.
 //!   So every seat has its turn, and no request is lost.
-//! - A free worker starts a spare if there is none: a process that is bound to nobody yet. Whoever
-//!   needs a process takes it.
+//! - From the first use of the pool on there is a spare: a process that is bound to nobody yet.
+//!   Whoever needs a process takes it, and with its first answer asks for the next: of a free
+//!   worker, else of a new one.
 //! - At shutdown every process is ended and reaped, and none can start afterwards.
 //!
-//! Bound: a process is a spare or its worker serves a seat; spares are started by free workers
-//! only, and taken before anything is started. So there are never more processes than workers,
-//! and one worker cannot have two.
+//! Bound: each worker at a seat has one process at most, and each other worker may have started
+//! one spare, not more. Spares are taken before anything is started. So there are never more
+//! processes than workers.
 
 #![allow(
     clippy::disallowed_methods,
@@ -27,20 +28,24 @@
 use std::convert::Infallible;
 use std::path::PathBuf;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-use async_channel::{Receiver, Sender};
+use async_channel::{Receiver, RecvError, Sender};
+use futures_lite::future::{block_on, or};
 
+use super::RedoError;
+use super::child::Counters;
 use super::child::process::Process;
 use super::child::worker::Worker;
-use super::child::{ChildStatus, Counters, Job};
-use super::{RedoError, RedoSettings};
-use crate::limits::{REDO_QUEUE_REQUESTS, REDO_SEATS_MAX};
+use crate::limits::REDO_SEATS_MAX;
 
+mod seat;
 #[cfg(test)]
 mod tests;
+
+pub(in crate::redo) use seat::Seat;
 
 /// How processes are run, and how many.
 #[derive(Clone, Debug)]
@@ -94,9 +99,13 @@ pub(in crate::redo) struct Shared {
     /// Asks a worker that has nothing to do to give up its seat.
     give_up: Queue<()>,
     spares: Queue<Process>,
+    /// Asks a free worker to look whether a spare is wanted.
+    refill: Queue<()>,
     filling: AtomicBool,
     /// Workers that wait for a seat.
     free: AtomicUsize,
+    /// Workers that have one.
+    seated: AtomicUsize,
     /// Workers ever started, and [`STOPPED`].
     workers: AtomicUsize,
     /// Workers that have ended, or did not start when the end had begun.
@@ -131,8 +140,10 @@ impl Pool {
             ready: Queue::bounded(REDO_SEATS_MAX),
             give_up: Queue::bounded(workers),
             spares: Queue::bounded(settings.spares),
+            refill: Queue::bounded(1),
             filling: AtomicBool::new(false),
             free: AtomicUsize::new(0),
+            seated: AtomicUsize::new(0),
             workers: AtomicUsize::new(0),
             gone: AtomicUsize::new(0),
             threads: Queue::bounded(workers),
@@ -183,6 +194,7 @@ impl Shared {
         // Before the flag: once the last worker has ended, no seat may get ready any more.
         self.ready.put.close();
         self.give_up.put.close();
+        self.refill.put.close();
         let before = self.workers.fetch_or(STOPPED, Ordering::SeqCst);
         self.clear_if_last();
         before & STOPPED == 0
@@ -300,19 +312,29 @@ impl Shared {
         let shared = &exit.0;
         super::child::worker::pin(shared.settings.cpu);
         while !shared.is_stopped() {
-            if shared.ready.take.is_empty() {
-                shared.fill_spare();
+            if shared.ready.take.is_empty() && shared.fill_spare() {
+                // There may be room for more than one.
+                shared.want_spare();
             }
             shared.free.fetch_add(1, Ordering::SeqCst);
-            let seat = shared.ready.take.recv_blocking();
+            let turn = shared.next_turn();
             shared.free.fetch_sub(1, Ordering::SeqCst);
-            let Ok(seat) = seat else { break };
+            let Ok(turn) = turn else { break };
+            let Some(seat) = turn else { continue };
+            shared.seated.fetch_add(1, Ordering::SeqCst);
+            let serving = Serving { shared, seat: &seat };
             shared.attend();
             seat.serving.store(true, Ordering::SeqCst);
-            let serving = Serving { shared, seat: &seat };
             Worker::new(shared, &seat).serve();
             drop(serving);
         }
+    }
+
+    /// The next seat that is ready; `None`: a spare may be wanted. An error: the pool stops.
+    fn next_turn(&self) -> Result<Option<Arc<Seat>>, RecvError> {
+        let seat = async { self.ready.take.recv().await.map(Some) };
+        let refill = async { self.refill.take.recv().await.map(|()| None) };
+        block_on(or(seat, refill))
     }
 
     /// A worker turns from a seat, without a process.
@@ -353,23 +375,36 @@ impl Shared {
         self.spares.take.try_recv().ok()
     }
 
-    /// Starts a spare if one is wanted. The first use of the core is over then: nodes that never
-    /// need a process have none.
-    fn fill_spare(&self) {
-        if self.spares.take.len() >= self.settings.spares
-            || self.filling.swap(true, Ordering::SeqCst)
-        {
+    /// A process has come into use. Nodes that never need one have no spare either.
+    pub(in crate::redo) fn want_spare(self: &Arc<Self>) {
+        if self.spares.take.len() >= self.settings.spares {
             return;
         }
-        let alive = self.counters.alive.load(Ordering::SeqCst) as usize;
-        // A second worker may have filled it in between.
-        if alive < self.settings.processes_max && self.spares.take.len() < self.settings.spares {
+        // One that is full asks already. If all are busy, the first to be free looks by himself.
+        let _ = self.refill.put.try_send(());
+        if self.free.load(Ordering::SeqCst) == 0 && !self.filling.load(Ordering::SeqCst) {
+            self.start_worker();
+        }
+    }
+
+    /// Starts a spare if one is wanted, and a worker without a seat has started none; true if it
+    /// did. For workers without a seat.
+    fn fill_spare(&self) -> bool {
+        let is_wanted = || {
+            let spares = self.spares.take.len();
+            let workers = self.workers.load(Ordering::SeqCst) & !STOPPED;
+            spares < self.settings.spares && self.seated.load(Ordering::SeqCst) + spares < workers
+        };
+        if !is_wanted() || self.filling.swap(true, Ordering::SeqCst) {
+            return false;
+        }
+        let mut is_filled = false;
+        // Another worker may have filled it in between.
+        if is_wanted() {
             let stop = || self.is_stopped();
             match Process::launch(&self.settings, &self.counters, "none yet", None, &stop) {
-                Ok(process) => {
-                    // If it does not fit, it is dropped, and so ended.
-                    let _ = self.spares.put.try_send(process);
-                }
+                // If it does not fit, it is dropped, and so ended.
+                Ok(process) => is_filled = self.spares.put.try_send(process).is_ok(),
                 Err(trouble) if !self.is_stopped() => {
                     tracing::warn!(?trouble, "a spare wal-redo process could not be started");
                 }
@@ -377,6 +412,7 @@ impl Shared {
             }
         }
         self.filling.store(false, Ordering::SeqCst);
+        is_filled
     }
 }
 
@@ -388,179 +424,7 @@ struct Serving<'a> {
 
 impl Drop for Serving<'_> {
     fn drop(&mut self) {
+        self.shared.seated.fetch_sub(1, Ordering::SeqCst);
         self.shared.leave(self.seat);
-    }
-}
-
-/// The place of one tenant in a pool: its requests, and who serves them.
-pub(in crate::redo) struct Seat {
-    pub(in crate::redo) tenant: String,
-    pub(in crate::redo) redo: RedoSettings,
-    jobs: Queue<Job>,
-    /// It is in the queue of ready seats, or served.
-    scheduled: AtomicBool,
-    serving: AtomicBool,
-    /// Its process, while its worker has nothing to do.
-    lent: Queue<Process>,
-    /// It may be borrowed.
-    lends: AtomicBool,
-    /// Tells the worker that the process came back with something to do.
-    nudge: Queue<()>,
-    stop: AtomicBool,
-    /// Closed when it is stopped and nobody serves it.
-    done: Queue<Infallible>,
-    /// The process that is bound to it; 0: none.
-    pub(in crate::redo) pid: AtomicU32,
-    /// When that was bound.
-    pub(in crate::redo) since_us: AtomicU64,
-    /// Requests that it has answered.
-    pub(in crate::redo) requests: AtomicU64,
-    /// When it answered the last of them; 0: never.
-    pub(in crate::redo) last_us: AtomicU64,
-    seats: Arc<AtomicUsize>,
-    /// There are too many seats for this one.
-    surplus: bool,
-}
-
-impl Seat {
-    /// A seat in `pool`, with nobody to serve it yet.
-    pub(in crate::redo) fn new(pool: &Pool, tenant: String, redo: RedoSettings) -> Arc<Seat> {
-        let seats = pool.shared.seats.clone();
-        let surplus = seats.fetch_add(1, Ordering::SeqCst) >= REDO_SEATS_MAX;
-        Arc::new(Seat {
-            tenant,
-            redo,
-            jobs: Queue::bounded(REDO_QUEUE_REQUESTS),
-            scheduled: AtomicBool::new(false),
-            serving: AtomicBool::new(false),
-            lent: Queue::bounded(1),
-            lends: AtomicBool::new(false),
-            nudge: Queue::bounded(1),
-            stop: AtomicBool::new(false),
-            done: Queue::bounded(1),
-            pid: AtomicU32::new(0),
-            since_us: AtomicU64::new(0),
-            requests: AtomicU64::new(0),
-            last_us: AtomicU64::new(0),
-            seats,
-            surplus,
-        })
-    }
-
-    /// Queues a request, waiting while the queue is full, and sees to it that it is served.
-    pub(in crate::redo) async fn send(
-        self: &Arc<Self>,
-        shared: &Arc<Shared>,
-        job: Job,
-    ) -> Result<(), RedoError> {
-        if self.surplus {
-            let problem = format!("a core has redo for {REDO_SEATS_MAX} tenants at most");
-            return Err(RedoError::Child { problem });
-        }
-        if self.is_stopped() || shared.is_stopped() {
-            return Err(RedoError::Shutdown);
-        }
-        self.jobs.put.send(job).await.map_err(|_| RedoError::Shutdown)?;
-        shared.schedule(self);
-        Ok(())
-    }
-
-    pub(in crate::redo) fn jobs(&self) -> &Receiver<Job> {
-        &self.jobs.take
-    }
-
-    /// The worker lends the process until [`Seat::take_back`].
-    pub(in crate::redo) fn lend(&self, process: Process) {
-        // It is empty: there is one process, and it was not lent.
-        let _ = self.lent.put.try_send(process);
-        self.lends.store(true, Ordering::SeqCst);
-    }
-
-    /// Waits for whoever has borrowed the process, which is not for long.
-    pub(in crate::redo) fn take_back(&self) -> Option<Process> {
-        self.lends.store(false, Ordering::SeqCst);
-        // Never closed, and what is borrowed is given back.
-        self.lent.take.recv_blocking().ok()
-    }
-
-    /// A process is lent, and no requests wait for it.
-    pub(in crate::redo) fn lends(&self) -> bool {
-        self.lends.load(Ordering::SeqCst) && self.jobs.take.is_empty()
-    }
-
-    /// The process, if nobody else has it. It must be given back, and soon.
-    pub(in crate::redo) fn borrow_process(&self) -> Option<Process> {
-        self.lent.take.try_recv().ok()
-    }
-
-    pub(in crate::redo) fn give_back(&self, process: Process) {
-        let has_work = process.sent.is_some();
-        // It came from there.
-        let _ = self.lent.put.try_send(process);
-        if has_work {
-            // One that is full wakes the worker as well.
-            let _ = self.nudge.put.try_send(());
-        }
-    }
-
-    /// Resolves when the process came back with something to do.
-    pub(in crate::redo) fn nudged(&self) -> async_channel::Recv<'_, ()> {
-        self.nudge.take.recv()
-    }
-
-    pub(in crate::redo) fn is_stopped(&self) -> bool {
-        self.stop.load(Ordering::SeqCst)
-    }
-
-    /// Begins the end of it; false if it had begun before.
-    pub(in crate::redo) fn begin_stop(&self) -> bool {
-        let first = !self.stop.swap(true, Ordering::SeqCst);
-        self.jobs.put.close();
-        first
-    }
-
-    /// After [`Seat::begin_stop`]: waits until its process is gone.
-    ///
-    /// A worker says that it serves the seat before it looks whether that is stopped, and starts
-    /// nothing if so. Whoever is not seen here looks later than the stop, so starts nothing; who is
-    /// seen leaves later than the stop, so closes `done` ([`Shared::leave`]).
-    pub(in crate::redo) async fn stopped(&self) {
-        if self.serving.load(Ordering::SeqCst) {
-            // Closed, never sent to.
-            let _ = self.done.take.recv().await;
-        }
-        self.refuse_all();
-    }
-
-    fn refuse_all(&self) {
-        self.jobs.put.close();
-        self.fail_all(&RedoError::Shutdown);
-    }
-
-    fn fail_all(&self, error: &RedoError) {
-        while let Ok(job) = self.jobs.take.try_recv() {
-            // The caller may be gone; that is its right.
-            let _ = job.answer.send(Err(error.clone()));
-        }
-    }
-
-    /// Of its process, if it has one.
-    pub(in crate::redo) fn status(&self, shared: &Shared) -> Option<ChildStatus> {
-        let pid = self.pid.load(Ordering::Relaxed);
-        let ago = |us: &AtomicU64| shared.now_us().saturating_sub(us.load(Ordering::Relaxed));
-        let answered = self.last_us.load(Ordering::Relaxed) > 0;
-        (pid > 0).then(|| ChildStatus {
-            tenant: self.tenant.clone(),
-            pid,
-            age_ms: ago(&self.since_us) / 1000,
-            requests: self.requests.load(Ordering::Relaxed),
-            last_redo_ms_ago: answered.then(|| ago(&self.last_us) / 1000),
-        })
-    }
-}
-
-impl Drop for Seat {
-    fn drop(&mut self) {
-        self.seats.fetch_sub(1, Ordering::SeqCst);
     }
 }

@@ -39,6 +39,8 @@ pub(in crate::redo) struct Worker<'a> {
     /// What somebody else has sent of the first of these.
     begun: Option<Batch>,
     process: Option<Process>,
+    /// It has not answered yet.
+    is_fresh: bool,
     begin: Instant,
 }
 
@@ -73,7 +75,7 @@ impl Wake for Unpark {
 impl<'a> Worker<'a> {
     pub(in crate::redo) fn new(shared: &'a Arc<Shared>, seat: &'a Arc<Seat>) -> Self {
         let (waiting, begun, process) = (VecDeque::new(), None, None);
-        Worker { shared, seat, waiting, begun, process, begin: Instant::now() }
+        Worker { shared, seat, waiting, begun, process, is_fresh: false, begin: Instant::now() }
     }
 
     fn is_stopped(&self) -> bool {
@@ -108,6 +110,10 @@ impl<'a> Worker<'a> {
                     process.busy += took;
                     if process.busy > REDO_PROCESS_BUSY_MAX {
                         self.end_process();
+                    }
+                    // Not before: the start of another would hold up the answer.
+                    if std::mem::take(&mut self.is_fresh) {
+                        self.shared.want_spare();
                     }
                 }
                 (Ok(()), None) => {}
@@ -227,7 +233,7 @@ impl<'a> Worker<'a> {
         seat.last_us.store(0, Ordering::Relaxed);
         seat.since_us.store(shared.now_us(), Ordering::Relaxed);
         seat.pid.store(process.id(), Ordering::Relaxed);
-        self.process = Some(process);
+        (self.process, self.is_fresh) = (Some(process), true);
         Ok(())
     }
 

@@ -2,6 +2,7 @@
 
 use std::io::Write;
 use std::path::Path;
+use std::sync::atomic::AtomicU64;
 use std::sync::{Mutex, OnceLock};
 
 use bytes::Bytes;
@@ -16,7 +17,7 @@ use super::*;
 use crate::redo::child::ChildRedo;
 use crate::redo::child::tests::{ask, children, heap_page, insert, inserts, lock, settings};
 use crate::redo::failed::Failed;
-use crate::redo::{Redo, RedoRequest, protocol};
+use crate::redo::{Redo, RedoRequest, RedoSettings, protocol};
 
 mod fakes;
 
@@ -138,6 +139,34 @@ fn idle_processes_end_and_spares_wait() {
     assert!(!Path::new(&format!("/proc/{}", status.pid)).exists());
     assert_eq!(block_on(two.redo(first(2))), Err(RedoError::Shutdown));
     block_on(one.redo(first(1))).unwrap();
+    assert!(block_on(pool.shutdown()));
+    assert_eq!(children(), Vec::<u32>::new());
+}
+
+/// From the first answer on a spare is ready for the next tenant, while others keep theirs, as far
+/// as the bound allows.
+#[test]
+fn every_tenant_after_the_first_finds_a_spare() {
+    let _lock = lock();
+    let pool = Pool::new(pool_settings(3, 1));
+    let tenants: Vec<_> = (1..=3).map(|n| tenant(&pool, n)).collect();
+    block_on(tenants[0].redo(first(1))).unwrap();
+    let mut bound = vec![tenants[0].status().unwrap().pid];
+    for n in [2, 3] {
+        until("there is a spare", || pool.shared.spares.take.len() == 1);
+        assert_eq!(number(&pool.counters().alive), u64::from(n));
+        let spare: Vec<_> = children().into_iter().filter(|pid| !bound.contains(pid)).collect();
+        let redo = &tenants[n as usize - 1];
+        assert_eq!(heap_page(&block_on(redo.redo(first(n))).unwrap()), (1, n));
+        bound.push(redo.status().unwrap().pid);
+        assert_eq!(spare, bound[n as usize - 1..]);
+    }
+    // No room for another, until somebody leaves.
+    std::thread::sleep(Duration::from_millis(300));
+    assert_eq!((pool.shared.spares.take.len(), number(&pool.counters().started)), (0, 3));
+    assert!(block_on(tenants[0].shutdown()));
+    until("there is a spare again", || pool.shared.spares.take.len() == 1);
+    assert_eq!(number(&pool.counters().alive_max), 3);
     assert!(block_on(pool.shutdown()));
     assert_eq!(children(), Vec::<u32>::new());
 }
