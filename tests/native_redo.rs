@@ -15,7 +15,7 @@ use pgstrata::cli::pg::{PgCluster, StopMode, control_data};
 use pgstrata::cli::redo_compare::read_wal;
 use pgstrata::cli::workload;
 use pgstrata::fuzz::native_redo_seed;
-use pgstrata::redo::failed::{self, Failed};
+use pgstrata::redo::failed::{self, Failed, Kept};
 use pgstrata::redo::native::apply;
 use pgstrata::redo::protocol::encode_request;
 use pgstrata::redo::{RedoRequest, RedoSettings};
@@ -276,7 +276,8 @@ fn kept_inputs_are_replayed() {
         let redo = RedoSettings { hint_bits_logged: false };
         let problem = "no answer within 10s".to_owned();
         let input = Failed { tenant: "some".into(), redo, problem, frames: frames.into() };
-        failed::keep(&dir, &input).unwrap().unwrap()
+        let Kept::New(path) = failed::keep(&dir, &input).unwrap() else { panic!("not kept") };
+        path
     };
     let replay = |file: &Path| {
         let mut command = Command::new(env!("CARGO_BIN_EXE_pgstrata"));

@@ -16,9 +16,11 @@ use nix::unistd::Pid;
 use super::inline::Sent;
 use super::process::{Process, Trouble};
 use super::{Answer, Job, add};
-use crate::limits::{REDO_BATCH_BYTES, REDO_BATCH_REQUESTS, REDO_PROCESS_BUSY_MAX, REDO_QUIET};
+use crate::limits::{
+    REDO_BATCH_BYTES, REDO_BATCH_REQUESTS, REDO_FAILED_BYTES_MAX, REDO_PROCESS_BUSY_MAX, REDO_QUIET,
+};
 use crate::redo::RedoError;
-use crate::redo::failed::{self, Failed};
+use crate::redo::failed::{self, Failed, Kept};
 use crate::redo::pool::{Seat, Shared};
 use crate::redo::protocol::Reply;
 
@@ -345,10 +347,14 @@ impl<'a> Worker<'a> {
             problem: problem.to_owned(),
             frames: job.frames.clone(),
         };
+        let (tenant, rel, block) = (&self.seat.tenant, job.rel, job.block);
         match failed::keep(dir, &input) {
-            Ok(Some(path)) => tracing::warn!(tenant = %self.seat.tenant, rel = %job.rel,
-                block = job.block, path = %path.display(), "kept the input of a failed redo"),
-            Ok(None) => {}
+            Ok(Kept::New(path)) => tracing::warn!(%tenant, %rel, block, path = %path.display(),
+                "kept the input of a failed redo"),
+            Ok(Kept::Known) => {}
+            Ok(Kept::TooLarge(bytes)) => tracing::warn!(%tenant, %rel, block, bytes,
+                bytes_max = REDO_FAILED_BYTES_MAX,
+                "the input of a failed redo is not kept: it is too large"),
             Err(error) => tracing::warn!(%error, "the input of a failed redo is not kept"),
         }
     }

@@ -238,17 +238,24 @@ impl Write for ToText {
     }
 }
 
-/// What a process says on stderr is logged with the tenant and the page; one that is not in a
-/// sandbox is not used.
-#[test]
-fn complaints_are_logged_and_a_process_without_a_sandbox_is_refused() {
-    let _lock = lock();
+/// What the program logs meanwhile, in all of its threads.
+fn logged_by(run: impl FnOnce()) -> String {
     let level = tracing::Level::WARN;
     let _ = tracing_subscriber::fmt()
         .with_max_level(level)
         .with_ansi(false)
         .with_writer(|| ToText)
         .try_init();
+    let before = logged().lock().unwrap().len();
+    run();
+    String::from_utf8(logged().lock().unwrap()[before..].to_vec()).unwrap()
+}
+
+/// What a process says on stderr is logged with the tenant and the page; one that is not in a
+/// sandbox is not used.
+#[test]
+fn complaints_are_logged_and_a_process_without_a_sandbox_is_refused() {
+    let _lock = lock();
     let dir = std::env::temp_dir().join(format!("pgstrata-fake-{}", std::process::id()));
     std::fs::create_dir_all(&dir).unwrap();
     let fake = dir.join("postgres");
@@ -262,10 +269,11 @@ fn complaints_are_logged_and_a_process_without_a_sandbox_is_refused() {
     let mut settings = pool_settings(1, 0);
     (settings.postgres_bin, settings.walredo_so) = (fake, "".into());
     let pool = Pool::new(settings);
-    let answer = block_on(tenant(&pool, 77).redo(first(1)));
-    let Err(RedoError::Child { problem }) = answer else { panic!("{answer:?}") };
-    assert!(problem.contains("not in a sandbox"), "{problem}");
-    let text = String::from_utf8(logged().lock().unwrap().clone()).unwrap();
+    let text = logged_by(|| {
+        let answer = block_on(tenant(&pool, 77).redo(first(1)));
+        let Err(RedoError::Child { problem }) = answer else { panic!("{answer:?}") };
+        assert!(problem.contains("not in a sandbox"), "{problem}");
+    });
     let line = text.lines().find(|line| line.contains("something is amiss")).expect(&text);
     assert!(line.contains("tenant-77") && line.contains("block=1"), "{line}");
     assert!(block_on(pool.shutdown()));

@@ -1,6 +1,8 @@
 //! Against scripts that behave badly, each start of them in its own way.
 
 use super::*;
+use crate::limits::{REDO_FAILED_BYTES_MAX, REDO_RECORD_BYTES_MAX};
+use crate::redo::record::tests::record;
 
 /// The page that fakes answer with.
 const ZEROS: [u8; 8192] = [0; 8192];
@@ -78,6 +80,27 @@ fn an_error_of_postgres_is_tried_once_more_on_a_fresh_process() {
     assert_eq!(fake.kept(), 1);
     assert!(block_on(pool.shutdown()));
     assert_eq!(children(), Vec::<u32>::new());
+}
+
+/// What is too large to be kept is not passed over in silence.
+#[test]
+fn an_input_that_is_too_large_to_be_kept_is_in_the_log() {
+    let _lock = lock();
+    let fake = Fake::new("large", &["exit 1"], 1);
+    let pool = Pool::new(fake.settings.clone());
+    let redo = tenant(&pool, 1);
+    let image: Bytes = record(0, 0xB0, &vec![7; REDO_RECORD_BYTES_MAX - 1024]).into();
+    let request = ask(0, 1, None, (1..=3).map(|n| (n << 24, image.clone())).collect());
+    let lines = logged_by(|| {
+        let answer = block_on(redo.redo(request));
+        assert!(matches!(answer, Err(RedoError::Child { .. })), "{answer:?}");
+    });
+    let line = lines.lines().find(|line| line.contains("is not kept: it is too large"));
+    let line = line.expect(&lines);
+    let bound = format!("bytes_max={REDO_FAILED_BYTES_MAX}");
+    assert!(line.contains("bytes=25") && line.contains(&bound), "{line}");
+    assert_eq!(fake.kept(), 0);
+    assert!(block_on(pool.shutdown()));
 }
 
 /// The second process fails as well: that is final for this request, and for no other.
