@@ -12,7 +12,7 @@
 //! - if it carries an image of the page after it for comparison (`wal_consistency_checking`):
 //!   the child compares, masked as PostgreSQL masks.
 
-use std::cell::Cell;
+use std::cell::{Cell, OnceCell};
 use std::time::Instant;
 
 use bytes::Bytes;
@@ -22,6 +22,7 @@ use futures_util::future::LocalBoxFuture;
 
 use super::{NotNative, apply_bytes, is_foreign};
 use crate::base::page::{PAGE_SIZE, Page};
+use crate::base::seldom::Seldom;
 use crate::base::{BlockNumber, Lsn, RelTag};
 use crate::limits::REDO_NATIVE_SLICE_RECORDS;
 use crate::redo::histogram::Histogram;
@@ -203,9 +204,8 @@ impl<R: Redo> NativeRedo<R> {
                     return Ok(Some(Foreign { at, misfit: false }));
                 }
                 Err(NotNative::Misfit(what)) => {
-                    let Target { rel, block } = target;
-                    tracing::warn!(%rel, block, %lsn, what, "left to the wal-redo process");
                     add(Some(&self.counters.misfits));
+                    say_misfit(target, *lsn, what);
                     return Ok(Some(Foreign { at, misfit: true }));
                 }
             }
@@ -259,6 +259,21 @@ impl<R: Redo> Redo for NativeRedo<R> {
     fn stop(&self) -> LocalBoxFuture<'_, ()> {
         self.inner.stop()
     }
+}
+
+/// A chain that fits its page in no place may be asked for as often as a client likes.
+#[allow(clippy::disallowed_methods, reason = "nothing but a line of the log depends on the time")]
+fn say_misfit(target: Target, lsn: Lsn, what: &str) {
+    thread_local! {
+        static MISFITS: (OnceCell<Instant>, Seldom) = Default::default();
+    }
+    let others = MISFITS.with(|(begin, seldom)| {
+        let begin = begin.get_or_init(Instant::now);
+        seldom.pass(begin.elapsed())
+    });
+    let Some(others) = others else { return };
+    let Target { rel, block } = target;
+    tracing::warn!(%rel, block, %lsn, what, others_since = others, "left to the wal-redo process");
 }
 
 fn start(target: Target, base: Option<&Bytes>) -> Result<Box<Page>, RedoError> {
