@@ -41,7 +41,7 @@ pub(in crate::redo) mod process;
 pub(in crate::redo) mod worker;
 
 #[cfg(test)]
-pub(in crate::redo) mod tests;
+pub(crate) mod tests;
 
 /// How to run a process for one tenant alone; see [`PoolSettings`] for many.
 #[derive(Clone, Debug)]
