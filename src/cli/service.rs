@@ -219,8 +219,9 @@ impl RedoFactory for ChildFactory {
         metrics.redo_children_started += pool.started.load(Ordering::Relaxed);
         metrics.redo_children_alive += pool.alive.load(Ordering::Relaxed);
         metrics.redo_failures += pool.failures.load(Ordering::Relaxed);
+        metrics.redo_child_errors += pool.errors.load(Ordering::Relaxed);
         metrics.redo_seconds += seconds(&pool.busy_micros);
-        metrics.redo_launch_seconds += seconds(&pool.launch_micros);
+        pool.launch_micros.add_to(&mut metrics.redo_launch_us);
         metrics.redo_children = self.children();
     }
 }

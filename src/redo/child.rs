@@ -31,6 +31,7 @@ use futures_util::FutureExt;
 use futures_util::future::LocalBoxFuture;
 use serde::{Deserialize, Serialize};
 
+use super::histogram::Histogram;
 use super::pool::{Pool, PoolSettings, Seat};
 use super::{Redo, RedoError, RedoRequest, RedoSettings, protocol, record};
 use crate::base::{BlockNumber, RelNode, RelTag};
@@ -75,8 +76,8 @@ pub struct Counters {
     pub errors: AtomicU64,
     /// Processes started that have answered.
     pub started: AtomicU64,
-    /// Time from the start of a process to its first answer, of all of them, in microseconds.
-    pub launch_micros: AtomicU64,
+    /// Time from the start of a process to its first answer, in microseconds.
+    pub launch_micros: Histogram,
     /// Processes that died, hung or talked nonsense, or did not start.
     pub failures: AtomicU64,
     /// Time with requests under way, in microseconds.

@@ -17,6 +17,7 @@ use super::*;
 use crate::redo::child::ChildRedo;
 use crate::redo::child::tests::{ask, children, heap_page, insert, inserts, lock, settings};
 use crate::redo::failed::Failed;
+use crate::redo::histogram::HistogramCounts;
 use crate::redo::{Redo, RedoRequest, RedoSettings, protocol};
 
 mod fakes;
@@ -94,13 +95,16 @@ fn two_hundred_tenants_share_few_processes() {
     ended.store(true, Ordering::SeqCst);
     let seen = watch.join().unwrap();
     let counters = pool.counters();
+    let mut launches = HistogramCounts::default();
+    counters.launch_micros.add_to(&mut launches);
     println!(
         "{} processes for {TENANTS} tenants, {} at once, {:?}, {:?}",
         number(&counters.started),
         number(&counters.alive_max),
         begin.elapsed(),
-        Duration::from_micros(number(&counters.launch_micros)) / number(&counters.started) as u32,
+        Duration::from_micros(launches.sum) / number(&counters.started) as u32,
     );
+    assert_eq!(launches.counts.iter().sum::<u64>(), number(&counters.started));
     assert!((1..=PROCESSES).contains(&seen), "{seen} processes");
     assert!(number(&counters.alive_max) <= PROCESSES as u64);
     assert_eq!(number(&counters.requests), u64::from(3 * TENANTS));
