@@ -7,14 +7,19 @@
 
 use bytes::{Bytes, BytesMut};
 
-use crate::base::page::{PAGE_SIZE, Page};
+use crate::base::page::{PAGE_SIZE, Page, page_lsn};
 use crate::base::wal_record::WAL_RECORD_CRC_AT;
-use crate::base::{Lsn, RelNode, RelTag};
+use crate::base::{Lsn, RelNode, RelTag, SmallRecord, Value};
 use crate::layers::fuzzing;
+use crate::limits::REDO_RECORD_BYTES_MAX;
 use crate::redo::RedoSettings;
 use crate::redo::excerpt::excerpt;
+use crate::redo::failed::Failed;
 use crate::redo::native::{Applied, NotNative, apply, apply_bytes, is_foreign};
-use crate::redo::protocol::decode_reply;
+use crate::redo::protocol::{
+    decode_reply, decode_request as decode_redo_request, encode_request as encode_redo_request,
+};
+use crate::redo::small::{self, initialised_page};
 use crate::server::page_protocol::{Version, decode_request, decode_response, encode_request};
 use crate::server::pq::{decode_message, decode_startup};
 use crate::wal::decode::decode;
@@ -26,7 +31,7 @@ use crate::wal::stream::{Event, WalStream};
 pub type Run = fn(&[u8]);
 
 /// All of them by name.
-pub const TARGETS: [(&str, Run); 9] = [
+pub const TARGETS: [(&str, Run); 11] = [
     ("layer_frame", fuzzing::frame),
     ("layer_index", fuzzing::index),
     ("delta_block", fuzzing::delta_block),
@@ -36,6 +41,8 @@ pub const TARGETS: [(&str, Run); 9] = [
     ("native_redo", native_redo),
     ("page_protocol", page_protocol),
     ("redo_reply", redo_reply),
+    ("redo_request", redo_request),
+    ("small_redo", small_redo),
 ];
 
 /// Segment size of the WAL that is fuzzed, in bytes.
@@ -230,6 +237,49 @@ fn redo_reply(input: &[u8]) {
     let mut rest = input;
     while let Ok(Some((_, len))) = decode_reply(rest) {
         rest = rest.get(len..).expect("a reply is within the input");
+    }
+}
+
+/// The messages of a request of redo, or a file with an input of failed redo, whose checksum is put
+/// right. What is read of them is what stands there.
+fn redo_request(input: &[u8]) {
+    const CRC: std::ops::Range<usize> = 8..12;
+    let mut file = input.to_vec();
+    if let Some(rest) = input.get(CRC.end..)
+        && let Some(field) = file.get_mut(CRC)
+    {
+        field.copy_from_slice(&crc32c::crc32c(rest).to_le_bytes());
+    }
+    let frames = match Failed::decode(&file.into()) {
+        Ok(kept) => kept.frames,
+        Err(_) => Bytes::copy_from_slice(input),
+    };
+    let Ok(request) = decode_redo_request(&frames) else { return };
+    let mut written = Vec::new();
+    match encode_redo_request(&request, &mut written) {
+        Ok(()) => assert_eq!(written, frames),
+        // Only of this.
+        Err(error) => assert!(frames.len() > REDO_RECORD_BYTES_MAX, "{error}"),
+    }
+}
+
+/// A small record, as layers keep it, and a page that it is applied to: u8 0 for a new page, 1 for
+/// one that has a header and nothing else, any other fills it; then the record. A second turn must
+/// change nothing.
+fn small_redo(input: &[u8]) {
+    let Some((fill, value)) = input.split_first() else { return };
+    let Ok(Value::Small(record)) = Value::decode(&Bytes::copy_from_slice(value)) else { return };
+    let mut page = match fill {
+        1 => initialised_page(),
+        fill => Box::new([*fill; PAGE_SIZE]),
+    };
+    let before = page.clone();
+    small::apply(&mut page, &record);
+    let once = page.clone();
+    small::apply(&mut page, &record);
+    assert!(page == once, "{record:?}");
+    if let SmallRecord::VmClear { .. } | SmallRecord::VmTruncate { .. } = record {
+        assert_eq!(page_lsn(&page[..]), page_lsn(&before[..]), "{record:?}");
     }
 }
 

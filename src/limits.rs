@@ -275,6 +275,11 @@ pub const CHECK_PROBLEMS_MAX: usize = 100;
 /// WAL records that one redo request applies natively before other tasks of the core get their
 /// turn.
 pub const REDO_NATIVE_SLICE_RECORDS: usize = 256;
+/// So many in a thousand of the records that change pages need no wal-redo process, at least, of
+/// pgbench and of a load like TPC-C.
+pub const REDO_NATIVE_RECORDS_PERMILLE: u64 = 995;
+/// So many in a thousand of the pages that are rebuilt need none.
+pub const REDO_NATIVE_PAGES_PERMILLE: u64 = 980;
 /// Redo requests that `pgstrata redo compare` has under way.
 pub const REDO_COMPARE_DEPTH: usize = 2 * REDO_BATCH_REQUESTS;
 // Compaction.

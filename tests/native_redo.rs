@@ -15,7 +15,7 @@ use pgstrata::cli::pg::{PgCluster, StopMode, control_data};
 use pgstrata::cli::redo_compare::read_wal;
 use pgstrata::cli::workload;
 use pgstrata::fuzz::native_redo_seed;
-use pgstrata::redo::failed::{self, Failed};
+use pgstrata::redo::failed::{self, Failed, Kept};
 use pgstrata::redo::native::apply;
 use pgstrata::redo::protocol::encode_request;
 use pgstrata::redo::{RedoRequest, RedoSettings};
@@ -88,11 +88,30 @@ fn compare(args: &[&str]) -> Compared {
     Compared { kinds, excerpts, records: records.parse().unwrap(), loads, recovered }
 }
 
-/// What the product promises: at least 99.5 % of records, 98 % of pages rebuilt.
-fn covers(compared: &Compared, load: &str) {
+/// What the product promises: at least 99.5 % of records, 98 % of pages rebuilt, in each round.
+fn covers(compared: &Compared, load: &str, rounds: usize) {
     let of = |one: &&(String, [f64; 3])| one.0 == load;
-    let (_, [records, versions, pages]) = compared.loads.iter().find(of).expect(load);
-    assert!(*records >= 99.5 && *versions >= 98.0 && *pages >= 98.0, "{:?}", compared.loads);
+    assert_eq!(compared.loads.iter().filter(of).count(), rounds, "{load}");
+    for (_, [records, versions, pages]) in compared.loads.iter().filter(of) {
+        assert!(*records >= 99.5 && *versions >= 98.0 && *pages >= 98.0, "{:?}", compared.loads);
+    }
+}
+
+/// A comparison of less than was asked for is a failure, however equal it is.
+#[test]
+fn a_comparison_that_is_too_small_fails() {
+    let compared = |at_least: &str| {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_pgstrata"));
+        let load = ["--workload", "pgbench", "--scale", "1", "--transactions", "20"];
+        command.args(["redo", "compare"]).args(load).args(["--at-least", at_least]);
+        let output = command.output().unwrap();
+        let text = String::from_utf8_lossy(&[output.stdout, output.stderr].concat()).into_owned();
+        (output.status.success(), text)
+    };
+    let (well, text) = compared("1000");
+    assert!(well && text.contains(" records that change pages were compared\n"), "{text}");
+    let (well, text) = compared("1000000000");
+    assert!(!well && text.contains("not 1000000000 as asked for"), "{text}");
 }
 
 #[test]
@@ -101,7 +120,7 @@ fn pgbench_never_needs_the_child() {
     let [changes, native, ..] = compared.kinds["all"];
     assert!(changes > 150_000, "{changes}");
     assert_eq!(changes, native);
-    covers(&compared, "pgbench");
+    covers(&compared, "pgbench", 1);
 }
 
 #[test]
@@ -110,8 +129,7 @@ fn warehouses_hardly_need_the_child() {
     let compared = compare(&args);
     let [changes, ..] = compared.kinds["all"];
     assert!(changes > 150_000, "{changes}");
-    assert_eq!(compared.loads.iter().filter(|load| load.0 == "like TPC-C").count(), 2);
-    covers(&compared, "like TPC-C");
+    covers(&compared, "like TPC-C", 2);
 }
 
 /// Every kind of record that is applied natively, PostgreSQL's own images as a third judge.
@@ -276,7 +294,8 @@ fn kept_inputs_are_replayed() {
         let redo = RedoSettings { hint_bits_logged: false };
         let problem = "no answer within 10s".to_owned();
         let input = Failed { tenant: "some".into(), redo, problem, frames: frames.into() };
-        failed::keep(&dir, &input).unwrap().unwrap()
+        let Kept::New(path) = failed::keep(&dir, &input).unwrap() else { panic!("not kept") };
+        path
     };
     let replay = |file: &Path| {
         let mut command = Command::new(env!("CARGO_BIN_EXE_pgstrata"));

@@ -274,7 +274,10 @@ fn shows_its_processes(node: &DemoNode, ids: &[Id]) {
     assert_eq!(by("native"), total("redo_records_native"));
     assert_eq!(by("native") + by("child"), total("redo_records"));
     assert!(sum("pgstrata_redo_children_alive{", "") >= ids.len() as f64);
-    assert!(sum("pgstrata_redo_launch_seconds_total{", "") > 0.0);
+    assert_eq!(total("redo_child_errors"), 0.0);
+    let launches = sum("pgstrata_redo_launch_seconds_count{", "");
+    assert_eq!(launches, total("redo_children_started"));
+    assert!(sum("pgstrata_redo_launch_seconds_sum{", "") > 0.0);
     let requests = total("redo_requests");
     for histogram in ["seconds", "records", "bytes"] {
         let name = format!("pgstrata_redo_page_{histogram}");

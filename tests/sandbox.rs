@@ -6,6 +6,7 @@
 use std::collections::BTreeMap;
 use std::io::{Read, Write};
 use std::os::unix::fs::{PermissionsExt, chown};
+use std::os::unix::process::ExitStatusExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
@@ -63,24 +64,29 @@ impl Drop for Started {
 /// Starts the process as `redo::child` does, with the probe before the library.
 fn start(preload: &str, probe: Option<&str>, optional: bool) -> Started {
     let dir = Scratch::new("sandbox").unwrap();
-    std::fs::set_permissions(&*dir, PermissionsExt::from_mode(0o700)).unwrap();
+    let mut command = command(&dir, preload, probe, optional);
+    let piped = command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
+    Started { child: piped.spawn().unwrap(), _dir: dir }
+}
+
+fn command(dir: &Path, preload: &str, probe: Option<&str>, optional: bool) -> Command {
+    std::fs::set_permissions(dir, PermissionsExt::from_mode(0o700)).unwrap();
     let output = Command::new("pg_config").arg("--bindir").output().unwrap();
     let bin = PathBuf::from(String::from_utf8(output.stdout).unwrap().trim());
     let mut command = Command::new(bin.join("postgres"));
     command.args(["--wal-redo", "--hint-bits=on"]);
     if nix::unistd::geteuid().is_root() {
-        chown(&*dir, Some(NOBODY), Some(NOBODY)).unwrap();
+        chown(dir, Some(NOBODY), Some(NOBODY)).unwrap();
         command.args([format!("--uid={NOBODY}"), format!("--gid={NOBODY}")]);
     }
     if optional {
         command.arg("--sandbox=optional");
     }
-    command.env_clear().env("LC_ALL", "C").env("LD_PRELOAD", preload).current_dir(&*dir);
+    command.env_clear().env("LC_ALL", "C").env("LD_PRELOAD", preload).current_dir(dir);
     if let Some(probe) = probe {
         command.env("WALREDO_PROBE", probe);
     }
-    let piped = command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
-    Started { child: piped.spawn().unwrap(), _dir: dir }
+    command
 }
 
 impl Started {
@@ -91,6 +97,18 @@ impl Started {
         self.child.stdout.take().unwrap().read_to_end(&mut out).unwrap();
         self.child.stderr.take().unwrap().read_to_string(&mut err).unwrap();
         (out, err, self.child.wait().unwrap())
+    }
+
+    /// It ends soon.
+    fn wait(&mut self) -> std::process::ExitStatus {
+        let deadline = Instant::now() + Duration::from_secs(10);
+        loop {
+            if let Some(status) = self.child.try_wait().unwrap() {
+                return status;
+            }
+            assert!(Instant::now() < deadline, "it lives on");
+            std::thread::sleep(Duration::from_millis(5));
+        }
     }
 
     fn write(&mut self, bytes: &[u8]) {
@@ -240,16 +258,97 @@ fn no_filter_no_process() {
     assert!(status.success() && err.contains("RUNS WITHOUT A SANDBOX"), "{status} {err}");
 }
 
-/// A process that outgrows its bounds, or talks to nobody, ends.
+/// As [`start`], by a shell that does something first; then it runs `"$@"`.
+fn start_by_shell(script: &str) -> Started {
+    let dir = Scratch::new("sandbox").unwrap();
+    let inner = command(&dir, &paths().0, None, false);
+    let mut shell = Command::new("sh");
+    shell.args(["-c", script, "sh", "env", "-i"]);
+    for (name, value) in inner.get_envs() {
+        shell.arg(format!("{}={}", name.to_str().unwrap(), value.unwrap().to_str().unwrap()));
+    }
+    shell.arg(inner.get_program()).args(inner.get_args()).current_dir(&*dir);
+    let piped = shell.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
+    let mut started = Started { child: piped.spawn().unwrap(), _dir: dir };
+    started.write(b"H\0\0\0\0");
+    started.pong();
+    started
+}
+
+/// Where its memory ends, the process does: refused more by `brk`, malloc asks for it by `mmap`, which
+/// the filter has no pardon for.
+#[test]
+fn it_does_not_outgrow_its_memory() {
+    let mut started = start(&paths().0, None, false);
+    started.write(b"H\0\0\0\0");
+    started.pong();
+    let pid = started.child.id();
+    let status = std::fs::read_to_string(format!("/proc/{pid}/status")).unwrap();
+    let peak = status.lines().find_map(|line| line.strip_prefix("VmPeak:")).expect(&status);
+    let peak_kb: u64 = peak.trim().trim_end_matches(" kB").parse().unwrap();
+    let mut started = start_by_shell(&format!("ulimit -v {}; exec \"$@\"", peak_kb + 1024));
+    started.write(b"B\0\0\0\x11\0\0\0\x06\x7f\0\0\0\x05\0\0\x40\0\0\0\0\x07");
+    let record = vec![0; 7 << 20];
+    started.write(&[&b"A"[..], &(record.len() as u32 + 8).to_be_bytes(), &[0; 8]].concat());
+    // It may have ended before all of it is written.
+    let _ = started.child.stdin.as_mut().unwrap().write_all(&record);
+    let (out, err, status) = started.finish();
+    assert_eq!((status.signal(), out.len()), (Some(SIGSYS), 0), "{err}");
+}
+
+/// Where its time ends, the kernel ends the process.
+#[test]
+fn it_does_not_outlive_its_cpu_time() {
+    let mut started = start_by_shell("ulimit -t 2; exec \"$@\"");
+    let (mut stdin, mut stdout) =
+        (started.child.stdin.take().unwrap(), started.child.stdout.take().unwrap());
+    let reader = std::thread::spawn(move || std::io::copy(&mut stdout, &mut std::io::sink()));
+    let pings = b"H\0\0\0\0".repeat(1000);
+    let begin = Instant::now();
+    while stdin.write_all(&pings).is_ok() {
+        assert!(begin.elapsed() < Duration::from_secs(120), "it lives on");
+    }
+    let status = started.child.wait().unwrap();
+    assert!(matches!(status.signal(), Some(libc::SIGKILL | libc::SIGXCPU)), "{status}");
+    assert!(reader.join().unwrap().unwrap() > 0);
+}
+
+/// The process ends with the thread that started it, although its stdin stays open.
+#[test]
+fn it_ends_with_the_thread_that_started_it() {
+    let library = &paths().0;
+    let start = || {
+        let mut started = start(library, None, false);
+        started.write(b"H\0\0\0\0");
+        started.pong();
+        assert!(started.child.try_wait().unwrap().is_none());
+        started
+    };
+    let mut started = std::thread::scope(|scope| scope.spawn(start).join().unwrap());
+    assert!(started.child.stdin.is_some());
+    assert_eq!(started.wait().signal(), Some(libc::SIGKILL));
+}
+
+/// The same, where it is a process that is killed: a shell between.
+#[test]
+fn it_ends_with_the_process_that_started_it() {
+    let mut started = start_by_shell("exec 3<&0; \"$@\" <&3 3<&- & wait");
+    started.child.kill().unwrap();
+    assert_eq!(started.wait().signal(), Some(libc::SIGKILL));
+    // The end of its stdout is the process's own: the shell's is over, and stdin is still open.
+    let mut stdout = started.child.stdout.take().unwrap();
+    let (done, ended) = std::sync::mpsc::channel();
+    std::thread::spawn(move || done.send(stdout.read_to_end(&mut Vec::new()).is_ok()));
+    assert_eq!(ended.recv_timeout(Duration::from_secs(10)), Ok(true), "it lives on");
+    assert!(started.child.stdin.is_some());
+}
+
+/// A process that talks to nobody ends.
 #[test]
 fn it_ends_with_its_caller() {
     let mut started = start(&paths().0, None, false);
     started.write(b"H\0\0\0\0");
     started.pong();
     drop(started.child.stdin.take());
-    let deadline = Instant::now() + Duration::from_secs(10);
-    while started.child.try_wait().unwrap().is_none() {
-        assert!(Instant::now() < deadline, "it lives on");
-        std::thread::sleep(Duration::from_millis(5));
-    }
+    started.wait();
 }

@@ -92,6 +92,9 @@ const COUNTERS: &[(&str, &str, Number)] = &[
     ("redo_inline", "Requests to wal-redo processes without a thread between", |m| m.redo_inline),
     ("redo_children_started", "Wal-redo processes started", |m| m.redo_children_started),
     ("redo_failures", "Wal-redo processes that failed", |m| m.redo_failures),
+    ("redo_child_errors", "Requests to wal-redo processes that ended in an error", |m| {
+        m.redo_child_errors
+    }),
 ];
 
 const SECONDS: &[(&str, &str, Seconds)] = &[
@@ -110,11 +113,6 @@ const SECONDS: &[(&str, &str, Seconds)] = &[
         m.ingest_stopped_seconds
     }),
     ("redo_seconds", "Time that wal-redo processes were busy", |m| m.redo_seconds),
-    (
-        "redo_launch_seconds",
-        "Time from the start of wal-redo processes to their first answers",
-        |m| m.redo_launch_seconds,
-    ),
 ];
 
 const GAUGES: &[(&str, &str, Number)] = &[
@@ -134,6 +132,12 @@ const GAUGES: &[(&str, &str, Number)] = &[
 
 /// With the factor from the unit that is counted to that of the metric.
 const HISTOGRAMS: &[(&str, &str, f64, Counts)] = &[
+    (
+        "redo_launch_seconds",
+        "Time from the start of a wal-redo process to its first answer",
+        1e-6,
+        |m| &m.redo_launch_us,
+    ),
     ("redo_page_seconds", "Time to rebuild a page from WAL records", 1e-9, |m| &m.redo_time_ns),
     ("redo_page_records", "WAL records applied to rebuild a page", 1.0, |m| &m.redo_chain_records),
     ("redo_page_bytes", "Bytes of those WAL records", 1.0, |m| &m.redo_chain_bytes),
@@ -314,6 +318,7 @@ mod tests {
         [3, 4, 1000].into_iter().for_each(|number| histogram.count(number));
         let mut core = CoreMetrics { core: 1, wal_bytes_received: 77, ..CoreMetrics::default() };
         histogram.add_to(&mut core.redo_chain_records);
+        (core.redo_child_errors, core.redo_launch_us) = (5, core.redo_chain_records.clone());
         let text = text(&[CoreMetrics::default(), core], &[], 4711);
         assert!(text.contains("\npgstrata_spare_bytes 4711\n"), "{text}");
         assert!(text.contains("pgstrata_wal_bytes_received_total{core=\"1\"} 77"), "{text}");
@@ -325,6 +330,9 @@ mod tests {
         assert!(text.contains(&format!("{name}_bucket{{le=\"+Inf\",core=\"1\"}} 3")), "{text}");
         assert!(text.contains(&format!("{name}_bucket{{le=\"4.0\",core=\"1\"}} 2")), "{text}");
         assert!(text.contains(&format!("{name}_sum{{core=\"1\"}} 1007.0")), "{text}");
+        assert!(text.contains("pgstrata_redo_child_errors_total{core=\"1\"} 5"), "{text}");
+        let name = "pgstrata_redo_launch_seconds";
+        assert!(text.contains(&format!("{name}_bucket{{le=\"0.001024\",core=\"1\"}} 3")), "{text}");
         assert!(text.ends_with("# EOF\n"));
     }
 

@@ -52,6 +52,11 @@ use implied::Implied;
 const SEGMENT_BYTES: u64 = 16 * 1024 * 1024;
 const READ_BYTES: usize = 1024 * 1024;
 
+/// Name of the load of pgbench.
+pub const PGBENCH: &str = "pgbench";
+/// Name of the load like TPC-C.
+pub const LIKE_TPCC: &str = "like TPC-C";
+
 /// What became of the blocks of one kind of record.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Sums {
@@ -100,6 +105,34 @@ impl CompareReport {
         total.different == 0 && total.misfits == 0
     }
 
+    /// Records that change pages, of all loads: these were compared.
+    pub fn compared(&self) -> u64 {
+        self.loads.iter().map(|load| load.records).sum()
+    }
+
+    /// Whether the comparison shows what it is to show: all is equal, at least `at_least` records
+    /// that change pages were compared, and of the loads that are promised to need hardly a
+    /// process, each round did.
+    ///
+    /// # Errors
+    /// What it does not show.
+    pub fn judge(&self, at_least: u64) -> Result<(), String> {
+        if !self.is_equal() {
+            return Err("native redo differs from PostgreSQL".to_owned());
+        }
+        let compared = self.compared();
+        if compared < at_least {
+            return Err(format!(
+                "{compared} records that change pages were compared, not {at_least} as asked for"
+            ));
+        }
+        let is_promised = |load: &&Coverage| [PGBENCH, LIKE_TPCC].contains(&load.load.as_str());
+        match self.loads.iter().filter(is_promised).find(|load| !load.is_enough()) {
+            Some(load) => Err(format!("too much needs a wal-redo process: {load}")),
+            None => Ok(()),
+        }
+    }
+
     /// The table that a human reads.
     pub fn table(&self) -> String {
         let mut out = String::new();
@@ -118,6 +151,7 @@ impl CompareReport {
         }
         line("all", &self.total());
         let _ = writeln!(out, "{} records", self.records);
+        let _ = writeln!(out, "{} records that change pages were compared", self.compared());
         for load in &self.loads {
             let _ = writeln!(out, "{load}");
         }

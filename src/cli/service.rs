@@ -15,7 +15,7 @@ use crate::io::spares::Spares;
 use crate::io::uring::UringIo;
 use crate::limits::{REDO_IDLE, REDO_PROCESSES_MAX, REDO_SLICE, REDO_SPARES};
 use crate::redo::child::{ChildRedo, ChildStatus};
-use crate::redo::native::run::NativeRedo;
+use crate::redo::native::run::{NativeCounters, NativeRedo};
 use crate::redo::pool::{Pool, PoolSettings};
 use crate::redo::{Redo, RedoMaker, RedoSettings};
 use crate::server::node::{CoreContext, CoreService};
@@ -73,22 +73,24 @@ impl CoreService for NodeShard {
     }
 }
 
-/// Says what process somebody has in the background; `None` when that one is gone.
-type Watch = Box<dyn Fn() -> Option<Option<ChildStatus>>>;
+/// Redo of a job in the background.
+struct Job {
+    /// Says what process it has; `None` when the job is gone.
+    watch: Box<dyn Fn() -> Option<Option<ChildStatus>>>,
+    counters: Arc<NativeCounters>,
+}
 
 /// Gives every tenant native redo, and behind it processes of the core's pool.
 pub struct ChildFactory {
     pool: Pool,
     tenants: RefCell<Vec<(TenantShardId, Rc<NativeRedo<ChildRedo>>)>>,
-    /// Of jobs.
-    background: RefCell<Vec<Watch>>,
+    background: RefCell<Vec<Job>>,
     /// What was counted by services that have ended.
     ended: RefCell<CoreMetrics>,
 }
 
 /// Adds what a service has counted.
-fn add_counters(metrics: &mut CoreMetrics, redo: &NativeRedo<ChildRedo>) {
-    let native = redo.counters();
+fn add_counters(metrics: &mut CoreMetrics, native: &NativeCounters) {
     metrics.redo_requests += native.pages_native.get() + native.pages_child.get();
     metrics.redo_records += native.native_records() + native.child_records();
     metrics.redo_pages_native += native.pages_native.get();
@@ -130,14 +132,21 @@ impl ChildFactory {
         let tenants = self.tenants.borrow();
         let mut all: Vec<_> =
             tenants.iter().filter_map(|(_, redo)| redo.inner().status()).collect();
-        self.background.borrow_mut().retain(|watch| match watch() {
-            Some(status) => {
-                all.extend(status);
-                true
-            }
-            None => false,
-        });
+        all.extend(self.background.borrow().iter().filter_map(|job| (job.watch)().flatten()));
         all
+    }
+
+    /// Lets go of jobs that are over; what they have counted stays.
+    fn end_jobs(&self) {
+        self.background.borrow_mut().retain_mut(|job| {
+            // Nobody else has them: nobody counts any more.
+            let last = Arc::get_mut(&mut job.counters);
+            let is_over = last.is_some();
+            if let Some(counters) = last {
+                add_counters(&mut self.ended.borrow_mut(), counters);
+            }
+            !is_over
+        });
     }
 }
 
@@ -151,17 +160,20 @@ impl RedoFactory for ChildFactory {
 
     fn background(&self, tenant: TenantShardId, redo: RedoSettings) -> RedoMaker {
         let child = ChildRedo::in_pool(&self.pool, tenant.to_string(), redo);
-        let mut background = self.background.borrow_mut();
-        background.retain(|watch| watch().is_some());
-        background.push(Box::new(child.watch()));
-        Box::new(move || Rc::new(NativeRedo::new(child, redo)))
+        self.end_jobs();
+        let counters = Arc::<NativeCounters>::default();
+        let job = Job { watch: Box::new(child.watch()), counters: counters.clone() };
+        self.background.borrow_mut().push(job);
+        Box::new(move || Rc::new(NativeRedo::counting(child, redo, counters)))
     }
 
     fn stop(&self, tenant: TenantShardId) -> LocalBoxFuture<'_, ()> {
         let all = std::mem::take(&mut *self.tenants.borrow_mut());
         let (mine, others): (Vec<_>, _) = all.into_iter().partition(|(other, _)| *other == tenant);
         *self.tenants.borrow_mut() = others;
-        mine.iter().for_each(|(_, redo)| add_counters(&mut self.ended.borrow_mut(), redo));
+        mine.iter().for_each(|(_, redo)| {
+            add_counters(&mut self.ended.borrow_mut(), redo.counters());
+        });
         Box::pin(async {
             for (_, redo) in mine {
                 redo.inner().shutdown().await;
@@ -183,6 +195,7 @@ impl RedoFactory for ChildFactory {
     }
 
     fn metrics(&self, metrics: &mut CoreMetrics) {
+        self.end_jobs();
         let ended = self.ended.borrow().clone();
         *metrics = CoreMetrics {
             redo_requests: ended.redo_requests,
@@ -197,16 +210,18 @@ impl RedoFactory for ChildFactory {
             ..std::mem::take(metrics)
         };
         for (_, redo) in self.tenants.borrow().iter() {
-            add_counters(metrics, redo);
+            add_counters(metrics, redo.counters());
         }
+        self.background.borrow().iter().for_each(|job| add_counters(metrics, &job.counters));
         let pool = self.pool.counters();
         let seconds = |micros: &AtomicU64| micros.load(Ordering::Relaxed) as f64 / 1e6;
         metrics.redo_inline += pool.inline.load(Ordering::Relaxed);
         metrics.redo_children_started += pool.started.load(Ordering::Relaxed);
         metrics.redo_children_alive += pool.alive.load(Ordering::Relaxed);
         metrics.redo_failures += pool.failures.load(Ordering::Relaxed);
+        metrics.redo_child_errors += pool.errors.load(Ordering::Relaxed);
         metrics.redo_seconds += seconds(&pool.busy_micros);
-        metrics.redo_launch_seconds += seconds(&pool.launch_micros);
+        pool.launch_micros.add_to(&mut metrics.redo_launch_us);
         metrics.redo_children = self.children();
     }
 }
@@ -237,4 +252,52 @@ pub fn find_library(configured: &Path) -> Result<PathBuf, String> {
          (looked for {})",
         tried.join(", ")
     ))
+}
+
+#[cfg(test)]
+#[allow(clippy::disallowed_methods, reason = "an executor's thread of its own")]
+mod tests {
+    use std::sync::mpsc::channel;
+
+    use futures_lite::future::block_on;
+
+    use super::*;
+    use crate::redo::child::tests::{ask, inserts};
+
+    /// What a job in the background rebuilds is counted with the rest, while it goes on and after.
+    #[test]
+    fn redo_in_the_background_is_counted() {
+        let factory = ChildFactory::new(&Config::default(), 0);
+        let tenant: TenantShardId = "00112233445566778899aabbccddeeff".parse().unwrap();
+        let settings = RedoSettings { hint_bits_logged: false };
+        let counted = || {
+            let mut metrics = CoreMetrics::default();
+            factory.metrics(&mut metrics);
+            let types: u64 = metrics.redo_types.values().map(|split| split.native).sum();
+            let times: u64 = metrics.redo_time_ns.counts.iter().sum();
+            assert_eq!((types, times), (metrics.redo_records_native, metrics.redo_requests));
+            (metrics.redo_requests, metrics.redo_records)
+        };
+        let make = factory.background(tenant, settings);
+        assert_eq!(counted(), (0, 0));
+        let (done, wait) = channel();
+        let (go_on, may_end) = channel();
+        let job = std::thread::spawn(move || {
+            let redo = make();
+            block_on(redo.redo(ask(0, 9, None, inserts(9, 3)))).unwrap();
+            done.send(()).unwrap();
+            may_end.recv().unwrap();
+            block_on(redo.redo(ask(0, 9, None, inserts(9, 4)))).unwrap();
+        });
+        wait.recv().unwrap();
+        assert_eq!(counted(), (1, 3));
+        go_on.send(()).unwrap();
+        job.join().unwrap();
+        assert_eq!(counted(), (2, 7));
+        assert_eq!(counted(), (2, 7), "what has ended is added once");
+        assert!(factory.background.borrow().is_empty());
+        let redo = factory.start(tenant, settings);
+        block_on(redo.redo(ask(0, 9, None, inserts(9, 1)))).unwrap();
+        assert_eq!(counted(), (3, 8));
+    }
 }

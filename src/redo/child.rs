@@ -7,11 +7,9 @@
 //! pipes within one CPU costs a fraction of one across CPUs.
 //!
 //! - A process is bound to one tenant for its whole life, and ends with it.
-//! - A record that PostgreSQL refuses is an answer to its request. The process ends then, and the
-//!   other requests are sent to a fresh one.
-//! - Where the process dies, hangs or talks nonsense, it is ended, and the request whose turn it
-//!   was is tried once more, alone, on a fresh process; if that fails too, it gets the error.
-//!   Requests behind it are sent again.
+//! - Where the process dies, hangs, talks nonsense or answers with an error, it is ended, and the
+//!   request whose turn it was is tried once more, alone, on a fresh process; if that fails too, it
+//!   gets the error. Requests behind it are sent again.
 //! - The input of a request that failed is kept on disk ([`super::failed`]).
 //! - A request whose caller went away is dropped before it is sent; if it was sent already, its
 //!   reply is read and dropped.
@@ -33,6 +31,7 @@ use futures_util::FutureExt;
 use futures_util::future::LocalBoxFuture;
 use serde::{Deserialize, Serialize};
 
+use super::histogram::Histogram;
 use super::pool::{Pool, PoolSettings, Seat};
 use super::{Redo, RedoError, RedoRequest, RedoSettings, protocol, record};
 use crate::base::{BlockNumber, RelNode, RelTag};
@@ -43,7 +42,7 @@ pub(in crate::redo) mod process;
 pub(in crate::redo) mod worker;
 
 #[cfg(test)]
-pub(in crate::redo) mod tests;
+pub(crate) mod tests;
 
 /// How to run a process for one tenant alone; see [`PoolSettings`] for many.
 #[derive(Clone, Debug)]
@@ -77,8 +76,8 @@ pub struct Counters {
     pub errors: AtomicU64,
     /// Processes started that have answered.
     pub started: AtomicU64,
-    /// Time from the start of a process to its first answer, of all of them, in microseconds.
-    pub launch_micros: AtomicU64,
+    /// Time from the start of a process to its first answer, in microseconds.
+    pub launch_micros: Histogram,
     /// Processes that died, hung or talked nonsense, or did not start.
     pub failures: AtomicU64,
     /// Time with requests under way, in microseconds.

@@ -103,18 +103,31 @@ impl Failed {
     }
 }
 
-/// Writes a file in `dir`, which is made if need be; gives its path, or `None` if the input is
-/// there already or too large. Not synced: it is for people.
-pub fn keep(dir: &Path, input: &Failed) -> std::io::Result<Option<PathBuf>> {
+/// What became of an input.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub enum Kept {
+    /// It is in this new file.
+    New(PathBuf),
+    /// It was there already.
+    Known,
+    /// It has so many bytes, more than [`REDO_FAILED_BYTES_MAX`], and is not kept.
+    TooLarge(usize),
+}
+
+/// Writes a file in `dir`, which is made if need be. Not synced: it is for people.
+///
+/// # Errors
+/// Those of the file system; nothing is left of the file then.
+pub fn keep(dir: &Path, input: &Failed) -> std::io::Result<Kept> {
     if input.frames.len() > REDO_FAILED_BYTES_MAX {
-        return Ok(None);
+        return Ok(Kept::TooLarge(input.frames.len()));
     }
     let sum = (crc32c::crc32c(input.tenant.as_bytes()), crc32c::crc32c(&input.frames));
     let path = dir.join(format!("{:08x}{:08x}-{:x}.{SUFFIX}", sum.0, sum.1, input.frames.len()));
     DirBuilder::new().mode(0o700).recursive(true).create(dir)?;
     let mut file = match OpenOptions::new().write(true).create_new(true).mode(0o600).open(&path) {
         Ok(file) => file,
-        Err(error) if error.kind() == ErrorKind::AlreadyExists => return Ok(None),
+        Err(error) if error.kind() == ErrorKind::AlreadyExists => return Ok(Kept::Known),
         Err(error) => return Err(error),
     };
     if let Err(error) = file.write_all(&input.encode()) {
@@ -122,7 +135,7 @@ pub fn keep(dir: &Path, input: &Failed) -> std::io::Result<Option<PathBuf>> {
         return Err(error);
     }
     remove_oldest(dir)?;
-    Ok(Some(path))
+    Ok(Kept::New(path))
 }
 
 fn remove_oldest(dir: &Path) -> std::io::Result<()> {
@@ -179,18 +192,19 @@ mod tests {
     fn so_many_and_no_more() {
         let dir = std::env::temp_dir().join(format!("pgstrata-failed-{}", std::process::id()));
         let mut input = input();
-        assert!(keep(&dir, &input).unwrap().is_some());
-        assert!(keep(&dir, &input).unwrap().is_none(), "the same again");
+        assert!(matches!(keep(&dir, &input).unwrap(), Kept::New(_)));
+        assert_eq!(keep(&dir, &input).unwrap(), Kept::Known);
         let mut last = None;
         for n in 0..REDO_FAILED_FILES_MAX + 5 {
             input.frames = Bytes::from(vec![n as u8; 9]);
-            last = keep(&dir, &input).unwrap();
+            last = Some(keep(&dir, &input).unwrap());
         }
         assert_eq!(fs::read_dir(&dir).unwrap().count(), REDO_FAILED_FILES_MAX);
-        let bytes = fs::read(last.unwrap()).unwrap();
+        let Some(Kept::New(last)) = last else { panic!("{last:?}") };
+        let bytes = fs::read(last).unwrap();
         assert_eq!(Failed::decode(&bytes.into()).unwrap(), input);
         input.frames = Bytes::from(vec![0; REDO_FAILED_BYTES_MAX + 1]);
-        assert!(keep(&dir, &input).unwrap().is_none(), "too large");
+        assert_eq!(keep(&dir, &input).unwrap(), Kept::TooLarge(REDO_FAILED_BYTES_MAX + 1));
         fs::remove_dir_all(&dir).unwrap();
     }
 }

@@ -1,34 +1,73 @@
-//! Counts by size: how long redo takes, of how many records and bytes it is.
+//! Counts, also by size: how long redo takes, of how many records and bytes it is.
 
-use std::cell::Cell;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use serde::{Deserialize, Serialize};
 
 /// Classes of a histogram: class `n` is that of numbers up to 2^n. The last has no bound.
 pub const CLASSES: usize = 36;
 
-/// Numbers of one executor, by class.
+/// A number that one executor counts up, for others to read. Without the cost of an addition that
+/// several may do at once: of two that did, one would be lost.
+#[derive(Debug, Default)]
+pub struct Count(AtomicU64);
+
+impl Count {
+    /// Nothing yet.
+    pub const fn new() -> Self {
+        Count(AtomicU64::new(0))
+    }
+
+    /// The number.
+    pub fn get(&self) -> u64 {
+        self.0.load(Ordering::Relaxed)
+    }
+
+    /// For the executor that it belongs to.
+    pub fn add(&self, amount: u64) {
+        self.0.store(self.get().saturating_add(amount), Ordering::Relaxed);
+    }
+
+    /// For numbers that several threads count up.
+    pub fn add_shared(&self, amount: u64) {
+        self.0.fetch_add(amount, Ordering::Relaxed);
+    }
+}
+
+/// Numbers by class.
 #[derive(Debug)]
 pub struct Histogram {
-    counts: [Cell<u64>; CLASSES],
-    sum: Cell<u64>,
+    counts: [Count; CLASSES],
+    sum: Count,
 }
 
 impl Default for Histogram {
     fn default() -> Self {
-        Histogram { counts: [const { Cell::new(0) }; CLASSES], sum: Cell::new(0) }
+        Histogram { counts: [const { Count::new() }; CLASSES], sum: Count::new() }
     }
 }
 
 impl Histogram {
-    /// Counts a number.
+    /// Counts a number; for the executor that it belongs to.
     pub fn count(&self, number: u64) {
+        if let Some(count) = self.class(number) {
+            count.add(1);
+        }
+        self.sum.add(number);
+    }
+
+    /// Counts a number, where several threads do.
+    pub fn count_shared(&self, number: u64) {
+        if let Some(count) = self.class(number) {
+            count.add_shared(1);
+        }
+        self.sum.add_shared(number);
+    }
+
+    fn class(&self, number: u64) -> Option<&Count> {
         // Of 0 and 1 it is class 0, of 2 class 1, of 3 and 4 class 2.
         let class = (u64::BITS - number.saturating_sub(1).leading_zeros()) as usize;
-        if let Some(count) = self.counts.get(class.min(CLASSES - 1)) {
-            count.set(count.get().saturating_add(1));
-        }
-        self.sum.set(self.sum.get().saturating_add(number));
+        self.counts.get(class.min(CLASSES - 1))
     }
 
     /// Adds it to others.
@@ -69,7 +108,11 @@ mod tests {
         let numbers = [0, 1, 2, 3, 4, 5, 8, 9, 1023, 1024, 1025, u64::from(u32::MAX), 1 << 34];
         for number in numbers.into_iter().chain([(1 << 34) + 1, u64::MAX]) {
             let histogram = Histogram::default();
-            histogram.count(number);
+            if number % 2 == 0 {
+                histogram.count(number)
+            } else {
+                histogram.count_shared(number)
+            };
             let mut counts = HistogramCounts::default();
             histogram.add_to(&mut counts);
             let mut before = None;

@@ -69,7 +69,7 @@ pub enum RedoError {
         /// What is wrong with it.
         problem: String,
     },
-    /// PostgreSQL refused a record; its message.
+    /// PostgreSQL refused a record, on a fresh process as well; its message.
     #[error("redo of {rel} block {block} failed in PostgreSQL: {message}")]
     Refused {
         /// The fork.

@@ -11,13 +11,14 @@
 //!   gives it up when other seats are ready and no worker is free: at once if it has nothing to
 //!   do, else after [`PoolSettings::slice`]. The seat then queues up again, behind the others.
 //!   So every seat has its turn, and no request is lost.
-//! - A free worker starts a spare if there is none: a process that is bound to nobody yet. Whoever
-//!   needs a process takes it.
+//! - From the first use of the pool on there is a spare: a process that is bound to nobody yet.
+//!   Whoever needs a process takes it, and with its first answer asks for the next: of a free
+//!   worker, else of a new one.
 //! - At shutdown every process is ended and reaped, and none can start afterwards.
 //!
-//! Bound: a process is a spare or its worker serves a seat; spares are started by free workers
-//! only, and taken before anything is started. So there are never more processes than workers,
-//! and one worker cannot have two.
+//! Bound: each worker at a seat has one process at most, and each other worker may have started
+//! one spare, not more. Spares are taken before anything is started. So there are never more
+//! processes than workers.
 
 #![allow(
     clippy::disallowed_methods,
@@ -27,20 +28,24 @@
 use std::convert::Infallible;
 use std::path::PathBuf;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-use async_channel::{Receiver, Sender};
+use async_channel::{Receiver, RecvError, Sender};
+use futures_lite::future::{block_on, or};
 
+use super::RedoError;
+use super::child::Counters;
 use super::child::process::Process;
 use super::child::worker::Worker;
-use super::child::{ChildStatus, Counters, Job};
-use super::{RedoError, RedoSettings};
-use crate::limits::{REDO_QUEUE_REQUESTS, REDO_SEATS_MAX};
+use crate::limits::REDO_SEATS_MAX;
 
+mod seat;
 #[cfg(test)]
 mod tests;
+
+pub(in crate::redo) use seat::Seat;
 
 /// How processes are run, and how many.
 #[derive(Clone, Debug)]
@@ -94,18 +99,27 @@ pub(in crate::redo) struct Shared {
     /// Asks a worker that has nothing to do to give up its seat.
     give_up: Queue<()>,
     spares: Queue<Process>,
+    /// Asks a free worker to look whether a spare is wanted.
+    refill: Queue<()>,
     filling: AtomicBool,
     /// Workers that wait for a seat.
     free: AtomicUsize,
+    /// Workers that have one.
+    seated: AtomicUsize,
     /// Workers ever started, and [`STOPPED`].
     workers: AtomicUsize,
-    /// One for each of `workers`; `None` if the thread did not start.
-    threads: Queue<Option<JoinHandle<()>>>,
-    /// One for each worker that has ended.
-    exits: Queue<()>,
+    /// Workers that have ended, or did not start when the end had begun.
+    gone: AtomicUsize,
+    /// Of the workers that were started.
+    threads: Queue<JoinHandle<()>>,
+    /// Somebody sees to what the workers have left behind.
+    clearing: AtomicBool,
     /// Closed when nothing is left.
     ended: Queue<Infallible>,
     seats: Arc<AtomicUsize>,
+    /// The system gives no more threads.
+    #[cfg(test)]
+    no_threads: AtomicBool,
 }
 
 /// The processes of one core. Clones are the same pool, and may go to other threads.
@@ -126,14 +140,19 @@ impl Pool {
             ready: Queue::bounded(REDO_SEATS_MAX),
             give_up: Queue::bounded(workers),
             spares: Queue::bounded(settings.spares),
+            refill: Queue::bounded(1),
             filling: AtomicBool::new(false),
             free: AtomicUsize::new(0),
+            seated: AtomicUsize::new(0),
             workers: AtomicUsize::new(0),
+            gone: AtomicUsize::new(0),
             threads: Queue::bounded(workers),
-            exits: Queue::bounded(workers),
+            clearing: AtomicBool::new(false),
             ended: Queue::bounded(1),
             seats: Arc::default(),
             settings,
+            #[cfg(test)]
+            no_threads: AtomicBool::new(false),
         });
         Pool { shared }
     }
@@ -145,51 +164,59 @@ impl Pool {
 
     /// Ends all threads and processes; requests that wait, and later ones, get
     /// [`RedoError::Shutdown`]. When this returns, no process is left, and none can start.
-    /// True if this call did it; a later call waits for it.
+    /// True if this call began it; a later call waits for it. The end comes also if nobody waits:
+    /// this may be dropped at any time, and called again.
     pub async fn shutdown(&self) -> bool {
         let shared = &self.shared;
-        let before = shared.workers.fetch_or(STOPPED, Ordering::SeqCst);
-        if before & STOPPED != 0 {
-            // Closed, never sent to.
-            let _ = shared.ended.take.recv().await;
-            return false;
-        }
-        shared.ready.put.close();
-        shared.give_up.put.close();
-        let mut threads = Vec::new();
-        for _ in 0..before {
-            if let Ok(Some(thread)) = shared.threads.take.recv().await {
-                threads.push(thread);
-            }
-        }
-        for _ in 0..threads.len() {
-            let _ = shared.exits.take.recv().await;
-        }
-        for thread in threads {
+        let first = shared.stop();
+        // Closed, never sent to.
+        let _ = shared.ended.take.recv().await;
+        while let Ok(thread) = shared.threads.take.try_recv() {
             // It has said that it ends; a panic is in the log.
             let _ = thread.join();
         }
-        while let Ok(seat) = shared.ready.take.try_recv() {
-            seat.refuse_all();
-        }
-        while let Ok(spare) = shared.spares.take.try_recv() {
-            drop(spare);
-        }
-        shared.ended.put.close();
-        true
+        first
     }
 
     /// As the start of [`Pool::shutdown`], without waiting.
     pub(in crate::redo) fn abandon(&self) {
-        self.shared.workers.fetch_or(STOPPED, Ordering::SeqCst);
-        self.shared.ready.put.close();
-        self.shared.give_up.put.close();
+        self.shared.stop();
     }
 }
 
 impl Shared {
     pub(in crate::redo) fn is_stopped(&self) -> bool {
         self.workers.load(Ordering::SeqCst) & STOPPED != 0
+    }
+
+    /// Begins the end of everything; true if it had not begun before.
+    fn stop(&self) -> bool {
+        // Before the flag: once the last worker has ended, no seat may get ready any more.
+        self.ready.put.close();
+        self.give_up.put.close();
+        self.refill.put.close();
+        let before = self.workers.fetch_or(STOPPED, Ordering::SeqCst);
+        self.clear_if_last();
+        before & STOPPED == 0
+    }
+
+    /// Sees to what the workers have left behind, if all of them have ended. Called by each that
+    /// ends, and by who stops the pool: whoever of them is the last finds that he is.
+    fn clear_if_last(&self) {
+        let workers = self.workers.load(Ordering::SeqCst);
+        let is_last = workers & STOPPED != 0
+            && self.gone.load(Ordering::SeqCst) == workers & !STOPPED
+            && !self.clearing.swap(true, Ordering::SeqCst);
+        if !is_last {
+            return;
+        }
+        while let Ok(seat) = self.ready.take.try_recv() {
+            seat.refuse_all();
+        }
+        while let Ok(spare) = self.spares.take.try_recv() {
+            drop(spare);
+        }
+        self.ended.put.close();
     }
 
     /// Time since the pool was made, in microseconds.
@@ -215,35 +242,60 @@ impl Shared {
         if self.ready.take.len() <= self.free.load(Ordering::SeqCst) {
             return;
         }
+        if !self.start_worker() {
+            // One that is full asks all of them already.
+            let _ = self.give_up.put.try_send(());
+        }
+    }
+
+    /// One more worker; false if there are as many as may be, or the system gives no thread.
+    fn start_worker(self: &Arc<Self>) -> bool {
         let most = self.settings.processes_max;
         let one_more = |workers: usize| (workers < most).then_some(workers + 1);
         if self.workers.fetch_update(Ordering::SeqCst, Ordering::SeqCst, one_more).is_err() {
-            // One that is full asks all of them already.
-            let _ = self.give_up.put.try_send(());
-            return;
+            return false;
         }
-        let shared = self.clone();
-        let thread =
-            std::thread::Builder::new().name("wal-redo".into()).spawn(move || shared.work());
-        if let Err(error) = &thread {
-            tracing::error!(%error, "a thread for wal-redo could not be started");
-            self.fail_ready(&format!("no thread could be started: {error}"));
-        }
+        let error = match self.start_thread() {
+            Ok(thread) => {
+                // It holds as many as may ever be started.
+                let _ = self.threads.put.try_send(thread);
+                return true;
+            }
+            Err(error) => error,
+        };
+        tracing::error!(%error, "a thread for wal-redo could not be started");
         let one_less = |workers: usize| (workers & STOPPED == 0).then_some(workers - 1);
-        if thread.is_err()
-            && self.workers.fetch_update(Ordering::SeqCst, Ordering::SeqCst, one_less).is_ok()
-        {
-            return;
+        match self.workers.fetch_update(Ordering::SeqCst, Ordering::SeqCst, one_less) {
+            Ok(1) => self.fail_ready(&format!("no thread could be started: {error}")),
+            // The others see to the seats that are ready.
+            Ok(_) => {}
+            Err(_) => {
+                self.gone.fetch_add(1, Ordering::SeqCst);
+                self.clear_if_last();
+            }
         }
-        // It holds as many as may ever be started.
-        let _ = self.threads.put.try_send(thread.ok());
+        false
     }
 
-    /// Without a single worker nobody would ever answer.
+    fn start_thread(self: &Arc<Self>) -> std::io::Result<JoinHandle<()>> {
+        #[cfg(test)]
+        if self.no_threads.load(Ordering::SeqCst) {
+            return Err(std::io::ErrorKind::WouldBlock.into());
+        }
+        let shared = self.clone();
+        std::thread::Builder::new().name("wal-redo".into()).spawn(move || shared.work())
+    }
+
+    /// Without a single worker nobody would ever answer. Whoever makes a seat ready looks for a
+    /// worker afterwards: either he finds that there is none, or it was ready before there was none,
+    /// and is found here.
     fn fail_ready(&self, problem: &str) {
-        while let Ok(seat) = self.ready.take.try_recv() {
-            seat.fail_all(&RedoError::Child { problem: problem.to_owned() });
+        while self.workers.load(Ordering::SeqCst) == 0
+            && let Ok(seat) = self.ready.take.try_recv()
+        {
+            // In this order: a request that comes later than this is scheduled anew.
             seat.scheduled.store(false, Ordering::SeqCst);
+            seat.fail_all(&RedoError::Child { problem: problem.to_owned() });
         }
     }
 
@@ -252,38 +304,57 @@ impl Shared {
         struct Exit(Arc<Shared>);
         impl Drop for Exit {
             fn drop(&mut self) {
-                // It holds as many as there are workers.
-                let _ = self.0.exits.put.try_send(());
+                self.0.gone.fetch_add(1, Ordering::SeqCst);
+                self.0.clear_if_last();
             }
         }
         let exit = Exit(self);
         let shared = &exit.0;
         super::child::worker::pin(shared.settings.cpu);
         while !shared.is_stopped() {
-            if shared.ready.take.is_empty() {
-                shared.fill_spare();
+            if shared.ready.take.is_empty() && shared.fill_spare() {
+                // There may be room for more than one.
+                shared.want_spare();
             }
             shared.free.fetch_add(1, Ordering::SeqCst);
-            let seat = shared.ready.take.recv_blocking();
+            let turn = shared.next_turn();
             shared.free.fetch_sub(1, Ordering::SeqCst);
-            let Ok(seat) = seat else { break };
+            let Ok(turn) = turn else { break };
+            let Some(seat) = turn else { continue };
+            shared.seated.fetch_add(1, Ordering::SeqCst);
+            let serving = Serving { shared, seat: &seat };
             shared.attend();
             seat.serving.store(true, Ordering::SeqCst);
-            let serving = Serving { shared, seat: &seat };
             Worker::new(shared, &seat).serve();
             drop(serving);
         }
     }
 
+    /// The next seat that is ready; `None`: a spare may be wanted. An error: the pool stops.
+    fn next_turn(&self) -> Result<Option<Arc<Seat>>, RecvError> {
+        let seat = async { self.ready.take.recv().await.map(Some) };
+        let refill = async { self.refill.take.recv().await.map(|()| None) };
+        block_on(or(seat, refill))
+    }
+
     /// A worker turns from a seat, without a process.
+    ///
+    /// No other worker comes to the seat while `scheduled` is set. So the stop is looked at before
+    /// that ends: `done` must not be closed by one who has left while another serves it again. It
+    /// stays set after a stop, and nobody comes.
+    ///
+    /// A stop that comes later than the look finds either that nobody serves the seat, or another
+    /// worker, who leaves it in his turn ([`Seat::stopped`]).
     fn leave(self: &Arc<Self>, seat: &Arc<Seat>) {
         seat.pid.store(0, Ordering::Relaxed);
         seat.serving.store(false, Ordering::SeqCst);
-        seat.scheduled.swap(false, Ordering::SeqCst);
         if seat.is_stopped() || self.is_stopped() {
             seat.refuse_all();
             seat.done.put.close();
-        } else if !seat.jobs.take.is_empty() {
+            return;
+        }
+        seat.scheduled.store(false, Ordering::SeqCst);
+        if !seat.jobs.take.is_empty() {
             self.schedule(seat);
         }
     }
@@ -304,23 +375,36 @@ impl Shared {
         self.spares.take.try_recv().ok()
     }
 
-    /// Starts a spare if one is wanted. The first use of the core is over then: nodes that never
-    /// need a process have none.
-    fn fill_spare(&self) {
-        if self.spares.take.len() >= self.settings.spares
-            || self.filling.swap(true, Ordering::SeqCst)
-        {
+    /// A process has come into use. Nodes that never need one have no spare either.
+    pub(in crate::redo) fn want_spare(self: &Arc<Self>) {
+        if self.spares.take.len() >= self.settings.spares {
             return;
         }
-        let alive = self.counters.alive.load(Ordering::SeqCst) as usize;
-        // A second worker may have filled it in between.
-        if alive < self.settings.processes_max && self.spares.take.len() < self.settings.spares {
+        // One that is full asks already. If all are busy, the first to be free looks by himself.
+        let _ = self.refill.put.try_send(());
+        if self.free.load(Ordering::SeqCst) == 0 && !self.filling.load(Ordering::SeqCst) {
+            self.start_worker();
+        }
+    }
+
+    /// Starts a spare if one is wanted, and a worker without a seat has started none; true if it
+    /// did. For workers without a seat.
+    fn fill_spare(&self) -> bool {
+        let is_wanted = || {
+            let spares = self.spares.take.len();
+            let workers = self.workers.load(Ordering::SeqCst) & !STOPPED;
+            spares < self.settings.spares && self.seated.load(Ordering::SeqCst) + spares < workers
+        };
+        if !is_wanted() || self.filling.swap(true, Ordering::SeqCst) {
+            return false;
+        }
+        let mut is_filled = false;
+        // Another worker may have filled it in between.
+        if is_wanted() {
             let stop = || self.is_stopped();
             match Process::launch(&self.settings, &self.counters, "none yet", None, &stop) {
-                Ok(process) => {
-                    // If it does not fit, it is dropped, and so ended.
-                    let _ = self.spares.put.try_send(process);
-                }
+                // If it does not fit, it is dropped, and so ended.
+                Ok(process) => is_filled = self.spares.put.try_send(process).is_ok(),
                 Err(trouble) if !self.is_stopped() => {
                     tracing::warn!(?trouble, "a spare wal-redo process could not be started");
                 }
@@ -328,6 +412,7 @@ impl Shared {
             }
         }
         self.filling.store(false, Ordering::SeqCst);
+        is_filled
     }
 }
 
@@ -339,175 +424,7 @@ struct Serving<'a> {
 
 impl Drop for Serving<'_> {
     fn drop(&mut self) {
+        self.shared.seated.fetch_sub(1, Ordering::SeqCst);
         self.shared.leave(self.seat);
-    }
-}
-
-/// The place of one tenant in a pool: its requests, and who serves them.
-pub(in crate::redo) struct Seat {
-    pub(in crate::redo) tenant: String,
-    pub(in crate::redo) redo: RedoSettings,
-    jobs: Queue<Job>,
-    /// It is in the queue of ready seats, or served.
-    scheduled: AtomicBool,
-    serving: AtomicBool,
-    /// Its process, while its worker has nothing to do.
-    lent: Queue<Process>,
-    /// It may be borrowed.
-    lends: AtomicBool,
-    /// Tells the worker that the process came back with something to do.
-    nudge: Queue<()>,
-    stop: AtomicBool,
-    /// Closed when it is stopped and nobody serves it.
-    done: Queue<Infallible>,
-    /// The process that is bound to it; 0: none.
-    pub(in crate::redo) pid: AtomicU32,
-    /// When that was bound.
-    pub(in crate::redo) since_us: AtomicU64,
-    /// Requests that it has answered.
-    pub(in crate::redo) requests: AtomicU64,
-    /// When it answered the last of them; 0: never.
-    pub(in crate::redo) last_us: AtomicU64,
-    seats: Arc<AtomicUsize>,
-    /// There are too many seats for this one.
-    surplus: bool,
-}
-
-impl Seat {
-    /// A seat in `pool`, with nobody to serve it yet.
-    pub(in crate::redo) fn new(pool: &Pool, tenant: String, redo: RedoSettings) -> Arc<Seat> {
-        let seats = pool.shared.seats.clone();
-        let surplus = seats.fetch_add(1, Ordering::SeqCst) >= REDO_SEATS_MAX;
-        Arc::new(Seat {
-            tenant,
-            redo,
-            jobs: Queue::bounded(REDO_QUEUE_REQUESTS),
-            scheduled: AtomicBool::new(false),
-            serving: AtomicBool::new(false),
-            lent: Queue::bounded(1),
-            lends: AtomicBool::new(false),
-            nudge: Queue::bounded(1),
-            stop: AtomicBool::new(false),
-            done: Queue::bounded(1),
-            pid: AtomicU32::new(0),
-            since_us: AtomicU64::new(0),
-            requests: AtomicU64::new(0),
-            last_us: AtomicU64::new(0),
-            seats,
-            surplus,
-        })
-    }
-
-    /// Queues a request, waiting while the queue is full, and sees to it that it is served.
-    pub(in crate::redo) async fn send(
-        self: &Arc<Self>,
-        shared: &Arc<Shared>,
-        job: Job,
-    ) -> Result<(), RedoError> {
-        if self.surplus {
-            let problem = format!("a core has redo for {REDO_SEATS_MAX} tenants at most");
-            return Err(RedoError::Child { problem });
-        }
-        if self.is_stopped() || shared.is_stopped() {
-            return Err(RedoError::Shutdown);
-        }
-        self.jobs.put.send(job).await.map_err(|_| RedoError::Shutdown)?;
-        shared.schedule(self);
-        Ok(())
-    }
-
-    pub(in crate::redo) fn jobs(&self) -> &Receiver<Job> {
-        &self.jobs.take
-    }
-
-    /// The worker lends the process until [`Seat::take_back`].
-    pub(in crate::redo) fn lend(&self, process: Process) {
-        // It is empty: there is one process, and it was not lent.
-        let _ = self.lent.put.try_send(process);
-        self.lends.store(true, Ordering::SeqCst);
-    }
-
-    /// Waits for whoever has borrowed the process, which is not for long.
-    pub(in crate::redo) fn take_back(&self) -> Option<Process> {
-        self.lends.store(false, Ordering::SeqCst);
-        // Never closed, and what is borrowed is given back.
-        self.lent.take.recv_blocking().ok()
-    }
-
-    /// A process is lent, and no requests wait for it.
-    pub(in crate::redo) fn lends(&self) -> bool {
-        self.lends.load(Ordering::SeqCst) && self.jobs.take.is_empty()
-    }
-
-    /// The process, if nobody else has it. It must be given back, and soon.
-    pub(in crate::redo) fn borrow_process(&self) -> Option<Process> {
-        self.lent.take.try_recv().ok()
-    }
-
-    pub(in crate::redo) fn give_back(&self, process: Process) {
-        let has_work = process.sent.is_some();
-        // It came from there.
-        let _ = self.lent.put.try_send(process);
-        if has_work {
-            // One that is full wakes the worker as well.
-            let _ = self.nudge.put.try_send(());
-        }
-    }
-
-    /// Resolves when the process came back with something to do.
-    pub(in crate::redo) fn nudged(&self) -> async_channel::Recv<'_, ()> {
-        self.nudge.take.recv()
-    }
-
-    pub(in crate::redo) fn is_stopped(&self) -> bool {
-        self.stop.load(Ordering::SeqCst)
-    }
-
-    /// Begins the end of it; false if it had begun before.
-    pub(in crate::redo) fn begin_stop(&self) -> bool {
-        let first = !self.stop.swap(true, Ordering::SeqCst);
-        self.jobs.put.close();
-        first
-    }
-
-    /// After [`Seat::begin_stop`]: waits until its process is gone.
-    pub(in crate::redo) async fn stopped(&self) {
-        if self.serving.load(Ordering::SeqCst) {
-            // Closed, never sent to.
-            let _ = self.done.take.recv().await;
-        }
-        self.refuse_all();
-    }
-
-    fn refuse_all(&self) {
-        self.jobs.put.close();
-        self.fail_all(&RedoError::Shutdown);
-    }
-
-    fn fail_all(&self, error: &RedoError) {
-        while let Ok(job) = self.jobs.take.try_recv() {
-            // The caller may be gone; that is its right.
-            let _ = job.answer.send(Err(error.clone()));
-        }
-    }
-
-    /// Of its process, if it has one.
-    pub(in crate::redo) fn status(&self, shared: &Shared) -> Option<ChildStatus> {
-        let pid = self.pid.load(Ordering::Relaxed);
-        let ago = |us: &AtomicU64| shared.now_us().saturating_sub(us.load(Ordering::Relaxed));
-        let answered = self.last_us.load(Ordering::Relaxed) > 0;
-        (pid > 0).then(|| ChildStatus {
-            tenant: self.tenant.clone(),
-            pid,
-            age_ms: ago(&self.since_us) / 1000,
-            requests: self.requests.load(Ordering::Relaxed),
-            last_redo_ms_ago: answered.then(|| ago(&self.last_us) / 1000),
-        })
-    }
-}
-
-impl Drop for Seat {
-    fn drop(&mut self) {
-        self.seats.fetch_sub(1, Ordering::SeqCst);
     }
 }

@@ -291,10 +291,13 @@ pub struct CoreMetrics {
     pub redo_children_started: u64,
     /// Gauge.
     pub redo_children_alive: u64,
-    pub redo_launch_seconds: f64,
     pub redo_failures: u64,
+    /// Requests that wal-redo processes were to answer and that ended in an error.
+    pub redo_child_errors: u64,
     /// Processes that are bound to a tenant now.
     pub redo_children: Vec<ChildStatus>,
+    /// Time from the start of a wal-redo process to its first answer, in microseconds.
+    pub redo_launch_us: HistogramCounts,
     /// Time to rebuild a page from WAL records, in nanoseconds.
     pub redo_time_ns: HistogramCounts,
     /// WAL records of one redo.

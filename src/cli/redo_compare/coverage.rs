@@ -2,6 +2,8 @@
 
 use std::fmt::{Display, Formatter};
 
+use crate::limits::{REDO_NATIVE_PAGES_PERMILLE, REDO_NATIVE_RECORDS_PERMILLE};
+
 /// Counts of one load.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Coverage {
@@ -22,6 +24,17 @@ pub struct Coverage {
 }
 
 impl Coverage {
+    /// True if native redo does as much of the load alone as is promised for pgbench and for loads
+    /// like TPC-C.
+    pub fn is_enough(&self) -> bool {
+        let has = |part: u64, whole: u64, least: u64| {
+            part.saturating_mul(1000) >= whole.saturating_mul(least)
+        };
+        has(self.records_native, self.records, REDO_NATIVE_RECORDS_PERMILLE)
+            && has(self.versions_native, self.versions, REDO_NATIVE_PAGES_PERMILLE)
+            && has(self.pages_native, self.pages, REDO_NATIVE_PAGES_PERMILLE)
+    }
+
     /// Adds another load's.
     pub fn add(&mut self, other: &Coverage) {
         self.records += other.records;
@@ -48,5 +61,38 @@ impl Display for Coverage {
             share(self.pages_native, self.pages),
             self.pages,
         )
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::cli::redo_compare::{CompareReport, LIKE_TPCC, PGBENCH, Sums};
+
+    fn load(name: &str, native: [u64; 3]) -> Coverage {
+        let [records_native, versions_native, pages_native] = native;
+        let load = name.to_owned();
+        let (records, versions, pages) = (1000, 1000, 1000);
+        Coverage { load, records, records_native, versions, versions_native, pages, pages_native }
+    }
+
+    #[test]
+    fn each_round_of_the_promised_loads_counts() {
+        let judged = |loads: &[Coverage], at_least| {
+            let report = CompareReport { loads: loads.to_vec(), ..CompareReport::default() };
+            report.judge(at_least)
+        };
+        let well = [load(PGBENCH, [995, 980, 980]), load("mixed", [0; 3])];
+        assert_eq!(judged(&well, 2000), Ok(()));
+        assert!(judged(&well, 2001).unwrap_err().contains("2000 records"));
+        for native in [[994, 1000, 1000], [1000, 979, 1000], [1000, 1000, 979]] {
+            let second = load(LIKE_TPCC, native);
+            let loads = [load(LIKE_TPCC, [1000; 3]), second.clone(), well[0].clone()];
+            let error = judged(&loads, 0).unwrap_err();
+            assert!(error.contains(&second.to_string()), "{error}");
+        }
+        let mut unequal = CompareReport::default();
+        unequal.kinds.insert((10, 0), Sums { different: 1, ..Sums::default() });
+        assert!(unequal.judge(0).is_err());
     }
 }

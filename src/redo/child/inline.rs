@@ -41,7 +41,7 @@ pub(in crate::redo) struct Sent {
     pub(super) written: usize,
 }
 
-/// Requests whose callers are about to see to them.
+/// Requests whose callers are about to see to them: at most [`REDO_QUEUE_REQUESTS`].
 #[derive(Default)]
 pub(super) struct Near {
     jobs: RefCell<VecDeque<Job>>,
@@ -52,7 +52,7 @@ fn fits(jobs: usize, records: usize, bytes: usize) -> bool {
 }
 
 impl Near {
-    /// Gives the request back if it is not one for the short way.
+    /// Gives the request back if it is not one for the short way, or if there are too many.
     pub(super) fn put(&self, seat: &Seat, job: Job) -> Option<Job> {
         if !seat.lends() || !fits(1, job.records as usize, job.frames.len()) {
             return Some(job);
@@ -61,6 +61,9 @@ impl Near {
         if jobs.len() >= REDO_QUEUE_REQUESTS {
             // Callers that went away before their turn have left them.
             jobs.retain(|job| !job.answer.is_canceled());
+            if jobs.len() >= REDO_QUEUE_REQUESTS {
+                return Some(job);
+            }
         }
         jobs.push_back(job);
         None

@@ -123,7 +123,7 @@ impl Process {
         }
         process.remove_scratch();
         add(&counters.started, 1);
-        add(&counters.launch_micros, start.elapsed().as_micros() as u64);
+        counters.launch_micros.count_shared(start.elapsed().as_micros() as u64);
         Ok(process)
     }
 

@@ -91,7 +91,7 @@ fn visible(block: u32) -> Bytes {
     record(9, 0x40, &body).into()
 }
 
-pub(in crate::redo) fn ask(
+pub(crate) fn ask(
     fork: u8,
     block: u32,
     base: Option<Bytes>,
@@ -101,7 +101,7 @@ pub(in crate::redo) fn ask(
     RedoRequest { rel: REL.fork(fork), block, base, records }
 }
 
-pub(in crate::redo) fn inserts(block: u32, count: u16) -> Vec<(u64, Bytes)> {
+pub(crate) fn inserts(block: u32, count: u16) -> Vec<(u64, Bytes)> {
     (1..=count)
         .map(|n| (0x1000 + 8 * u64::from(n), insert(block, n, n == 1, 0xABCD_0000 | u32::from(n))))
         .collect()

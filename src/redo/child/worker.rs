@@ -16,9 +16,11 @@ use nix::unistd::Pid;
 use super::inline::Sent;
 use super::process::{Process, Trouble};
 use super::{Answer, Job, add};
-use crate::limits::{REDO_BATCH_BYTES, REDO_BATCH_REQUESTS, REDO_PROCESS_BUSY_MAX, REDO_QUIET};
+use crate::limits::{
+    REDO_BATCH_BYTES, REDO_BATCH_REQUESTS, REDO_FAILED_BYTES_MAX, REDO_PROCESS_BUSY_MAX, REDO_QUIET,
+};
 use crate::redo::RedoError;
-use crate::redo::failed::{self, Failed};
+use crate::redo::failed::{self, Failed, Kept};
 use crate::redo::pool::{Seat, Shared};
 use crate::redo::protocol::Reply;
 
@@ -39,6 +41,8 @@ pub(in crate::redo) struct Worker<'a> {
     /// What somebody else has sent of the first of these.
     begun: Option<Batch>,
     process: Option<Process>,
+    /// It has not answered yet.
+    is_fresh: bool,
     begin: Instant,
 }
 
@@ -73,7 +77,7 @@ impl Wake for Unpark {
 impl<'a> Worker<'a> {
     pub(in crate::redo) fn new(shared: &'a Arc<Shared>, seat: &'a Arc<Seat>) -> Self {
         let (waiting, begun, process) = (VecDeque::new(), None, None);
-        Worker { shared, seat, waiting, begun, process, begin: Instant::now() }
+        Worker { shared, seat, waiting, begun, process, is_fresh: false, begin: Instant::now() }
     }
 
     fn is_stopped(&self) -> bool {
@@ -108,6 +112,10 @@ impl<'a> Worker<'a> {
                     process.busy += took;
                     if process.busy > REDO_PROCESS_BUSY_MAX {
                         self.end_process();
+                    }
+                    // Not before: the start of another would hold up the answer.
+                    if std::mem::take(&mut self.is_fresh) {
+                        self.shared.want_spare();
                     }
                 }
                 (Ok(()), None) => {}
@@ -227,7 +235,7 @@ impl<'a> Worker<'a> {
         seat.last_us.store(0, Ordering::Relaxed);
         seat.since_us.store(shared.now_us(), Ordering::Relaxed);
         seat.pid.store(process.id(), Ordering::Relaxed);
-        self.process = Some(process);
+        (self.process, self.is_fresh) = (Some(process), true);
         Ok(())
     }
 
@@ -282,15 +290,7 @@ impl<'a> Worker<'a> {
         let (problem, for_all) = match trouble {
             Trouble::Process(problem) => (problem, false),
             Trouble::Start(problem) => (problem, true),
-            Trouble::Refused(message) => {
-                self.end_process();
-                self.keep_input(&message);
-                if let Some(Job { rel, block, .. }) = self.waiting.front() {
-                    let (rel, block) = (*rel, *block);
-                    self.answer(Err(RedoError::Refused { rel, block, message }));
-                }
-                return;
-            }
+            Trouble::Refused(message) => return self.refused(message),
             Trouble::Stop => return self.end_process(),
         };
         add(&self.shared.counters.failures, 1);
@@ -317,6 +317,21 @@ impl<'a> Worker<'a> {
         }
     }
 
+    /// PostgreSQL has answered with an error. That may be the state of this process, its memory
+    /// for one, rather than the record: only what a fresh process says as well is final.
+    fn refused(&mut self, message: String) {
+        self.end_process();
+        self.keep_input(&message);
+        let Some(job) = self.waiting.front_mut() else { return };
+        job.failures += 1;
+        let (rel, block) = (job.rel, job.block);
+        if job.failures > 1 {
+            return self.answer(Err(RedoError::Refused { rel, block, message }));
+        }
+        let tenant = &self.seat.tenant;
+        tracing::warn!(%tenant, %rel, block, %message, "redo failed in PostgreSQL; once more");
+    }
+
     /// Keeps the request whose turn it is, for `pgstrata redo replay`.
     fn keep_input(&self, problem: &str) {
         let (Some(dir), Some(job)) = (&self.shared.settings.failed_dir, self.waiting.front())
@@ -332,10 +347,14 @@ impl<'a> Worker<'a> {
             problem: problem.to_owned(),
             frames: job.frames.clone(),
         };
+        let (tenant, rel, block) = (&self.seat.tenant, job.rel, job.block);
         match failed::keep(dir, &input) {
-            Ok(Some(path)) => tracing::warn!(tenant = %self.seat.tenant, rel = %job.rel,
-                block = job.block, path = %path.display(), "kept the input of a failed redo"),
-            Ok(None) => {}
+            Ok(Kept::New(path)) => tracing::warn!(%tenant, %rel, block, path = %path.display(),
+                "kept the input of a failed redo"),
+            Ok(Kept::Known) => {}
+            Ok(Kept::TooLarge(bytes)) => tracing::warn!(%tenant, %rel, block, bytes,
+                bytes_max = REDO_FAILED_BYTES_MAX,
+                "the input of a failed redo is not kept: it is too large"),
             Err(error) => tracing::warn!(%error, "the input of a failed redo is not kept"),
         }
     }

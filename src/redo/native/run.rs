@@ -12,7 +12,8 @@
 //! - if it carries an image of the page after it for comparison (`wal_consistency_checking`):
 //!   the child compares, masked as PostgreSQL masks.
 
-use std::cell::Cell;
+use std::cell::OnceCell;
+use std::sync::Arc;
 use std::time::Instant;
 
 use bytes::Bytes;
@@ -22,29 +23,30 @@ use futures_util::future::LocalBoxFuture;
 
 use super::{NotNative, apply_bytes, is_foreign};
 use crate::base::page::{PAGE_SIZE, Page};
+use crate::base::seldom::Seldom;
 use crate::base::{BlockNumber, Lsn, RelTag};
 use crate::limits::REDO_NATIVE_SLICE_RECORDS;
-use crate::redo::histogram::Histogram;
+use crate::redo::histogram::{Count, Histogram};
 use crate::redo::{Redo, RedoError, RedoRequest, RedoSettings, record as check};
 use crate::wal::record::rmgr_id;
 
 /// Record types that have counters of their own: 16 of each built-in resource manager.
 pub const TYPES: usize = 16 * (rmgr_id::BUILTIN_MAX as usize + 1);
 
-/// What happened so far.
+/// What happened so far: counted by one executor, read by any.
 #[derive(Debug)]
 pub struct NativeCounters {
     /// Records applied natively, by type (see [`NativeCounters::types`]). A record counts once
     /// for each page.
-    pub native: [Cell<u64>; TYPES],
+    pub native: [Count; TYPES],
     /// Records left to the other service, by type.
-    pub child: [Cell<u64>; TYPES],
+    pub child: [Count; TYPES],
     /// Of these, records that are of a kind that is applied natively, but did not fit their page.
-    pub misfits: Cell<u64>,
+    pub misfits: Count,
     /// Pages rebuilt without the other service.
-    pub pages_native: Cell<u64>,
+    pub pages_native: Count,
     /// Pages for which the other service was needed.
-    pub pages_child: Cell<u64>,
+    pub pages_child: Count,
     /// Time to rebuild a page, in nanoseconds.
     pub time_ns: Histogram,
     /// Records of one request.
@@ -56,11 +58,11 @@ pub struct NativeCounters {
 impl Default for NativeCounters {
     fn default() -> Self {
         NativeCounters {
-            native: [const { Cell::new(0) }; TYPES],
-            child: [const { Cell::new(0) }; TYPES],
-            misfits: Cell::new(0),
-            pages_native: Cell::new(0),
-            pages_child: Cell::new(0),
+            native: [const { Count::new() }; TYPES],
+            child: [const { Count::new() }; TYPES],
+            misfits: Count::new(),
+            pages_native: Count::new(),
+            pages_child: Count::new(),
             time_ns: Histogram::default(),
             records: Histogram::default(),
             bytes: Histogram::default(),
@@ -68,9 +70,9 @@ impl Default for NativeCounters {
     }
 }
 
-fn add(counter: Option<&Cell<u64>>) {
+fn add(counter: Option<&Count>) {
     if let Some(counter) = counter {
-        counter.set(counter.get().saturating_add(1));
+        counter.add(1);
     }
 }
 
@@ -88,12 +90,12 @@ impl NativeCounters {
 
     /// Sum over all record types.
     pub fn native_records(&self) -> u64 {
-        self.native.iter().map(Cell::get).sum()
+        self.native.iter().map(Count::get).sum()
     }
 
     /// Sum over all record types.
     pub fn child_records(&self) -> u64 {
-        self.child.iter().map(Cell::get).sum()
+        self.child.iter().map(Count::get).sum()
     }
 }
 
@@ -101,7 +103,7 @@ impl NativeCounters {
 pub struct NativeRedo<R> {
     inner: R,
     settings: RedoSettings,
-    counters: NativeCounters,
+    counters: Arc<NativeCounters>,
 }
 
 /// Records that are not applied natively.
@@ -126,7 +128,7 @@ impl Target {
 }
 
 /// The counter of a record's type: `xl_info` is byte 16 of a record, `xl_rmid` byte 17.
-fn counter<'a>(counters: &'a [Cell<u64>], record: &[u8]) -> Option<&'a Cell<u64>> {
+fn counter<'a>(counters: &'a [Count], record: &[u8]) -> Option<&'a Count> {
     let (info, rmgr) = (record.get(16)?, record.get(17)?);
     counters.get(16 * usize::from(*rmgr) + usize::from(info >> 4))
 }
@@ -134,7 +136,12 @@ fn counter<'a>(counters: &'a [Cell<u64>], record: &[u8]) -> Option<&'a Cell<u64>
 impl<R: Redo> NativeRedo<R> {
     /// `settings` are those of `inner`.
     pub fn new(inner: R, settings: RedoSettings) -> Self {
-        NativeRedo { inner, settings, counters: NativeCounters::default() }
+        Self::counting(inner, settings, Arc::default())
+    }
+
+    /// As [`NativeRedo::new`]; counts in `counters`, which nobody else may count in.
+    pub fn counting(inner: R, settings: RedoSettings, counters: Arc<NativeCounters>) -> Self {
+        NativeRedo { inner, settings, counters }
     }
 
     /// The service behind.
@@ -203,9 +210,8 @@ impl<R: Redo> NativeRedo<R> {
                     return Ok(Some(Foreign { at, misfit: false }));
                 }
                 Err(NotNative::Misfit(what)) => {
-                    let Target { rel, block } = target;
-                    tracing::warn!(%rel, block, %lsn, what, "left to the wal-redo process");
                     add(Some(&self.counters.misfits));
+                    say_misfit(target, *lsn, what);
                     return Ok(Some(Foreign { at, misfit: true }));
                 }
             }
@@ -259,6 +265,21 @@ impl<R: Redo> Redo for NativeRedo<R> {
     fn stop(&self) -> LocalBoxFuture<'_, ()> {
         self.inner.stop()
     }
+}
+
+/// A chain that fits its page in no place may be asked for as often as a client likes.
+#[allow(clippy::disallowed_methods, reason = "nothing but a line of the log depends on the time")]
+fn say_misfit(target: Target, lsn: Lsn, what: &str) {
+    thread_local! {
+        static MISFITS: (OnceCell<Instant>, Seldom) = Default::default();
+    }
+    let others = MISFITS.with(|(begin, seldom)| {
+        let begin = begin.get_or_init(Instant::now);
+        seldom.pass(begin.elapsed())
+    });
+    let Some(others) = others else { return };
+    let Target { rel, block } = target;
+    tracing::warn!(%rel, block, %lsn, what, others_since = others, "left to the wal-redo process");
 }
 
 fn start(target: Target, base: Option<&Bytes>) -> Result<Box<Page>, RedoError> {

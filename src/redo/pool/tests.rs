@@ -2,6 +2,7 @@
 
 use std::io::Write;
 use std::path::Path;
+use std::sync::atomic::AtomicU64;
 use std::sync::{Mutex, OnceLock};
 
 use bytes::Bytes;
@@ -16,7 +17,10 @@ use super::*;
 use crate::redo::child::ChildRedo;
 use crate::redo::child::tests::{ask, children, heap_page, insert, inserts, lock, settings};
 use crate::redo::failed::Failed;
-use crate::redo::{Redo, RedoRequest, protocol};
+use crate::redo::histogram::HistogramCounts;
+use crate::redo::{Redo, RedoRequest, RedoSettings, protocol};
+
+mod fakes;
 
 const PLAIN: RedoSettings = RedoSettings { hint_bits_logged: false };
 
@@ -91,13 +95,16 @@ fn two_hundred_tenants_share_few_processes() {
     ended.store(true, Ordering::SeqCst);
     let seen = watch.join().unwrap();
     let counters = pool.counters();
+    let mut launches = HistogramCounts::default();
+    counters.launch_micros.add_to(&mut launches);
     println!(
         "{} processes for {TENANTS} tenants, {} at once, {:?}, {:?}",
         number(&counters.started),
         number(&counters.alive_max),
         begin.elapsed(),
-        Duration::from_micros(number(&counters.launch_micros)) / number(&counters.started) as u32,
+        Duration::from_micros(launches.sum) / number(&counters.started) as u32,
     );
+    assert_eq!(launches.counts.iter().sum::<u64>(), number(&counters.started));
     assert!((1..=PROCESSES).contains(&seen), "{seen} processes");
     assert!(number(&counters.alive_max) <= PROCESSES as u64);
     assert_eq!(number(&counters.requests), u64::from(3 * TENANTS));
@@ -136,6 +143,34 @@ fn idle_processes_end_and_spares_wait() {
     assert!(!Path::new(&format!("/proc/{}", status.pid)).exists());
     assert_eq!(block_on(two.redo(first(2))), Err(RedoError::Shutdown));
     block_on(one.redo(first(1))).unwrap();
+    assert!(block_on(pool.shutdown()));
+    assert_eq!(children(), Vec::<u32>::new());
+}
+
+/// From the first answer on a spare is ready for the next tenant, while others keep theirs, as far
+/// as the bound allows.
+#[test]
+fn every_tenant_after_the_first_finds_a_spare() {
+    let _lock = lock();
+    let pool = Pool::new(pool_settings(3, 1));
+    let tenants: Vec<_> = (1..=3).map(|n| tenant(&pool, n)).collect();
+    block_on(tenants[0].redo(first(1))).unwrap();
+    let mut bound = vec![tenants[0].status().unwrap().pid];
+    for n in [2, 3] {
+        until("there is a spare", || pool.shared.spares.take.len() == 1);
+        assert_eq!(number(&pool.counters().alive), u64::from(n));
+        let spare: Vec<_> = children().into_iter().filter(|pid| !bound.contains(pid)).collect();
+        let redo = &tenants[n as usize - 1];
+        assert_eq!(heap_page(&block_on(redo.redo(first(n))).unwrap()), (1, n));
+        bound.push(redo.status().unwrap().pid);
+        assert_eq!(spare, bound[n as usize - 1..]);
+    }
+    // No room for another, until somebody leaves.
+    std::thread::sleep(Duration::from_millis(300));
+    assert_eq!((pool.shared.spares.take.len(), number(&pool.counters().started)), (0, 3));
+    assert!(block_on(tenants[0].shutdown()));
+    until("there is a spare again", || pool.shared.spares.take.len() == 1);
+    assert_eq!(number(&pool.counters().alive_max), 3);
     assert!(block_on(pool.shutdown()));
     assert_eq!(children(), Vec::<u32>::new());
 }
@@ -207,17 +242,24 @@ impl Write for ToText {
     }
 }
 
-/// What a process says on stderr is logged with the tenant and the page; one that is not in a
-/// sandbox is not used.
-#[test]
-fn complaints_are_logged_and_a_process_without_a_sandbox_is_refused() {
-    let _lock = lock();
+/// What the program logs meanwhile, in all of its threads.
+fn logged_by(run: impl FnOnce()) -> String {
     let level = tracing::Level::WARN;
     let _ = tracing_subscriber::fmt()
         .with_max_level(level)
         .with_ansi(false)
         .with_writer(|| ToText)
         .try_init();
+    let before = logged().lock().unwrap().len();
+    run();
+    String::from_utf8(logged().lock().unwrap()[before..].to_vec()).unwrap()
+}
+
+/// What a process says on stderr is logged with the tenant and the page; one that is not in a
+/// sandbox is not used.
+#[test]
+fn complaints_are_logged_and_a_process_without_a_sandbox_is_refused() {
+    let _lock = lock();
     let dir = std::env::temp_dir().join(format!("pgstrata-fake-{}", std::process::id()));
     std::fs::create_dir_all(&dir).unwrap();
     let fake = dir.join("postgres");
@@ -231,10 +273,11 @@ fn complaints_are_logged_and_a_process_without_a_sandbox_is_refused() {
     let mut settings = pool_settings(1, 0);
     (settings.postgres_bin, settings.walredo_so) = (fake, "".into());
     let pool = Pool::new(settings);
-    let answer = block_on(tenant(&pool, 77).redo(first(1)));
-    let Err(RedoError::Child { problem }) = answer else { panic!("{answer:?}") };
-    assert!(problem.contains("not in a sandbox"), "{problem}");
-    let text = String::from_utf8(logged().lock().unwrap().clone()).unwrap();
+    let text = logged_by(|| {
+        let answer = block_on(tenant(&pool, 77).redo(first(1)));
+        let Err(RedoError::Child { problem }) = answer else { panic!("{answer:?}") };
+        assert!(problem.contains("not in a sandbox"), "{problem}");
+    });
     let line = text.lines().find(|line| line.contains("something is amiss")).expect(&text);
     assert!(line.contains("tenant-77") && line.contains("block=1"), "{line}");
     assert!(block_on(pool.shutdown()));
@@ -312,5 +355,52 @@ fn requests_that_are_given_up_leave_the_pool_sound() {
     assert!(number(&counters.alive_max) <= 2);
     assert!(block_on(pool.shutdown()));
     assert!(!block_on(pool.shutdown()));
+    assert_eq!(children(), Vec::<u32>::new());
+}
+
+/// Who waits for the end may go away: it comes, and others may wait for it.
+#[test]
+fn an_end_that_nobody_waits_for_comes_all_the_same() {
+    let _lock = lock();
+    let pool = Pool::new(pool_settings(3, 1));
+    let redo = tenant(&pool, 1);
+    block_on(redo.redo(first(1))).unwrap();
+    block_on(async {
+        let mut end = Box::pin(pool.shutdown());
+        assert!(poll!(&mut end).is_pending(), "a process takes longer to end");
+    });
+    let later = std::thread::spawn({
+        let pool = pool.clone();
+        move || (block_on(pool.shutdown()), block_on(pool.shutdown()))
+    });
+    until("the later calls end", || later.is_finished());
+    assert_eq!(later.join().unwrap(), (false, false));
+    assert_eq!((children(), number(&pool.counters().alive)), (vec![], 0));
+    assert_eq!(block_on(redo.redo(first(1))), Err(RedoError::Shutdown));
+}
+
+/// Where the system gives no more threads, those that are there do all the work; without any, the
+/// request fails, and the next one is tried anew.
+#[test]
+fn requests_wait_for_living_workers_where_threads_are_short() {
+    let _lock = lock();
+    let pool = Pool::new(pool_settings(2, 0));
+    let (one, two) = (tenant(&pool, 1), tenant(&pool, 2));
+    let no_threads = |short| pool.shared.no_threads.store(short, Ordering::SeqCst);
+    no_threads(true);
+    for _ in 0..2 {
+        let answer = block_on(one.redo(first(1)));
+        let Err(RedoError::Child { problem }) = answer else { panic!("{answer:?}") };
+        assert!(problem.contains("no thread"), "{problem}");
+    }
+    no_threads(false);
+    assert_eq!(heap_page(&block_on(one.redo(first(1))).unwrap()), (1, 1));
+    no_threads(true);
+    for n in [2, 1, 2] {
+        let redo = if n == 1 { &one } else { &two };
+        assert_eq!(heap_page(&block_on(redo.redo(first(n))).unwrap()), (1, n));
+    }
+    assert_eq!(pool.shared.workers.load(Ordering::SeqCst), 1);
+    assert!(block_on(pool.shutdown()));
     assert_eq!(children(), Vec::<u32>::new());
 }

@@ -3,6 +3,7 @@
 use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
 use std::sync::atomic::Ordering;
+use std::task::Poll;
 use std::time::Duration;
 
 use futures_lite::future::block_on;
@@ -115,6 +116,32 @@ fn many_go_in_one_write_and_what_is_too_much_does_not() {
     let long = REDO_INLINE_BYTES - 50;
     let expected = [(4, 400), (4, 400), (2, 200), (1, 100), (1, long), (1, 100)];
     assert_eq!(sizes, expected);
+}
+
+#[test]
+fn so_many_and_no_more_are_on_the_short_way() {
+    let _lock = lock();
+    let redo = started(settings(false));
+    let bound = REDO_QUEUE_REQUESTS;
+    block_on(async {
+        let mut requests: Vec<_> = (0..bound as u32).map(|n| redo.redo(first(n))).collect();
+        for (request, n) in requests.iter_mut().zip(1..) {
+            assert!(poll!(request).is_pending());
+            assert_eq!(redo.near.jobs.borrow().len(), n);
+        }
+        // One more is on the long way, and may be answered already.
+        let mut far = redo.redo(first(7));
+        let answer = poll!(&mut far);
+        assert_eq!(redo.near.jobs.borrow().len(), bound);
+        let page = if let Poll::Ready(page) = answer { page } else { far.await };
+        assert_eq!(heap_page(&page.unwrap()), (1, 7));
+        for (page, n) in join_all(requests).await.into_iter().zip(0..) {
+            assert_eq!(heap_page(&page.unwrap()), (1, n));
+        }
+    });
+    assert!(redo.near.jobs.borrow().is_empty());
+    assert_eq!(redo.counters().requests.load(Ordering::SeqCst), bound as u64 + 2);
+    assert!(block_on(redo.shutdown()));
 }
 
 #[test]
