@@ -14,6 +14,15 @@ pub const JOURNAL_BUFFER_BYTES_MAX: usize = 8 * 1024 * 1024;
 pub const JOURNAL_WRITE_BYTES_MAX: usize = 1024 * 1024;
 const _: () = assert!(JOURNAL_WRITE_BYTES_MAX.is_multiple_of(crate::io::ALIGNMENT));
 
+/// How far a journal is synced is noted at most this long after it is so, in milliseconds, while
+/// WAL comes in.
+pub const JOURNAL_MARK_INTERVAL_MS: u64 = 1000;
+/// And when so many bytes of WAL have been synced since the last note.
+pub const JOURNAL_MARK_BYTES: u64 = JOURNAL_SEGMENT_BYTES;
+/// A journal that ends before the place up to which it was synced is read so many times before
+/// that is believed: a read may be wrong once.
+pub const JOURNAL_END_LOOKS: usize = 4;
+
 /// Ingest reads the journal back in pieces of this many bytes at start.
 pub const JOURNAL_REPLAY_BYTES: usize = 1024 * 1024;
 

@@ -51,15 +51,15 @@ impl<I: Io> Timeline<I> {
         self.spawn_own(TaskClass::Background, Self::compaction_loop);
     }
 
-    /// Flushes the journal whenever bytes wait.
+    /// Flushes the journal whenever bytes wait, and notes now and then how far it is synced.
     async fn journal_loop(self: Rc<Self>) {
         loop {
-            self.journal_signal.wait().await;
+            self.wait_for_journal().await;
             if self.stopping.get() {
                 return;
             }
             match self.flush_journal().await {
-                Ok(()) => {}
+                Ok(()) => self.mark_if_due().await,
                 Err(JournalError::NoSpace(_)) => {
                     self.context.io.sleep(Duration::from_millis(NO_SPACE_RETRY_MS)).await;
                     self.journal_signal.set();
@@ -330,6 +330,7 @@ impl<I: Io> Timeline<I> {
             // Whoever writes comes to an end first.
             let _checkpoint = self.checkpoint_turn.acquire().await;
             let _flush = self.flush_turn.acquire().await;
+            self.end_marking().await;
         }
         let layers: Vec<_> =
             self.mutable.borrow().layers.iter().map(|(_, layer)| layer.clone()).collect();

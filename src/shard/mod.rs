@@ -34,6 +34,7 @@ mod idle;
 pub mod import;
 pub mod index;
 pub mod ingest;
+pub mod journal_mark;
 pub mod keyspace;
 pub mod layer_map;
 pub mod leases;

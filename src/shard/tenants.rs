@@ -8,6 +8,7 @@
 //! tenants/<tenant shard>/timelines/<timeline>/index       what the timeline consists of
 //! tenants/<tenant shard>/timelines/<timeline>/deleted     the index of a timeline being removed
 //! tenants/<tenant shard>/timelines/<timeline>/<layer>     layer files
+//! tenants/<tenant shard>/timelines/<timeline>/journal_mark  how far the journal was synced
 //! tenants/<tenant shard>/timelines/<timeline>/wal/        the journal
 //! tenants/<tenant shard>/timelines/<timeline>/import/     only while a base backup comes in
 //! ```

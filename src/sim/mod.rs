@@ -51,6 +51,8 @@ mod idle_tests;
 mod incident_tests;
 mod io;
 #[cfg(test)]
+mod journal_tests;
+#[cfg(test)]
 mod lifecycle_tests;
 mod options;
 #[cfg(test)]
