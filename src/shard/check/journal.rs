@@ -133,6 +133,21 @@ impl Walk {
     }
 }
 
+/// End of the last whole record of the journal of the timeline in `timeline_dir`.
+///
+/// # Errors
+/// [`IoError`] of the first call that failed.
+pub(super) async fn end<I: Io>(
+    io: &I,
+    timeline_dir: &Path,
+    index: &TimelineIndex,
+) -> Result<Lsn, IoError> {
+    let dir = timeline_dir.join(JOURNAL_DIR);
+    let (layout, tli) = (wal_layout(&index.cluster), index.cluster.tli);
+    let reader = Reader { io, dir: &dir, tli, layout };
+    Ok(reader.walk(index.disk_consistent_lsn, None).await?.end)
+}
+
 fn damaged_text(walk: &Walk, mark: Lsn) -> String {
     let (end, cause) = (walk.end, walk.cause());
     format!(
