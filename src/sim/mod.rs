@@ -155,6 +155,7 @@ impl SimWorld {
             changes: 0,
             watch: None,
             misread: std::collections::BTreeSet::new(),
+            failed_dir_syncs: BTreeMap::new(),
         };
         let shared = Shared {
             state: RefCell::new(state),
