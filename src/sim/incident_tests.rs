@@ -75,6 +75,7 @@ fn a_full_disk_pauses_ingest_and_nothing_else() {
             check_page(&timeline, &outside, &io).await.unwrap();
             if seed % 3 == 0 {
                 // There is no room for what it would write, either, and it changes nothing.
+                io.set_capacity(Some(io.used_bytes()));
                 let archive = Change::Archive(TENANT, TIMELINE, true);
                 shard.change(archive).await.expect_err("the disk is full");
             }
