@@ -258,6 +258,14 @@ pub const EXECUTOR_START_MS_MAX: u64 = 2_000;
 /// Executors that are made for one place before the node gives up.
 pub const EXECUTOR_STARTS_MAX: usize = 5;
 
+/// Layer files that a core keeps open, each with a descriptor.
+pub const LAYER_READERS_MAX: usize = 4096;
+/// Memory of the indexes and filters of the layer files that a core keeps open, in bytes.
+pub const LAYER_READERS_BYTES_MAX: usize = 256 * 1024 * 1024;
+/// Of the open layer files, so many eighths stay when there are too many.
+pub const LAYER_READERS_KEPT_OF_8: usize = 7;
+const _: () = assert!(LAYER_READERS_KEPT_OF_8 < 8);
+
 /// Findings of damage that a timeline keeps for the admin API.
 pub const DAMAGE_REPORTS_MAX: usize = 100;
 /// Pause before a journal that found no room tries again, in milliseconds.

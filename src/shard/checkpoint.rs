@@ -268,9 +268,7 @@ impl<I: Io> Timeline<I> {
         let mut mutable = self.mutable.borrow_mut();
         if let Some(desc) = desc {
             self.context.counters.layer_bytes.add(desc.file_bytes);
-            let (io, dir, cache) =
-                (self.context.io.clone(), &self.context.dir, self.context.cache.clone());
-            let layer = StoredLayer::new(io, dir, desc.name, desc.file_bytes, owner, cache);
+            let layer = StoredLayer::new(&self.context, desc.name, desc.file_bytes, owner);
             layer.stay_in_memory(self.context.memory.keep(frozen.clone()));
             mutable.layers.insert(layer.span(), layer);
             let records = frozen.value_count() * 1000 / frozen.key_count().max(1);

@@ -168,8 +168,7 @@ async fn open_layers<I: Io>(
             return Err(LoadError::LayerLength { name, expected, found });
         }
         let name: LayerName = layer.name.parse()?;
-        let (io, cache) = (context.io.clone(), context.cache.clone());
-        let stored = StoredLayer::new(io, &context.dir, name, layer.len, owner, cache);
+        let stored = StoredLayer::new(context, name, layer.len, owner);
         layers.insert(stored.span(), stored);
     }
     remove_orphans(context, files.into_keys()).await?;

@@ -49,6 +49,7 @@ pub mod plan;
 pub mod pressure;
 pub mod primary;
 pub mod reader;
+pub mod readers;
 pub mod sizes;
 pub mod stored;
 pub mod tenant_config;

@@ -26,6 +26,7 @@ use super::memory::{MemoryBudget, Share};
 use super::metrics::Counters;
 use super::pages::{PageCache, TimelineNumber};
 use super::reader::PageQuota;
+use super::readers::Readers;
 use super::sizes::{FoundSizes, Sizes};
 use super::stored::StoredLayer;
 use super::turn::Turn;
@@ -107,6 +108,8 @@ pub struct TimelineContext<I: Io> {
     pub background_redo: Rc<dyn Fn() -> RedoMaker>,
     /// Verified blocks of the core's layer files.
     pub cache: Rc<BlockCache>,
+    /// Open layer files of the core.
+    pub readers: Rc<Readers<I>>,
     /// Pages of the core that were asked for last.
     pub recent: Rc<RecentPages>,
     /// Recently rebuilt pages of the core.

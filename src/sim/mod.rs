@@ -59,6 +59,8 @@ mod options;
 mod pressure_tests;
 pub mod primary;
 pub mod random;
+#[cfg(test)]
+mod reader_tests;
 pub mod redo;
 #[cfg(test)]
 mod tests;
