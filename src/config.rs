@@ -4,11 +4,26 @@
 //! one: a misspelt setting must not be ignored in silence.
 
 use std::net::SocketAddr;
+use std::ops::RangeInclusive;
 use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 
 use crate::limits::{CORES_MAX, L0_LAYERS_URGENT, QUOTA_BYTES_IN_FLIGHT, QUOTA_REQUESTS_PER_S};
+
+/// What `image_layer_bytes` and `compaction_target_bytes` may be, in bytes.
+pub const LAYER_TARGET_BYTES: RangeInclusive<u64> = 1024 * 1024..=1 << 30;
+/// The same in words.
+pub const LAYER_TARGET_TEXT: &str = "must be from 1048576 (1 MiB) to 1073741824 (1 GiB)";
+/// What `compaction_threshold` may be, in layers.
+pub const COMPACTION_THRESHOLD: RangeInclusive<u64> = 1..=L0_LAYERS_URGENT as u64;
+/// The same in words.
+pub const COMPACTION_THRESHOLD_TEXT: &str = "must be from 1 to 8";
+const _: () = assert!(L0_LAYERS_URGENT == 8);
+/// What `compaction_image_percent` may be.
+pub const IMAGE_PERCENT: RangeInclusive<u64> = 5..=1000;
+/// The same in words.
+pub const IMAGE_PERCENT_TEXT: &str = "must be from 5 to 1000";
 
 /// All settings with their defaults.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -210,18 +225,17 @@ impl Config {
         if self.checkpoint_timeout_s == 0 {
             return fail("checkpoint_timeout_s", "must be at least 1");
         }
-        if !(1024 * 1024..=1 << 30).contains(&self.image_layer_bytes) {
-            return fail("image_layer_bytes", "must be from 1048576 (1 MiB) to 1073741824 (1 GiB)");
+        if !LAYER_TARGET_BYTES.contains(&self.image_layer_bytes) {
+            return fail("image_layer_bytes", LAYER_TARGET_TEXT);
         }
-        if !(1..=L0_LAYERS_URGENT as u64).contains(&self.compaction_threshold) {
-            return fail("compaction_threshold", "must be from 1 to 8");
+        if !COMPACTION_THRESHOLD.contains(&self.compaction_threshold) {
+            return fail("compaction_threshold", COMPACTION_THRESHOLD_TEXT);
         }
-        if !(1024 * 1024..=1 << 30).contains(&self.compaction_target_bytes) {
-            let problem = "must be from 1048576 (1 MiB) to 1073741824 (1 GiB)";
-            return fail("compaction_target_bytes", problem);
+        if !LAYER_TARGET_BYTES.contains(&self.compaction_target_bytes) {
+            return fail("compaction_target_bytes", LAYER_TARGET_TEXT);
         }
-        if !(5..=1000).contains(&self.compaction_image_percent) {
-            return fail("compaction_image_percent", "must be from 5 to 1000");
+        if !IMAGE_PERCENT.contains(&self.compaction_image_percent) {
+            return fail("compaction_image_percent", IMAGE_PERCENT_TEXT);
         }
         if self.redo_timeout_ms == 0 {
             return fail("redo_timeout_ms", "must be at least 1");

@@ -81,6 +81,7 @@ const COUNTERS: &[(&str, &str, Number)] = &[
     ("index_bytes_written", "Bytes of timeline indexes written", |m| m.index_bytes_written),
     ("block_cache_hits", "Blocks of layer files that were in the cache", |m| m.block_cache_hits),
     ("block_cache_misses", "Blocks of layer files that were read", |m| m.block_cache_misses),
+    ("layer_files_opened", "Layer files that were opened to be read", |m| m.layer_files_opened),
     ("page_cache_hits", "Page reads that began with a page that was rebuilt before", |m| {
         m.page_cache_hits
     }),
@@ -126,6 +127,10 @@ const GAUGES: &[(&str, &str, Number)] = &[
         m.memory_resident_bytes
     }),
     ("block_cache_bytes", "Memory of the block cache", |m| m.block_cache_bytes),
+    ("layer_files_open", "Layer files that are open", |m| m.layer_files_open),
+    ("layer_files_open_bytes", "Memory of the indexes and filters of open layer files", |m| {
+        m.layer_files_open_bytes
+    }),
     ("page_cache_bytes", "Memory of the cache of rebuilt pages", |m| m.page_cache_bytes),
     ("redo_children_alive", "Wal-redo processes that run now", |m| m.redo_children_alive),
 ];

@@ -252,6 +252,11 @@ impl<I: Io> DeltaLayer<I> {
         &self.file
     }
 
+    /// Memory that index and filter take, in bytes.
+    pub(super) fn memory_bytes(&self) -> usize {
+        size_of::<Self>() + self.index.len() * size_of::<BlockRef>() + self.filter.len()
+    }
+
     pub(super) fn index(&self) -> &[BlockRef] {
         &self.index
     }

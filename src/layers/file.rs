@@ -384,6 +384,14 @@ impl<I: Io> FileLayer<I> {
         }
     }
 
+    /// Memory that its index and filter take, in bytes.
+    pub fn memory_bytes(&self) -> usize {
+        match self {
+            FileLayer::Delta(layer) => layer.memory_bytes(),
+            FileLayer::Image(layer) => layer.memory_bytes(),
+        }
+    }
+
     /// Name of the layer.
     pub fn name(&self) -> &LayerName {
         self.file().name()

@@ -217,6 +217,11 @@ impl<I: Io> ImageLayer<I> {
         }
     }
 
+    /// Memory that the index takes, in bytes.
+    pub(super) fn memory_bytes(&self) -> usize {
+        size_of::<Self>() + self.index.memory_bytes()
+    }
+
     pub(super) fn file(&self) -> &LayerFile<I> {
         &self.file
     }

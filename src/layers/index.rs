@@ -198,6 +198,11 @@ pub(super) struct ImageIndex {
 }
 
 impl ImageIndex {
+    /// Memory that it takes, in bytes.
+    pub(super) fn memory_bytes(&self) -> usize {
+        self.runs.len() * size_of::<Run>() + self.blobs.len() * size_of::<BlobRef>()
+    }
+
     /// Adds a key that is above all others.
     pub(super) fn push(&mut self, key: Key, blob: BlobRef) {
         match self.runs.last_mut() {

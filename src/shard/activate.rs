@@ -457,6 +457,7 @@ impl<I: Io, C: Connector> Shard<I, C> {
             redo: self.redo_of(tenant, settings),
             background_redo: self.background_redo_of(tenant, settings),
             cache: self.cache.clone(),
+            readers: self.readers.clone(),
             recent: self.recent.clone(),
             pages: self.pages.clone(),
             memory: self.memory.clone(),

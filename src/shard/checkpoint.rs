@@ -51,15 +51,15 @@ impl<I: Io> Timeline<I> {
         self.spawn_own(TaskClass::Background, Self::compaction_loop);
     }
 
-    /// Flushes the journal whenever bytes wait.
+    /// Flushes the journal whenever bytes wait, and notes now and then how far it is synced.
     async fn journal_loop(self: Rc<Self>) {
         loop {
-            self.journal_signal.wait().await;
+            self.wait_for_journal().await;
             if self.stopping.get() {
                 return;
             }
             match self.flush_journal().await {
-                Ok(()) => {}
+                Ok(()) => self.mark_if_due().await,
                 Err(JournalError::NoSpace(_)) => {
                     self.context.io.sleep(Duration::from_millis(NO_SPACE_RETRY_MS)).await;
                     self.journal_signal.set();
@@ -268,9 +268,7 @@ impl<I: Io> Timeline<I> {
         let mut mutable = self.mutable.borrow_mut();
         if let Some(desc) = desc {
             self.context.counters.layer_bytes.add(desc.file_bytes);
-            let (io, dir, cache) =
-                (self.context.io.clone(), &self.context.dir, self.context.cache.clone());
-            let layer = StoredLayer::new(io, dir, desc.name, desc.file_bytes, owner, cache);
+            let layer = StoredLayer::new(&self.context, desc.name, desc.file_bytes, owner);
             layer.stay_in_memory(self.context.memory.keep(frozen.clone()));
             mutable.layers.insert(layer.span(), layer);
             let records = frozen.value_count() * 1000 / frozen.key_count().max(1);
@@ -330,6 +328,7 @@ impl<I: Io> Timeline<I> {
             // Whoever writes comes to an end first.
             let _checkpoint = self.checkpoint_turn.acquire().await;
             let _flush = self.flush_turn.acquire().await;
+            self.end_marking().await;
         }
         let layers: Vec<_> =
             self.mutable.borrow().layers.iter().map(|(_, layer)| layer.clone()).collect();

@@ -221,6 +221,12 @@ pub struct CoreMetrics {
     pub block_cache_misses: u64,
     /// Gauge: memory of the cache's blocks.
     pub block_cache_bytes: u64,
+    /// Times that a layer file was opened to be read.
+    pub layer_files_opened: u64,
+    /// Gauge: layer files that are open.
+    pub layer_files_open: u64,
+    /// Gauge: memory of the indexes and filters of open layer files.
+    pub layer_files_open_bytes: u64,
     /// Page reads that began with a page that was rebuilt before.
     pub page_cache_hits: u64,
     /// Gauge: memory of the cache of rebuilt pages.

@@ -121,9 +121,7 @@ impl<I: Io> Timeline<I> {
         let mut mutable = self.mutable.borrow_mut();
         for desc in layers {
             self.context.counters.layer_bytes.add(desc.file_bytes);
-            let (io, dir, cache) =
-                (self.context.io.clone(), &self.context.dir, self.context.cache.clone());
-            let layer = StoredLayer::new(io, dir, desc.name, desc.file_bytes, owner, cache);
+            let layer = StoredLayer::new(&self.context, desc.name, desc.file_bytes, owner);
             mutable.layers.insert(layer.span(), layer);
         }
     }

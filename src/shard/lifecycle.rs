@@ -313,12 +313,16 @@ impl<I: Io, C: Connector> Shard<I, C> {
         let dir = timelines.join(key.1.to_string());
         match durable::publish(io, &dir.join(INDEX_FILE), &dir.join(DELETED_FILE)).await {
             Ok(()) => {}
-            // An import that failed, or a deletion that failed after this step: the name may not be
-            // durable yet.
-            Err(error) if error.cause == IoCause::NotFound => match io.sync_dir(&dir).await {
-                Err(error) if error.cause != IoCause::NotFound => return Err(error),
-                Ok(()) | Err(_) => {}
-            },
+            // An import that failed, or a deletion that failed after this step: the new name may
+            // not be durable. To sync the directory once more would prove nothing, for the kernel
+            // forgets what it could not write; so a mark is made that was not there before.
+            Err(error) if error.cause == IoCause::NotFound => {
+                match durable::write_file_atomic(io, &dir.join(DELETED_FILE), b"").await {
+                    // The directory is not there, either.
+                    Err(error) if error.cause == IoCause::NotFound => return Ok(()),
+                    written => written?,
+                }
+            }
             Err(error) => return Err(error),
         }
         let removed = async {

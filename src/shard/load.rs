@@ -5,7 +5,9 @@
 //! 3. Read the tracked checkpoint struct and the SLRU sizes as of `disk_consistent_lsn`.
 //!    Commit times and leases are read as well.
 //! 4. Find the journal's last whole, undamaged record. Everything that was ever acknowledged
-//!    lies before its end, because acknowledging waits for the journal's sync.
+//!    lies before its end, because acknowledging waits for the journal's sync. If it was synced
+//!    further than that ([`super::journal_mark`]), it is damaged: what is left behind the damage
+//!    is kept, and named.
 //! 5. Sync the journal up to there: a killed process may have written it without a sync.
 //! 6. Ingest it through the same path as live WAL.
 
@@ -15,6 +17,7 @@ use std::rc::Rc;
 use super::follow::TakeInError;
 use super::history::HISTORY_FILES;
 use super::index::{INDEX_FILE, IndexError, TimelineIndex};
+use super::journal_mark::JOURNAL_MARK_FILE;
 use super::layer_map::LayerMap;
 use super::lsns::Advance;
 use super::reader::ReadError;
@@ -23,7 +26,7 @@ use super::timeline::{Opened, Timeline, TimelineContext, wal_layout};
 use crate::base::{Key, Kind, Lsn};
 use crate::io::{Io, IoError, durable};
 use crate::layers::{LayerName, LayerNameError, LayerOwner};
-use crate::limits::JOURNAL_REPLAY_BYTES;
+use crate::limits::{JOURNAL_END_LOOKS, JOURNAL_REPLAY_BYTES};
 use crate::redo::RedoSettings;
 use crate::wal::checkpoint::Checkpoint;
 use crate::wal::journal::{Journal, JournalError};
@@ -144,7 +147,9 @@ async fn open_layers<I: Io>(
     index: &TimelineIndex,
     owner: LayerOwner,
 ) -> Result<LayerMap<Rc<StoredLayer<I>>>, LoadError> {
-    let known = |name: &str| name == INDEX_FILE || HISTORY_FILES.contains(&name);
+    let known = |name: &str| {
+        name == INDEX_FILE || name == JOURNAL_MARK_FILE || HISTORY_FILES.contains(&name)
+    };
     let mut files: std::collections::BTreeMap<String, u64> = context
         .io
         .list(&context.dir)
@@ -163,8 +168,7 @@ async fn open_layers<I: Io>(
             return Err(LoadError::LayerLength { name, expected, found });
         }
         let name: LayerName = layer.name.parse()?;
-        let (io, cache) = (context.io.clone(), context.cache.clone());
-        let stored = StoredLayer::new(io, &context.dir, name, layer.len, owner, cache);
+        let stored = StoredLayer::new(context, name, layer.len, owner);
         layers.insert(stored.span(), stored);
     }
     remove_orphans(context, files.into_keys()).await?;
@@ -196,7 +200,17 @@ async fn load_state<I: Io>(timeline: &Timeline<I>) -> Result<(), LoadError> {
 /// Steps 4 to 6 of the module's text.
 async fn replay<I: Io>(timeline: &Rc<Timeline<I>>) -> Result<(), LoadError> {
     let from = timeline.lsns().disk_consistent;
-    let end = journal_end(timeline, from).await?;
+    let mark = timeline.read_mark().await?;
+    let mut end = journal_end(timeline, from).await?;
+    for _ in 1..JOURNAL_END_LOOKS {
+        if end < mark {
+            end = end.max(journal_end(timeline, from).await?);
+        }
+    }
+    if end < mark {
+        timeline.journal_is_damaged(end, mark).await?;
+    }
+    timeline.name_damaged_journal().await?;
     timeline.journal.resume(from, end).await?;
     {
         let mut mutable = timeline.mutable.borrow_mut();

@@ -1,14 +1,16 @@
 //! A layer file of a timeline, opened when it is first read. One that a checkpoint has written may
 //! be in memory still; then it is read there.
 
-use std::cell::{OnceCell, RefCell};
-use std::path::{Path, PathBuf};
+use std::cell::OnceCell;
+use std::path::PathBuf;
 use std::rc::Rc;
 use std::sync::Arc;
 
 use super::index::IndexLayer;
 use super::layer_map::LayerSpan;
 use super::memory::Resident;
+use super::readers::{Readers, Slot};
+use super::timeline::TimelineContext;
 use crate::base::{Key, KeyRange, Lsn, LsnRange};
 use crate::io::Io;
 use crate::layers::{
@@ -24,7 +26,8 @@ pub struct StoredLayer<I: Io> {
     len: u64,
     owner: LayerOwner,
     cache: Rc<BlockCache>,
-    reader: RefCell<Option<Rc<FileLayer<I>>>>,
+    readers: Rc<Readers<I>>,
+    slot: Rc<Slot<I>>,
     resident: OnceCell<Rc<Resident>>,
 }
 
@@ -54,17 +57,25 @@ impl<I: Io> Source<I> {
 }
 
 impl<I: Io> StoredLayer<I> {
-    /// A layer file `dir/name` of `len` bytes; it is not touched yet.
+    /// A layer file `name` of `len` bytes in the timeline's directory; it is not touched yet.
     pub fn new(
-        io: I,
-        dir: &Path,
+        context: &TimelineContext<I>,
         name: LayerName,
         len: u64,
         owner: LayerOwner,
-        cache: Rc<BlockCache>,
     ) -> Rc<Self> {
-        let (reader, resident) = Default::default();
-        Rc::new(StoredLayer { io, dir: dir.to_owned(), name, len, owner, cache, reader, resident })
+        let (slot, resident) = Default::default();
+        Rc::new(StoredLayer {
+            io: context.io.clone(),
+            dir: context.dir.clone(),
+            name,
+            len,
+            owner,
+            cache: context.cache.clone(),
+            readers: context.readers.clone(),
+            slot,
+            resident,
+        })
     }
 
     /// The layer is in memory, too; said once, before the first read.
@@ -115,23 +126,18 @@ impl<I: Io> StoredLayer<I> {
 
     /// The open file; opens it if need be.
     pub(super) async fn reader(&self) -> Result<Rc<FileLayer<I>>, LayerError> {
-        if let Some(reader) = self.reader.borrow().as_ref() {
-            return Ok(reader.clone());
+        if let Some(reader) = self.readers.get(&self.slot) {
+            return Ok(reader);
         }
         let cache = self.cache.clone();
         let opened = FileLayer::open(&self.io, &self.dir, &self.name, self.owner, cache).await?;
-        let raced = self.reader.borrow().clone();
-        match raced {
+        match self.readers.get(&self.slot) {
             // Another read opened it meanwhile.
             Some(reader) => {
                 opened.close().await?;
                 Ok(reader)
             }
-            None => {
-                let reader = Rc::new(opened);
-                *self.reader.borrow_mut() = Some(reader.clone());
-                Ok(reader)
-            }
+            None => Ok(self.readers.put(&self.slot, opened, &self.io)),
         }
     }
 
@@ -140,7 +146,7 @@ impl<I: Io> StoredLayer<I> {
     pub(super) fn held(&self, key: Key, lsns: &LsnRange, out: &mut Values) -> Option<Answer> {
         match self.in_memory() {
             Some(layer) => Some(Answer { lookup: layer.newest(key, lsns, out)?, is_read: false }),
-            None => self.reader.borrow().as_ref()?.held(key, lsns, out),
+            None => self.readers.ask(&self.slot, |reader| reader.held(key, lsns, out)),
         }
     }
 
@@ -169,10 +175,16 @@ impl<I: Io> StoredLayer<I> {
     /// Closes the file if no read is under way. Reads that are keep it open until they end; then
     /// the executor's end closes it.
     pub async fn close(&self) -> Result<(), LayerError> {
-        let reader = self.reader.borrow_mut().take();
-        match reader.map(Rc::try_unwrap) {
+        match self.readers.take(&self.slot).map(Rc::try_unwrap) {
             Some(Ok(reader)) => reader.close().await,
             Some(Err(_)) | None => Ok(()),
         }
+    }
+}
+
+impl<I: Io> Drop for StoredLayer<I> {
+    fn drop(&mut self) {
+        // One that nobody closed is not counted any more.
+        drop(self.readers.take(&self.slot));
     }
 }

@@ -3,11 +3,17 @@
 //! Kept in the file `config` of the tenant's directory: JSON in the checksummed container of
 //! `io::durable`. A setting that is not given follows the node's.
 
+use std::ops::RangeInclusive;
+
 use serde::{Deserialize, Serialize};
 
 use super::reader::PageQuota;
 use super::timeline::TimelineConfig;
 use crate::base::Kind;
+use crate::config::{
+    COMPACTION_THRESHOLD, COMPACTION_THRESHOLD_TEXT, IMAGE_PERCENT, IMAGE_PERCENT_TEXT,
+    LAYER_TARGET_BYTES, LAYER_TARGET_TEXT,
+};
 
 /// File name within the tenant's directory.
 pub const CONFIG_FILE: &str = "config";
@@ -28,6 +34,18 @@ pub struct TenantConfig {
     /// See [`TimelineConfig::wait_lsn_timeout_ms`].
     #[serde(skip_serializing_if = "Option::is_none")]
     pub wait_lsn_timeout_ms: Option<u64>,
+    /// See [`TimelineConfig::image_layer_bytes`].
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub image_layer_bytes: Option<u64>,
+    /// See [`TimelineConfig::compaction_threshold`].
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub compaction_threshold: Option<u64>,
+    /// See [`TimelineConfig::compaction_target_bytes`].
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub compaction_target_bytes: Option<u64>,
+    /// See [`TimelineConfig::compaction_image_percent`].
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub compaction_image_percent: Option<u64>,
     /// See [`TimelineConfig::gc_horizon_bytes`].
     #[serde(skip_serializing_if = "Option::is_none")]
     pub gc_horizon_bytes: Option<u64>,
@@ -95,6 +113,21 @@ impl TenantConfig {
         if self.checkpoint_timeout_s == Some(0) {
             return fail("checkpoint_timeout_s", "must be at least 1");
         }
+        let outside = |value: Option<u64>, range: RangeInclusive<u64>| {
+            value.is_some_and(|value| !range.contains(&value))
+        };
+        if outside(self.image_layer_bytes, LAYER_TARGET_BYTES) {
+            return fail("image_layer_bytes", LAYER_TARGET_TEXT);
+        }
+        if outside(self.compaction_threshold, COMPACTION_THRESHOLD) {
+            return fail("compaction_threshold", COMPACTION_THRESHOLD_TEXT);
+        }
+        if outside(self.compaction_target_bytes, LAYER_TARGET_BYTES) {
+            return fail("compaction_target_bytes", LAYER_TARGET_TEXT);
+        }
+        if outside(self.compaction_image_percent, IMAGE_PERCENT) {
+            return fail("compaction_image_percent", IMAGE_PERCENT_TEXT);
+        }
         Ok(())
     }
 
@@ -106,6 +139,17 @@ impl TenantConfig {
                 .unwrap_or(node.checkpoint_distance_bytes),
             checkpoint_timeout_s: self.checkpoint_timeout_s.unwrap_or(node.checkpoint_timeout_s),
             wait_lsn_timeout_ms: self.wait_lsn_timeout_ms.unwrap_or(node.wait_lsn_timeout_ms),
+            image_layer_bytes: self.image_layer_bytes.unwrap_or(node.image_layer_bytes),
+            compaction_threshold: self
+                .compaction_threshold
+                .and_then(|count| usize::try_from(count).ok())
+                .unwrap_or(node.compaction_threshold),
+            compaction_target_bytes: self
+                .compaction_target_bytes
+                .unwrap_or(node.compaction_target_bytes),
+            compaction_image_percent: self
+                .compaction_image_percent
+                .unwrap_or(node.compaction_image_percent),
             gc_horizon_bytes: self.gc_horizon_bytes.unwrap_or(node.gc_horizon_bytes),
             pitr_interval_s: self.pitr_interval_s.unwrap_or(node.pitr_interval_s),
             gc_period_s: self.gc_period_s.unwrap_or(node.gc_period_s),
@@ -125,6 +169,10 @@ impl TenantConfig {
             checkpoint_distance_bytes: Some(config.checkpoint_distance_bytes),
             checkpoint_timeout_s: Some(config.checkpoint_timeout_s),
             wait_lsn_timeout_ms: Some(config.wait_lsn_timeout_ms),
+            image_layer_bytes: Some(config.image_layer_bytes),
+            compaction_threshold: Some(config.compaction_threshold as u64),
+            compaction_target_bytes: Some(config.compaction_target_bytes),
+            compaction_image_percent: Some(config.compaction_image_percent),
             gc_horizon_bytes: Some(config.gc_horizon_bytes),
             pitr_interval_s: Some(config.pitr_interval_s),
             gc_period_s: Some(config.gc_period_s),
@@ -180,6 +228,22 @@ mod tests {
         let config = TenantConfig { checkpoint_timeout_s: Some(5), ..TenantConfig::default() };
         assert_eq!(config.over(NODE), TimelineConfig { checkpoint_timeout_s: 5, ..NODE });
         assert_eq!(TenantConfig::effective(NODE).over(config.over(NODE)), NODE);
+        let layers = TenantConfig {
+            image_layer_bytes: Some(1 << 21),
+            compaction_threshold: Some(7),
+            compaction_target_bytes: Some(1 << 22),
+            compaction_image_percent: Some(30),
+            ..TenantConfig::default()
+        };
+        let expected = TimelineConfig {
+            image_layer_bytes: 1 << 21,
+            compaction_threshold: 7,
+            compaction_target_bytes: 1 << 22,
+            compaction_image_percent: 30,
+            ..NODE
+        };
+        assert_eq!(layers.over(NODE), expected);
+        assert_eq!(layers.check(), Ok(()));
         let quota = TenantConfig { page_requests_per_s: Some(0), ..config }.over(NODE).page_quota;
         assert_eq!(quota, PageQuota { requests_per_s: 0, ..NODE.page_quota });
         assert_eq!(TenantConfig::decode(&config.encode()), Ok(config));
@@ -194,6 +258,20 @@ mod tests {
         let zero = TenantConfig { checkpoint_timeout_s: Some(0), ..TenantConfig::default() };
         assert!(matches!(zero.check(), Err(TenantConfigError::Value { .. })));
         assert!(TenantConfig::decode(&zero.encode()).is_err());
+        let small = TenantConfig { image_layer_bytes: Some(1 << 19), ..TenantConfig::default() };
+        let many = TenantConfig { compaction_threshold: Some(9), ..TenantConfig::default() };
+        let large =
+            TenantConfig { compaction_target_bytes: Some(1 << 31), ..TenantConfig::default() };
+        let none = TenantConfig { compaction_image_percent: Some(0), ..TenantConfig::default() };
+        for (wrong, key) in [
+            (small, "image_layer_bytes"),
+            (many, "compaction_threshold"),
+            (large, "compaction_target_bytes"),
+            (none, "compaction_image_percent"),
+        ] {
+            let error = wrong.check().unwrap_err().to_string();
+            assert!(error.contains(key), "{error}");
+        }
         let newer = br#"{"version": 2, "config": {"new": 1}}"#;
         assert_eq!(TenantConfig::decode(newer), Err(TenantConfigError::Version { found: 2 }));
     }

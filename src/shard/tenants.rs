@@ -8,6 +8,7 @@
 //! tenants/<tenant shard>/timelines/<timeline>/index       what the timeline consists of
 //! tenants/<tenant shard>/timelines/<timeline>/deleted     the index of a timeline being removed
 //! tenants/<tenant shard>/timelines/<timeline>/<layer>     layer files
+//! tenants/<tenant shard>/timelines/<timeline>/journal_mark  how far the journal was synced
 //! tenants/<tenant shard>/timelines/<timeline>/wal/        the journal
 //! tenants/<tenant shard>/timelines/<timeline>/import/     only while a base backup comes in
 //! ```
@@ -37,6 +38,7 @@ use super::memory::MemoryBudget;
 use super::metrics::Counters;
 use super::pages::PageCache;
 use super::reader::{PageBackend, ReadError};
+use super::readers::Readers;
 use super::tenant_config::TenantConfig;
 use super::timeline::{Signal, Timeline, TimelineConfig};
 use super::turn::Turn;
@@ -95,6 +97,7 @@ pub struct ShardContext<I: Io, C: Connector> {
 pub struct Shard<I: Io, C: Connector> {
     pub(super) context: ShardContext<I, C>,
     pub(super) cache: Rc<BlockCache>,
+    pub(crate) readers: Rc<Readers<I>>,
     pub(super) recent: Rc<RecentPages>,
     pub(super) pages: Rc<PageCache>,
     pub(super) memory: Rc<MemoryBudget>,
@@ -129,6 +132,7 @@ impl<I: Io, C: Connector> Shard<I, C> {
         let pages = Rc::new(PageCache::new(context.page_cache_bytes));
         let shard = Rc::new(Shard {
             cache,
+            readers: Rc::default(),
             recent: Rc::default(),
             pages,
             memory: MemoryBudget::new(context.memory_budget_bytes),
@@ -400,6 +404,9 @@ impl<I: Io, C: Connector> CoreControl for Rc<Shard<I, C>> {
             block_cache_hits: cache.hits,
             block_cache_misses: cache.misses,
             block_cache_bytes: cache.held_bytes as u64,
+            layer_files_opened: self.readers.opened(),
+            layer_files_open: self.readers.count() as u64,
+            layer_files_open_bytes: self.readers.bytes() as u64,
             page_cache_hits: counters.page_cache_hits.get(),
             page_cache_bytes: self.pages.held_bytes() as u64,
             read_layers: counters.read_layers.get(),

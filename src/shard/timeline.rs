@@ -19,12 +19,14 @@ use super::held::Room;
 use super::history::History;
 use super::idle::Usage;
 use super::index::{ClusterIdentity, IndexLayer, TimelineIndex, WalSourceConfig};
+use super::journal_mark::JournalMark;
 use super::layer_map::LayerMap;
 use super::lsns::{Advance, LsnWaiters, Lsns};
 use super::memory::{MemoryBudget, Share};
 use super::metrics::Counters;
 use super::pages::{PageCache, TimelineNumber};
 use super::reader::PageQuota;
+use super::readers::Readers;
 use super::sizes::{FoundSizes, Sizes};
 use super::stored::StoredLayer;
 use super::turn::Turn;
@@ -106,6 +108,8 @@ pub struct TimelineContext<I: Io> {
     pub background_redo: Rc<dyn Fn() -> RedoMaker>,
     /// Verified blocks of the core's layer files.
     pub cache: Rc<BlockCache>,
+    /// Open layer files of the core.
+    pub readers: Rc<Readers<I>>,
     /// Pages of the core that were asked for last.
     pub recent: Rc<RecentPages>,
     /// Recently rebuilt pages of the core.
@@ -139,6 +143,8 @@ pub struct Timeline<I: Io> {
     pub(super) checkpoint_signal: Signal,
     /// Tells the journal task that bytes wait.
     pub(super) journal_signal: Signal,
+    /// How far the journal is known to have been synced.
+    pub(super) mark: JournalMark,
     /// Tells the WAL receiver that there is something to report.
     pub(super) status_signal: Signal,
     pub(super) flush_turn: Turn,
@@ -313,6 +319,7 @@ impl<I: Io> Timeline<I> {
             history: History::new(index.gc_cutoff_lsn.max(index.start_lsn)),
             checkpoint_signal,
             journal_signal: Signal::new(),
+            mark: JournalMark::new(open_since),
             status_signal: Signal::new(),
             flush_turn: Turn::default(),
             checkpoint_turn: Turn::default(),

@@ -73,9 +73,8 @@ impl<I: Io> Timeline<I> {
         let end = self.context.io.now()
             + (took / LAYER_WARM_UP_SHARE).clamp(LAYER_WARM_UP_MIN, LAYER_WARM_UP_MAX);
         for desc in files {
-            let (io, cache) = (self.context.io.clone(), self.context.cache.clone());
-            let (dir, name) = (&self.context.dir, desc.name.clone());
-            let layer = StoredLayer::new(io, dir, name, desc.file_bytes, owner, cache);
+            let name = desc.name.clone();
+            let layer = StoredLayer::new(&self.context, name, desc.file_bytes, owner);
             let span = layer.span();
             let first = recent.partition_point(|key| *key < span.keys.start);
             let last = recent.partition_point(|key| *key < span.keys.end);

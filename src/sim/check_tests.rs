@@ -1,19 +1,26 @@
 //! `pgstrata check` on the directory of a simulated node: silent on a sound one, also while the
 //! node runs; every kind of damage is found and named.
 
+use std::cell::Cell;
 use std::path::{Path, PathBuf};
+use std::rc::Rc;
 use std::time::Duration;
 
-use super::engine::{Outside, import, start, timeline_dir};
+use super::engine::{Outside, START, import, start, timeline_dir};
+use super::lifecycle_tests::{self, branch};
 use super::{Outcome, SimIo, SimOptions, SimWorld};
-use crate::base::{Lsn, TenantId, TenantShardId};
-use crate::io::{File, Io, durable};
+use crate::base::{Lsn, TenantId, TenantShardId, TimelineId};
+use crate::io::{File, Io, TaskClass, durable};
 use crate::layers::LayerName;
 use crate::limits::JOURNAL_SEGMENT_BYTES;
 use crate::shard::check::check;
 use crate::shard::check::report::{FileKind, FileReport, Severity, Summary};
-use crate::shard::control::CoreControl;
-use crate::shard::index::{INDEX_FILE, TimelineIndex};
+use crate::shard::control::{Change, CoreControl};
+use crate::shard::index::{BranchPoint, DELETED_FILE, INDEX_FILE, TimelineIndex};
+use crate::shard::journal_mark::{JOURNAL_MARK_FILE, encode};
+use crate::shard::leases::{LEASES_FILE, Leases};
+use crate::shard::tenant_config::{CONFIG_FILE, TenantConfig};
+use crate::shard::timestamps::{COMMIT_TIMES_FILE, CommitTimes};
 use crate::sim::engine::{TENANT, TIMELINE};
 use crate::wal::journal::segment_name;
 
@@ -25,7 +32,7 @@ async fn look(io: &SimIo) -> (Vec<FileReport>, Summary) {
 }
 
 /// The damage that a check finds: file name and text.
-async fn damage(io: &SimIo) -> Vec<(String, String)> {
+pub(super) async fn damage(io: &SimIo) -> Vec<(String, String)> {
     let (reports, summary) = look(io).await;
     let mut found = Vec::new();
     for report in &reports {
@@ -356,6 +363,121 @@ fn what_nobody_needs_is_no_damage() {
         io.remove(&dir.join(INDEX_FILE)).await.unwrap();
         let (reports, summary) = look(&io).await;
         assert_eq!((summary.damaged_files, summary.notes), (0, 2), "{reports:?}");
+    });
+}
+
+/// A small file is what its name says, whatever is left of its content.
+#[test]
+fn damaged_small_files_are_named() {
+    with_node(7, |io| async move {
+        let tenant = timeline_dir().parent().unwrap().parent().unwrap().to_owned();
+        let files = [
+            (tenant.join(CONFIG_FILE), TenantConfig::default().encode()),
+            (timeline_dir().join(LEASES_FILE), Leases::default().encode()),
+            (timeline_dir().join(COMMIT_TIMES_FILE), CommitTimes::default().encode(Lsn(7))),
+            (timeline_dir().join(JOURNAL_MARK_FILE), encode(TIMELINE, Lsn(7))),
+            (timeline_dir().join(DELETED_FILE), Vec::new()),
+        ];
+        for (path, body) in files {
+            let name = path.file_name().unwrap().to_string_lossy().into_owned();
+            durable::write_file_atomic(&io, &path, &body).await.unwrap();
+            assert_eq!(damage(&io).await, []);
+            let right = contents(&io, &path).await;
+            for (at, part) in [(0, "magic number"), (9, "header"), (24, "header")] {
+                let mut wrong = right.clone();
+                wrong[at] ^= 1;
+                replace(&io, &path, &wrong).await;
+                only(&io, &name, part).await;
+            }
+            // Whole, but not what the node could read.
+            durable::write_file_atomic(&io, &path, b"rubbish").await.unwrap();
+            only(&io, &name, "").await;
+            io.remove(&path).await.unwrap();
+            io.create_dir(&path).await.unwrap();
+            only(&io, &name, "directory").await;
+            io.remove_dir_all(&path).await.unwrap();
+        }
+        // What is left of a deleted timeline is not looked at, but its mark is.
+        let index = timeline_dir().join(INDEX_FILE);
+        io.rename(&index, &timeline_dir().join(DELETED_FILE)).await.unwrap();
+        assert_eq!(damage(&io).await, []);
+        assert!(look(&io).await.1.notes > 0);
+    });
+}
+
+/// Writes the index of a branch of the timeline; nothing else is needed for one.
+async fn write_branch(io: &SimIo, id: TimelineId, change: impl FnOnce(&mut TimelineIndex)) {
+    let mut index = read_index(io).await;
+    index.timeline = id;
+    index.layers.clear();
+    index.ancestor = Some(BranchPoint { timeline: TIMELINE, lsn: index.disk_consistent_lsn });
+    change(&mut index);
+    let dir = timeline_dir().parent().unwrap().join(id.to_string());
+    io.create_dir(&dir).await.unwrap();
+    durable::write_file_atomic(io, &dir.join(INDEX_FILE), &index.encode()).await.unwrap();
+}
+
+#[test]
+fn timelines_that_do_not_fit_together_are_named() {
+    with_node(8, |io| async move {
+        let (one, two) = (TimelineId([0xb; 16]), TimelineId([0xc; 16]));
+        write_branch(&io, one, |_| {}).await;
+        write_branch(&io, two, |_| {}).await;
+        assert_eq!(damage(&io).await, []);
+        // What only the journal of the ancestor has is its history, too.
+        let later = read_index(&io).await.disk_consistent_lsn.0 + 30_000;
+        let at = |lsn: u64| {
+            move |index: &mut TimelineIndex| {
+                index.ancestor = Some(BranchPoint { timeline: TIMELINE, lsn: Lsn(lsn) });
+                index.disk_consistent_lsn = index.disk_consistent_lsn.max(Lsn(lsn));
+            }
+        };
+        write_branch(&io, one, at(later - later % 8)).await;
+        assert_eq!(damage(&io).await, []);
+        write_branch(&io, one, at(later + (1 << 30))).await;
+        only(&io, INDEX_FILE, "ends").await;
+        write_branch(&io, one, at(8)).await;
+        only(&io, INDEX_FILE, "begins").await;
+        let of = |timeline| {
+            move |index: &mut TimelineIndex| index.ancestor.as_mut().unwrap().timeline = timeline
+        };
+        write_branch(&io, one, of(TimelineId([9; 16]))).await;
+        only(&io, INDEX_FILE, "is not there").await;
+        write_branch(&io, one, of(two)).await;
+        write_branch(&io, two, of(one)).await;
+        only(&io, INDEX_FILE, "leads back").await;
+        assert_eq!(damage(&io).await.len(), 2);
+        write_branch(&io, two, |_| {}).await;
+        let late = |index: &mut TimelineIndex| index.gc_cutoff_lsn.0 += 1 << 30;
+        write_branch(&io, one, late).await;
+        only(&io, INDEX_FILE, "gc_cutoff_lsn").await;
+    });
+}
+
+#[test]
+fn timelines_that_come_and_go_are_not_called_damaged() {
+    lifecycle_tests::with_tree(|io, shard, outside, _| async move {
+        let over = Rc::new(Cell::new(false));
+        let (task_io, task_shard, told) = (io.clone(), shard.clone(), over.clone());
+        io.spawn(TaskClass::Serve, async move {
+            for round in 0..12 {
+                let [one, two] = [1, 2].map(|n| TimelineId([round * 2 + n + 0x20; 16]));
+                task_shard.change(branch(one, TIMELINE, None)).await.unwrap();
+                task_shard.change(branch(two, one, None)).await.unwrap();
+                task_io.sleep(Duration::from_millis(u64::from(round) * 7)).await;
+                task_shard.change(Change::DeleteTimeline(TENANT, two)).await.unwrap();
+                task_shard.change(Change::DeleteTimeline(TENANT, one)).await.unwrap();
+            }
+            told.set(true);
+        });
+        let mut looks = 0;
+        while !over.get() {
+            assert_eq!(damage(&io).await, []);
+            looks += 1;
+        }
+        assert!(looks > 2 && outside.primary.borrow().end() > START);
+        shard.shutdown().await;
+        assert_eq!(damage(&io).await, []);
     });
 }
 

@@ -413,6 +413,12 @@ impl Disk {
         Ok((inode, self.next_seq))
     }
 
+    /// True if a directory was changed after `seq`, and that is not durable yet.
+    pub fn has_changed(&self, inode: Inode, seq: DirSeq) -> bool {
+        let mut later = self.log.iter().filter(|change| change.seq > seq);
+        later.any(|change| change.directories().any(|dir| dir == inode))
+    }
+
     /// Makes the changes of a directory up to `seq` durable, and what a rename ties to them.
     pub fn sync_dir(&mut self, inode: Inode, seq: DirSeq) {
         let mut directories = BTreeSet::from([inode]);

@@ -71,6 +71,9 @@ pub(super) struct State {
     pub watch: Option<Watch>,
     /// Files of which the last read was wrong: the next one is not.
     pub misread: std::collections::BTreeSet<super::disk::Inode>,
+    /// Directories of which the last sync failed, and the changes that there were by then: the
+    /// kernel may have forgotten these. A new process knows nothing of it.
+    pub failed_dir_syncs: BTreeMap<super::disk::Inode, super::disk::DirSeq>,
 }
 
 /// A change of the disk that is about to take place.
@@ -226,6 +229,7 @@ impl Shared {
         let mut state = self.state.borrow_mut();
         state.timers.clear();
         state.disk.kill();
+        state.failed_dir_syncs.clear();
         state.stopping = false;
     }
 

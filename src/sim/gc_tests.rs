@@ -27,6 +27,7 @@ use crate::shard::control::CoreControl;
 use crate::shard::gc::{GcRequest, planted};
 use crate::shard::history::{HISTORY_FILES, LsnByTimestamp, TimeKind};
 use crate::shard::index::INDEX_FILE;
+use crate::shard::journal_mark::JOURNAL_MARK_FILE;
 use crate::shard::leases::LeaseError;
 use crate::shard::plan::gc::planted::LATE_READ_POINT;
 use crate::shard::reader::{ReadError, RequestLsn, TimelineReader};
@@ -350,7 +351,8 @@ impl Life {
         }
         let entries = self.io.list(&timeline_dir()).await.map_err(|error| error.to_string())?;
         for entry in entries.into_iter().filter(|entry| !entry.is_dir) {
-            let known = entry.name == INDEX_FILE || HISTORY_FILES.contains(&&entry.name[..]);
+            let known = [INDEX_FILE, JOURNAL_MARK_FILE].contains(&&entry.name[..])
+                || HISTORY_FILES.contains(&&entry.name[..]);
             if !known && !layers.contains(&entry.name) {
                 return Err(format!("the file {} is left", entry.name));
             }

@@ -203,8 +203,18 @@ impl Io for SimIo {
         let operation = "sync directory";
         let error = |cause| IoError { operation, path: dir.to_owned(), cause };
         let (inode, seq) = self.state(|state| state.disk.begin_sync_dir(dir)).map_err(error)?;
+        self.state(|state| match state.failed_dir_syncs.remove(&inode) {
+            Some(failed)
+                if state.options.watch_dir_syncs && !state.disk.has_changed(inode, failed) =>
+            {
+                let text = format!("{}: synced again after a sync had failed", dir.display());
+                state.violations.push(text);
+            }
+            _ => {}
+        });
         self.delay(operation, dir).await;
         if self.fault(|state| state.options.sync_error_per_million) {
+            self.state(|state| state.failed_dir_syncs.insert(inode, seq));
             return Err(error(injected("sync")));
         }
         self.state(|state| {

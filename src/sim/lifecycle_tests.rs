@@ -41,6 +41,10 @@ const SETTINGS: TenantConfig = TenantConfig {
     checkpoint_distance_bytes: None,
     checkpoint_timeout_s: Some(77),
     wait_lsn_timeout_ms: None,
+    image_layer_bytes: None,
+    compaction_threshold: None,
+    compaction_target_bytes: None,
+    compaction_image_percent: None,
     gc_horizon_bytes: None,
     pitr_interval_s: Some(77),
     gc_period_s: None,
@@ -445,4 +449,41 @@ fn a_tenant_that_was_being_deleted_does_not_come_back() {
         ));
         shard.shutdown().await;
     });
+}
+
+/// A second sync of the directory alone would say that it is gone, and know nothing.
+#[test]
+fn a_deletion_whose_sync_failed_is_made_anew() {
+    for seed in 0..10 {
+        let options = SimOptions {
+            sync_error_per_million: 1_000_000,
+            watch_dir_syncs: true,
+            ..SimOptions::varied(seed)
+        };
+        let mut world = SimWorld::new(seed, options);
+        let outside = Outside::new(seed);
+        let theirs = outside.clone();
+        let story = move |io: SimIo| async move {
+            io.set_faults(false);
+            prepare(io.clone(), theirs.clone(), Op::Delete).await;
+            let shard = start_shard(&io, &theirs).await.unwrap();
+            io.set_faults(true);
+            for _ in 0..2 {
+                let error = shard.change(Op::Delete.change()).await.unwrap_err();
+                assert!(error.message.contains("sync"), "{error}");
+            }
+            io.set_faults(false);
+            shard.change(Op::Delete.change()).await.unwrap();
+        };
+        world.run(story).unwrap_or_else(|error| panic!("seed {seed}: {error}"));
+        world.crash();
+        let story = move |io: SimIo| async move {
+            io.set_faults(false);
+            let shard = start_shard(&io, &outside).await.unwrap();
+            assert!(Op::Delete.is_done(&shard), "seed {seed}");
+            shard.change(Op::Detach.change()).await.unwrap();
+            shard.shutdown().await;
+        };
+        world.run(story).unwrap_or_else(|error| panic!("seed {seed}: {error}"));
+    }
 }

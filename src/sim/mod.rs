@@ -53,12 +53,16 @@ mod idle_tests;
 mod incident_tests;
 mod io;
 #[cfg(test)]
+mod journal_tests;
+#[cfg(test)]
 mod lifecycle_tests;
 mod options;
 #[cfg(test)]
 mod pressure_tests;
 pub mod primary;
 pub mod random;
+#[cfg(test)]
+mod reader_tests;
 pub mod redo;
 #[cfg(test)]
 mod tests;
@@ -155,6 +159,7 @@ impl SimWorld {
             changes: 0,
             watch: None,
             misread: std::collections::BTreeSet::new(),
+            failed_dir_syncs: BTreeMap::new(),
         };
         let shared = Shared {
             state: RefCell::new(state),

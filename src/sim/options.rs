@@ -24,6 +24,9 @@ pub struct SimOptions {
     pub write_error_per_million: u32,
     /// Chance that a sync of a file or directory fails.
     pub sync_error_per_million: u32,
+    /// A directory that is synced again after a sync failed, with nothing changed in between, is a
+    /// broken contract. Only for runs in which one task at a time changes a directory.
+    pub watch_dir_syncs: bool,
     /// Chance that a create, open, rename, remove or list fails.
     pub metadata_error_per_million: u32,
     /// Chance that a read comes back with one bit turned.
@@ -59,6 +62,7 @@ impl Default for SimOptions {
             read_error_per_million: 0,
             write_error_per_million: 0,
             sync_error_per_million: 0,
+            watch_dir_syncs: false,
             metadata_error_per_million: 0,
             bit_flip_per_million: 0,
             bit_flips_stay: true,

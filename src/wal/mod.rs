@@ -4,7 +4,7 @@
 //! bytes -> stream (page, record) -> decode (rmgr/*, image) -> change -> shard/ingest
 //! ```
 //!
-//! All of this is pure, bytes in, values out, but for [`journal`], [`receiver`] and the
+//! All of this is pure, bytes in, values out, but for [`journal`], [`journal_aside`], [`receiver`] and the
 //! connections in [`source`]. `docs/wal.md` has the overview.
 
 pub mod backup_label;
@@ -16,6 +16,7 @@ pub mod control_file;
 pub mod decode;
 pub mod image;
 pub mod journal;
+pub mod journal_aside;
 pub mod names;
 pub mod page;
 mod pglz;

@@ -7,6 +7,9 @@
 //! a whole record behind the end (its `xl_prev` lies between the end and itself, its checksum is
 //! right) says that WAL was lost in between.
 //!
+//! Where the mark says that more was synced ([`crate::shard::journal_mark`]), no such search is
+//! needed.
+//!
 //! A running node appends meanwhile. If the WAL, looked at once more, goes on beyond the record
 //! that was found behind its end, nothing is lost.
 
@@ -19,9 +22,11 @@ use crate::io::{DirEntry, Io, IoCause, IoError};
 use crate::layers::LayerName;
 use crate::limits::{CHECK_LOOK_PAUSE_MS, JOURNAL_REPLAY_BYTES, JOURNAL_SEGMENT_BYTES};
 use crate::shard::index::TimelineIndex;
+use crate::shard::journal_mark;
 use crate::shard::load::JOURNAL_DIR;
 use crate::shard::timeline::wal_layout;
 use crate::wal::journal::{parse_segment_name, read_segment, segment_name};
+use crate::wal::journal_aside::parse_aside_name;
 use crate::wal::page::WalLayout;
 use crate::wal::record;
 use crate::wal::stream::{Event, StreamError, WalStream};
@@ -87,9 +92,14 @@ pub(super) async fn check<I: Io>(
     let from = index.disk_consistent_lsn;
     let mut files = Vec::new();
     let segments = reader.segments(from, &mut files).await?;
+    // Before the journal: what it says holds for all that is read later. If the file is damaged,
+    // that is said elsewhere.
+    let mark = journal_mark::read(io, timeline_dir, index.timeline).await.unwrap_or_default();
     let (walk, later) = reader.follow(from, &segments).await?;
     let mut problems = Vec::new();
-    if let Some(later) = later {
+    if walk.end < mark {
+        problems.push((walk.end, damaged_text(&walk, mark)));
+    } else if let Some(later) = later {
         problems.push((walk.end, lost_text(&walk, later)));
     }
     if index.source.is_none() && walk.end < index.start_lsn {
@@ -113,12 +123,42 @@ pub(super) async fn check<I: Io>(
     Ok(Journal { files, records: walk.records, is_damaged })
 }
 
+impl Walk {
+    /// Why it ends.
+    fn cause(&self) -> String {
+        match &self.error {
+            Some(error) => error.to_string(),
+            None => "there are zeros, or nothing".to_owned(),
+        }
+    }
+}
+
+/// End of the last whole record of the journal of the timeline in `timeline_dir`.
+///
+/// # Errors
+/// [`IoError`] of the first call that failed.
+pub(super) async fn end<I: Io>(
+    io: &I,
+    timeline_dir: &Path,
+    index: &TimelineIndex,
+) -> Result<Lsn, IoError> {
+    let dir = timeline_dir.join(JOURNAL_DIR);
+    let (layout, tli) = (wal_layout(&index.cluster), index.cluster.tli);
+    let reader = Reader { io, dir: &dir, tli, layout };
+    Ok(reader.walk(index.disk_consistent_lsn, None).await?.end)
+}
+
+fn damaged_text(walk: &Walk, mark: Lsn) -> String {
+    let (end, cause) = (walk.end, walk.cause());
+    format!(
+        "the WAL breaks off at {end} ({cause}), but it was synced, and perhaps acknowledged, up to \
+         {mark}. The next start of the node keeps what is left behind {end} and asks the source \
+         for the WAL again; if the source has it no more, it is lost"
+    )
+}
+
 fn lost_text(walk: &Walk, later: Lsn) -> String {
-    let end = walk.end;
-    let cause = match &walk.error {
-        Some(error) => error.to_string(),
-        None => "there are zeros, or nothing".to_owned(),
-    };
+    let (end, cause) = (walk.end, walk.cause());
     format!(
         "the WAL breaks off at {end} ({cause}), but a whole record stands behind it, at {later}. If \
          the power failed since the node last ran, that record was never acknowledged and the node \
@@ -168,6 +208,14 @@ impl<I: Io> Reader<'_, I> {
                     files.push(FileReport::new(path, FileKind::Leftover, entry.len).note(note));
                 }
                 _ => {
+                    if let Some(lsn) = parse_aside_name(&entry.name) {
+                        let note = format!(
+                            "the journal was damaged at {lsn}, and this is what it had; nobody \
+                             needs it once the timeline has passed that WAL"
+                        );
+                        files.push(FileReport::new(path, FileKind::Leftover, entry.len).note(note));
+                        continue;
+                    }
                     let note = format!("it is no segment of PostgreSQL's timeline {}", self.tli);
                     files.push(FileReport::new(path, FileKind::Unknown, entry.len).note(note));
                 }

@@ -5,27 +5,35 @@
 //! 2. every layer that the index names: it is there, has the length that the index says, belongs
 //!    to the timeline, and every checksum and rule of its format holds ([`crate::layers::verify`]);
 //! 3. its journal: [`journal`];
-//! 4. what else is there: files that the index does not name do not exist as far as the node is
+//! 4. its small files, each as what its name says ([`small`]);
+//! 5. what else is there: files that the index does not name do not exist as far as the node is
 //!    concerned, and are reported as left over.
+//!
+//! And for all timelines of a tenant together, how they hang on each other: [`family`].
 //!
 //! The directory may be that of a running node, which adds and removes files all the time. Nothing
 //! is locked and nothing is written. A layer is published before an index names it and removed
 //! after the last index that named it, so: what looks damaged is looked at again under the index
-//! as it is by then, and is damaged only if that index still names it.
+//! as it is by then, and is damaged only if that index still names it. Timelines come and go, too:
+//! what seems wrong between two of them is looked at again in the same way.
 
+mod family;
 mod journal;
 pub mod report;
+mod small;
 pub mod structure;
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+use self::family::{Family, Member, Problems};
 use self::report::{FileKind, FileReport, Summary};
-use super::index::{INDEX_FILE, IndexLayer, TimelineIndex};
+use self::small::Place;
+use super::index::{DELETED_FILE, INDEX_FILE, IndexLayer, TimelineIndex};
 use super::load::JOURNAL_DIR;
-use crate::base::{TenantShardId, TimelineId};
-use crate::io::{ALIGNMENT, DirEntry, File, Io, IoCause, IoError, durable};
+use crate::base::{Lsn, TenantShardId, TimelineId};
+use crate::io::{DirEntry, Io, IoCause, IoError, durable};
 use crate::layers::{LayerName, LayerOwner, Verified, verify};
 use crate::limits::{CHECK_LOOK_PAUSE_MS, CHECK_LOOKS, CHECK_ROUNDS_MAX};
 
@@ -69,7 +77,8 @@ pub async fn check<I: Io>(
 ) -> Result<Summary, IoError> {
     let tenants = data_dir.join(TENANTS_DIR);
     let entries = io.list(&tenants).await?;
-    let mut check = Check { io, report, summary: Summary::default() };
+    let (summary, strange) = Default::default();
+    let mut check = Check { io, report, summary, strange };
     for entry in entries {
         let path = tenants.join(&entry.name);
         match entry.name.parse::<TenantShardId>() {
@@ -84,6 +93,8 @@ struct Check<'a, I: Io> {
     io: &'a I,
     report: &'a mut dyn FnMut(&FileReport),
     summary: Summary,
+    /// What is wrong between the timelines of the tenant that is being checked.
+    strange: Problems,
 }
 
 impl<I: Io> Check<'_, I> {
@@ -117,12 +128,13 @@ impl<I: Io> Check<'_, I> {
             if entry.name == "timelines" && entry.is_dir {
                 self.timelines(shard, &path).await;
             } else {
-                self.other_file(path, &entry).await;
+                self.other_file(Place::Tenant, path, &entry).await;
             }
         }
     }
 
     async fn timelines(&mut self, shard: TenantShardId, dir: &Path) {
+        self.strange = self.family_problems(shard, dir).await;
         for entry in self.list(dir).await {
             let path = dir.join(&entry.name);
             match entry.name.parse::<TimelineId>() {
@@ -135,28 +147,51 @@ impl<I: Io> Check<'_, I> {
         }
     }
 
-    /// A file that is no layer and no segment: checked if it is in the container of small files.
-    async fn other_file(&mut self, path: PathBuf, entry: &DirEntry) {
-        if entry.name.ends_with(durable::TEMP_SUFFIX) {
-            let report = FileReport::new(path, FileKind::Leftover, entry.len);
-            return self.add(report.note("it is being written, or a crash left it over"));
+    /// What is wrong between the timelines of a tenant, look after look.
+    async fn family_problems(&self, shard: TenantShardId, dir: &Path) -> Problems {
+        let mut standing = family::problems(&self.read_family(shard, dir).await);
+        for _ in 1..CHECK_LOOKS {
+            if standing.is_empty() {
+                break;
+            }
+            self.io.sleep(Duration::from_millis(CHECK_LOOK_PAUSE_MS)).await;
+            let mut again = family::problems(&self.read_family(shard, dir).await);
+            again.retain(|key, _| standing.contains_key(key));
+            standing = again;
         }
-        if entry.is_dir || !self.is_container(&path).await {
-            return self.unknown(path, entry);
-        }
-        let report = FileReport::new(path.clone(), FileKind::SmallFile, entry.len);
-        match durable::read_file(self.io, &path).await {
-            Ok(_) => self.add(report),
-            Err(durable::DurableError::Io(error)) if error.cause == IoCause::NotFound => {}
-            Err(error) => self.add(report.damage(error.to_string())),
-        }
+        standing
     }
 
-    async fn is_container(&self, path: &Path) -> bool {
-        let Ok(file) = self.io.open(path).await else { return false };
-        let begin = file.read_at(0, ALIGNMENT).await;
-        let closed = file.close().await;
-        begin.is_ok_and(|bytes| durable::is_container(&bytes)) && closed.is_ok()
+    /// The timelines of a tenant. What cannot be read is reported elsewhere.
+    async fn read_family(&self, shard: TenantShardId, dir: &Path) -> Family {
+        let mut family = BTreeMap::new();
+        for entry in self.io.list(dir).await.unwrap_or_default() {
+            let Ok(timeline) = entry.name.parse::<TimelineId>() else { continue };
+            let path = dir.join(&entry.name);
+            let member = match self.read_index(LayerOwner { shard, timeline }, &path).await {
+                IndexState::Missing => continue,
+                IndexState::Bad(_) => None,
+                IndexState::Found(found) => {
+                    Some(Member { index: found.index, journal_end: Lsn::INVALID })
+                }
+            };
+            family.insert(timeline, member);
+        }
+        // A branch point may lie in what only the journal of the ancestor has. That is read after
+        // all indexes: at a branch point that one of them names, it is there by then.
+        let points: Vec<_> =
+            family.values().flatten().filter_map(|member| member.index.ancestor).collect();
+        for point in points {
+            if let Some(Some(ancestor)) = family.get_mut(&point.timeline)
+                && ancestor.index.disk_consistent_lsn.max(ancestor.journal_end) < point.lsn
+            {
+                let path = dir.join(point.timeline.to_string());
+                let end = journal::end(self.io, &path, &ancestor.index).await;
+                // A journal that cannot be read is named as such.
+                ancestor.journal_end = end.unwrap_or(Lsn::MAX);
+            }
+        }
+        family
     }
 
     async fn read_index(&self, owner: LayerOwner, dir: &Path) -> IndexState {
@@ -184,7 +219,7 @@ impl<I: Io> Check<'_, I> {
         let path = dir.join(INDEX_FILE);
         match self.read_index(owner, dir).await {
             IndexState::Found(found) => self.indexed_timeline(owner, dir, found).await,
-            IndexState::Missing => self.unfinished_timeline(dir).await,
+            IndexState::Missing => self.unfinished_timeline(owner, dir).await,
             IndexState::Bad(text) => {
                 let bytes =
                     self.list(dir).await.iter().find(|e| e.name == INDEX_FILE).map_or(0, |e| e.len);
@@ -201,15 +236,27 @@ impl<I: Io> Check<'_, I> {
     }
 
     /// There is no index: an import, or what is left of a timeline.
-    async fn unfinished_timeline(&mut self, dir: &Path) {
+    async fn unfinished_timeline(&mut self, owner: LayerOwner, dir: &Path) {
         let entries = self.list(dir).await;
-        if entries.is_empty() {
+        let deleted = entries.iter().find(|entry| entry.name == DELETED_FILE);
+        if let Some(deleted) = deleted {
+            self.deletion(owner, dir, deleted).await;
+        }
+        if entries.is_empty() || deleted.is_some() {
             return;
         }
         let bytes = entries.iter().map(|entry| entry.len).sum();
         let note = "it has no index: it is being imported, or its import never ended and the next \
                     start of the node removes it";
         self.add(FileReport::new(dir.to_owned(), FileKind::Leftover, bytes).note(note));
+    }
+
+    /// The timeline was deleted: its index has another name, or a mark stands beside it.
+    async fn deletion(&mut self, owner: LayerOwner, dir: &Path, mark: &DirEntry) {
+        self.other_file(Place::Timeline(owner.timeline), dir.join(DELETED_FILE), mark).await;
+        let note =
+            "it was deleted; what is left of it goes now, or with the next start of the node";
+        self.add(FileReport::new(dir.to_owned(), FileKind::Leftover, 0).note(note));
     }
 
     async fn indexed_timeline(&mut self, owner: LayerOwner, dir: &Path, first: FoundIndex) {
@@ -237,7 +284,10 @@ impl<I: Io> Check<'_, I> {
             index.start_lsn,
             index.disk_consistent_lsn
         ));
-        for problem in structure::problems(index) {
+        let of_family =
+            self.strange.iter().filter(|((timeline, _), _)| *timeline == owner.timeline);
+        let of_family: Vec<String> = of_family.map(|(_, text)| text.clone()).collect();
+        for problem in structure::problems(index).into_iter().chain(of_family) {
             report = report.damage(problem);
         }
         self.add(report);
@@ -339,7 +389,7 @@ impl<I: Io> Check<'_, I> {
                 continue;
             }
             if entry.name.parse::<LayerName>().is_err() {
-                self.other_file(path, &entry).await;
+                self.other_file(Place::Timeline(owner.timeline), path, &entry).await;
                 continue;
             }
             let note = match checked.contains(&entry.name) {

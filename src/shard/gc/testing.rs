@@ -30,9 +30,7 @@ impl<I: Io> Timeline<I> {
         let written = durable::write_file_atomic(&self.context.io, &path, &index.encode()).await;
         written.map_err(|error| error.to_string())?;
         let owner = LayerOwner { shard: self.tenant, timeline: self.id };
-        let (io, cache) = (self.context.io.clone(), self.context.cache.clone());
-        let layer =
-            StoredLayer::new(io, &self.context.dir, desc.name, desc.file_bytes, owner, cache);
+        let layer = StoredLayer::new(&self.context, desc.name, desc.file_bytes, owner);
         self.mutable.borrow_mut().layers.insert(layer.span(), layer);
         Ok(Some(lsn))
     }
