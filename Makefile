@@ -7,6 +7,7 @@
 #   make fuzz    searches with cargo-fuzz (TARGET=..., SECONDS=...)
 
 SEEDS ?= 100000
+STORIES ?= 2000
 MUTATIONS ?= 100000
 KILLS ?= 60
 KILL_SECONDS ?= 600
@@ -59,6 +60,9 @@ bench: release
 soak: release
 	target/release/pgstrata simulate --seeds $(SEEDS)
 	target/release/pgstrata simulate --crash-points --seeds 2
+	PGSTRATA_STORIES=$(STORIES) cargo test --locked --release --lib -- sim::branch_tests \
+		sim::branch_compaction_tests sim::copy_tests sim::gc_tests sim::idle_tests \
+		sim::incident_tests sim::journal_tests sim::check_tests
 	LAYER_MUTATIONS=$(MUTATIONS) cargo test --locked --release --lib \
 		damage_is_always_detected_and_never_served -- --nocapture
 	FUZZ_RUNS=$(MUTATIONS) cargo test --locked --release --test fuzz_corpus -- --nocapture

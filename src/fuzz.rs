@@ -35,8 +35,8 @@ pub const TARGETS: [(&str, Run); 11] = [
     ("layer_frame", fuzzing::frame),
     ("layer_index", fuzzing::index),
     ("delta_block", fuzzing::delta_block),
-    ("packed_block", fuzzing::packed_block),
-    ("wal_stream", wal_stream),
+    ("image_block", fuzzing::image_block),
+    ("journal_segment", journal_segment),
     ("wal_record", wal_record),
     ("native_redo", native_redo),
     ("page_protocol", page_protocol),
@@ -50,7 +50,7 @@ const SEGMENT_BYTES: u64 = 16 * 1024 * 1024;
 
 /// WAL as it stands in a journal: u64 LSN of the first byte, u8 size of the pieces, then the
 /// bytes.
-fn wal_stream(input: &[u8]) {
+fn journal_segment(input: &[u8]) {
     let Some((start, rest)) = input.split_first_chunk() else { return };
     let Some((piece, wal)) = rest.split_first() else { return };
     let layout = WalLayout { segment_bytes: SEGMENT_BYTES, system_id: None };

@@ -61,8 +61,9 @@ pub fn delta_block(input: &[u8]) {
     }
 }
 
-/// A packed block or page: u8 codec, u32 length unpacked, then the bytes as stored.
-pub fn packed_block(input: &[u8]) {
+/// A page of an image layer as it is stored, or a block of a delta layer: u8 codec, u32 length
+/// unpacked, then the bytes as stored.
+pub fn image_block(input: &[u8]) {
     let mut fields = Fields(input);
     let (Some(codec), Some(raw_bytes)) = (fields.u8(), fields.u32()) else { return };
     let (Some(codec), Ok(stored_bytes)) =
@@ -117,7 +118,7 @@ pub fn seeds(file: &[u8]) -> Vec<(&'static str, Vec<u8>)> {
         let mut seed = vec![packed.codec as u8];
         seed.extend_from_slice(&packed.raw_bytes.to_le_bytes());
         seed.extend_from_slice(stored);
-        seeds.push(("packed_block", seed));
+        seeds.push(("image_block", seed));
         if !name.is_image()
             && let Ok(block) = unpack(&packed, stored)
         {

@@ -4,7 +4,7 @@
 use std::time::Duration;
 
 use super::engine::{Outside, TENANT, TIMELINE, check_page, import, start};
-use super::{SimIo, SimOptions, SimWorld};
+use super::{SimIo, SimOptions, SimWorld, story_seeds};
 use crate::base::TimelineId;
 use crate::io::Io;
 use crate::shard::control::{Change, CoreControl, CreateBranch};
@@ -70,7 +70,7 @@ async fn story(io: SimIo, outside: std::rc::Rc<Outside>) -> Result<(), String> {
 
 #[test]
 fn a_branch_gets_images_and_its_history_goes() {
-    for seed in 0..12 {
+    for seed in story_seeds(12) {
         let mut world = SimWorld::new(seed, SimOptions::varied(seed));
         let outside = Outside::new(seed);
         outside.compaction.set(Some((2, [10, 50][seed as usize % 2])));

@@ -11,7 +11,7 @@ use super::engine::{
     timeline_dir,
 };
 use super::gc_tests::{SECOND_US, wrong_time};
-use super::{SimIo, SimOptions, SimWorld, check_seeds};
+use super::{SimIo, SimOptions, SimWorld, check_seeds, story_seeds};
 use crate::base::{Kind, Lsn, TimelineId, Timestamp};
 use crate::io::Io;
 use crate::shard::branch::CANARY_NO_BRANCH_POINT;
@@ -509,7 +509,7 @@ fn scenario(seed: u64, story: &Rc<Story>) -> Result<u64, String> {
 #[test]
 fn trees_of_timelines_are_right_through_crashes() {
     let story = Rc::new(Story::default());
-    for seed in 0..32 {
+    for seed in story_seeds(32) {
         if let Err(problem) = scenario(seed, &story) {
             panic!("seed {seed}: {problem}");
         }

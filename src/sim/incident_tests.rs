@@ -6,7 +6,7 @@ use std::time::Duration;
 use super::engine::{
     Outside, TENANT, TIMELINE, check_page, import, start, start_shard, timeline_dir,
 };
-use super::{SimOptions, SimWorld};
+use super::{SimOptions, SimWorld, story_seeds};
 use crate::base::{Kind, TimelineId};
 use crate::io::Io;
 use crate::shard::control::{
@@ -16,7 +16,7 @@ use crate::shard::index::INDEX_FILE;
 
 #[test]
 fn a_failed_journal_fails_checkpoints_and_lets_the_node_stop() {
-    for seed in 0..20 {
+    for seed in story_seeds(20) {
         let options = SimOptions { sync_error_per_million: 1_000_000, ..SimOptions::varied(seed) };
         let mut world = SimWorld::new(seed, options);
         let outside = Outside::new(seed);
@@ -45,7 +45,7 @@ fn a_failed_journal_fails_checkpoints_and_lets_the_node_stop() {
 /// with room again everything goes on by itself.
 #[test]
 fn a_full_disk_pauses_ingest_and_nothing_else() {
-    for seed in 0..30 {
+    for seed in story_seeds(30) {
         let mut world = SimWorld::new(seed, SimOptions::varied(seed));
         let outside = Outside::new(seed);
         let story = move |io: crate::sim::SimIo| async move {
@@ -96,7 +96,7 @@ fn a_full_disk_pauses_ingest_and_nothing_else() {
 
 #[test]
 fn the_directory_of_all_tenants_survives_a_power_loss() {
-    for seed in 0..20 {
+    for seed in story_seeds(20) {
         let mut world = SimWorld::new(seed, SimOptions::varied(seed));
         let outside = Outside::new(seed);
         let story = move |io: crate::sim::SimIo| async move {
@@ -147,7 +147,7 @@ fn data_that_cannot_be_opened_is_not_overwritten() {
 /// change, and must not take that for durable.
 #[test]
 fn a_deletion_is_acknowledged_only_when_it_is_durable() {
-    for seed in 0..10 {
+    for seed in story_seeds(10) {
         let options = SimOptions { sync_error_per_million: 1_000_000, ..SimOptions::varied(seed) };
         let mut world = SimWorld::new(seed, options);
         let outside = Outside::new(seed);

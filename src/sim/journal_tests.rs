@@ -8,7 +8,7 @@ use super::engine::{
     Outside, START, SimShard, TENANT, TIMELINE, check_page, import, start, start_shard,
     timeline_dir,
 };
-use super::{Outcome, SimIo, SimOptions, SimWorld};
+use super::{Outcome, SimIo, SimOptions, SimWorld, story_seeds};
 use crate::base::Lsn;
 use crate::io::{File, Io, durable};
 use crate::limits::JOURNAL_SEGMENT_BYTES;
@@ -166,7 +166,7 @@ fn acknowledged_wal_behind_damage_is_kept_and_named() {
 #[test]
 fn what_was_not_acknowledged_is_no_damage() {
     let mut marked = 0;
-    for seed in 0..5 {
+    for seed in story_seeds(5) {
         let mut world =
             SimWorld::new(seed, SimOptions { steps_max: u64::MAX, ..SimOptions::varied(seed) });
         let outside = Outside::new(seed);

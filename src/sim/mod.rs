@@ -299,6 +299,19 @@ impl fmt::Display for SimWorld {
 /// Environment variable that reduces [`check_seeds`] to one seed.
 pub const SEED_VARIABLE: &str = "PGSTRATA_SEED";
 
+/// Environment variable that sets the seeds of the stories of tests: how many, or `from..to`.
+#[cfg(test)]
+pub(crate) const STORIES_VARIABLE: &str = "PGSTRATA_STORIES";
+
+/// The seeds of a story: so many, unless [`STORIES_VARIABLE`] says otherwise.
+#[cfg(test)]
+pub(crate) fn story_seeds(count: u64) -> std::ops::Range<u64> {
+    let Ok(text) = std::env::var(STORIES_VARIABLE) else { return 0..count };
+    let (from, to) = text.split_once("..").unwrap_or(("0", &text));
+    let number = |text: &str| text.parse().unwrap_or_else(|_| panic!("{STORIES_VARIABLE}: {text}"));
+    number(from)..number(to)
+}
+
 /// Runs a scenario for each seed, twice, and compares the trace hashes. The scenario returns
 /// its hash, or says what went wrong. The seed in [`SEED_VARIABLE`] replaces the range.
 ///

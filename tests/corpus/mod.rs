@@ -89,7 +89,7 @@ fn wal(corpus: &mut Corpus, start: Lsn, bytes: &[u8], records: &mut BTreeMap<Str
         let Some(pages) = bytes.get(page..page + 3 * 8192) else { continue };
         let at = Lsn(start.0 + page as u64);
         let seed = [&at.0.to_le_bytes()[..], &[piece], pages].concat();
-        corpus.add("wal_stream", seed);
+        corpus.add("journal_segment", seed);
     }
     let mut stream = WalStream::new(Lsn(start.0 + first as u64), layout).unwrap();
     let mut input = &bytes[first..];
