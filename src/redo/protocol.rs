@@ -104,7 +104,9 @@ pub fn decode_request(bytes: &Bytes) -> Result<RedoRequest, RequestError> {
                 let block = body.get_u32();
                 request = Some(RedoRequest { rel, block, base: None, records: Vec::new() });
             }
-            (b'P', Some(request)) if len == PAGE_SIZE && request.base.is_none() => {
+            (b'P', Some(request))
+                if len == PAGE_SIZE && request.base.is_none() && request.records.is_empty() =>
+            {
                 request.base = Some(body);
             }
             (b'A', Some(request)) if len >= 8 => {
@@ -235,6 +237,18 @@ mod tests {
                 }
             }
         }
+    }
+
+    /// It would be written in another order.
+    #[test]
+    fn a_base_page_behind_a_record_is_refused() {
+        let mut out = Vec::new();
+        encode_request(&request(), &mut out).unwrap();
+        let end = out.split_off(out.len() - 5);
+        out.extend_from_slice(b"P\0\0\x20\0");
+        out.extend_from_slice(&[0; PAGE_SIZE]);
+        out.extend_from_slice(&end);
+        assert!(decode_request(&out.into()).is_err());
     }
 
     #[test]

@@ -36,7 +36,7 @@ use self::images::ImageJob;
 pub use self::job::CompactError;
 use self::job::{Flags, JobBase};
 use self::merge::MergeJob;
-use super::branch::{Older, below_branch_point};
+use super::branch::below_branch_point;
 use super::plan::compaction::{Action, PlanConfig, PlanLayer, bars, plan};
 use super::stored::StoredLayer;
 use super::timeline::{Mutable, Signal, Timeline};
@@ -216,8 +216,6 @@ struct Snapshot<I: Io> {
     stored: Vec<Rc<StoredLayer<I>>>,
     /// For the timeline and each ancestor: its part of the lists, and where it ends.
     levels: Vec<(Range<usize>, Lsn)>,
-    /// Ancestors stay until the work is done.
-    _kept: Vec<Older<I>>,
 }
 
 impl<I: Io> Snapshot<I> {
@@ -336,26 +334,21 @@ impl<I: Io> Timeline<I> {
     /// Layers of ancestors are part of it where everything that the branch sees of them is in
     /// files.
     fn snapshot(&self) -> Snapshot<I> {
-        let mut snapshot = Snapshot {
-            plan: Vec::new(),
-            stored: Vec::new(),
-            levels: Vec::new(),
-            _kept: Vec::new(),
-        };
+        let mut snapshot = Snapshot { plan: Vec::new(), stored: Vec::new(), levels: Vec::new() };
         snapshot.add(&self.mutable.borrow(), None);
-        let (mut older, mut below) = (Older::of(&self.mutable.borrow()), Lsn::MAX);
+        // Nobody waits for compaction before an ancestor goes away: a job fails then.
+        let (mut older, mut below) = (self.ancestor(), Lsn::MAX);
         let mut found = Vec::new();
         while let Some(ancestor) = older {
             if ancestor.timeline.lsns().disk_consistent < ancestor.lsn {
                 return snapshot;
             }
-            older = Older::of(&ancestor.timeline.mutable.borrow());
+            older = ancestor.timeline.ancestor();
             found.push(ancestor);
         }
         for ancestor in found {
             below = below_branch_point(below, ancestor.lsn);
             snapshot.add(&ancestor.timeline.mutable.borrow(), Some(below));
-            snapshot._kept.push(ancestor);
         }
         snapshot
     }

@@ -28,10 +28,10 @@ use super::pages::zero_page;
 use super::reader::ReadError;
 use super::timeline::{Mutable, Timeline};
 use crate::base::page::PAGE_SIZE;
-use crate::base::{Key, KeyRange, Lsn, RelTag, Value};
-use crate::io::{Io, IoCause};
+use crate::base::{Key, KeyRange, Kind, Lsn, RelTag, Value};
+use crate::io::Io;
 use crate::layers::{LayerDesc, LayerError};
-use crate::limits::{IMAGE_READS_CONCURRENT, NO_SPACE_RETRY_MS};
+use crate::limits::{CHECKPOINT_RETRY_MS, IMAGE_READS_CONCURRENT};
 use crate::wal::change::Change;
 
 /// Tablespace and database.
@@ -96,24 +96,22 @@ impl<I: Io> Timeline<I> {
         });
         let Some((source, target)) = copy else { return Ok(None) };
         loop {
-            match self.prepare_copy(place.end, source, target).await {
+            let start = place.start;
+            let error = match self.prepare_copy(place.end, source, target).await {
                 Ok(pages) => {
                     self.part_goes_on(Part::Checkpoint);
                     return Ok(pages);
                 }
-                Err(CopyError::Layer(LayerError::Io(error))) if error.cause == IoCause::NoSpace => {
-                    let reason = format!("database {} cannot be copied: {error}", target.1);
-                    self.part_waits(Part::Checkpoint, reason);
-                    self.context.io.sleep(Duration::from_millis(NO_SPACE_RETRY_MS)).await;
-                }
                 Err(CopyError::Stopped) => return Err(TakeInError::Stopped),
-                Err(CopyError::Read(cause)) => {
-                    return Err(IngestError::Read { start: place.start, cause }.into());
-                }
-                Err(CopyError::Layer(cause)) => {
-                    return Err(IngestError::Write { start: place.start, cause }.into());
-                }
+                Err(CopyError::Read(cause)) => IngestError::Read { start, cause },
+                Err(CopyError::Layer(cause)) => IngestError::Write { start, cause },
+            };
+            // Whoever opens a timeline must not wait for room: it is opened again later.
+            if error.kind() != Kind::Retry || self.replaying.get() {
+                return Err(error.into());
             }
+            self.part_waits(Part::Checkpoint, format!("{error}; trying again"));
+            self.context.io.sleep(Duration::from_millis(CHECKPOINT_RETRY_MS)).await;
             if self.stopping.get() {
                 return Err(TakeInError::Stopped);
             }
@@ -136,13 +134,7 @@ impl<I: Io> Timeline<I> {
         if self.has_image(&keys, lsn) {
             return Ok(Some(CopiedPages(Vec::new())));
         }
-        while let Err(error) = self.checkpoint_now().await {
-            if self.stopping.get() || self.broken().is_some() {
-                return Err(CopyError::Stopped);
-            }
-            self.part_waits(Part::Checkpoint, format!("{error}; trying again"));
-            self.context.io.sleep(Duration::from_millis(NO_SPACE_RETRY_MS)).await;
-        }
+        self.checkpoint_now().await.map_err(|error| self.not_ready(error))?;
         tracing::info!(
             tenant = %self.tenant, timeline = %self.id,
             "database {} is copied from {} at {lsn}: {blocks} blocks", target.1, source.1
@@ -151,11 +143,28 @@ impl<I: Io> Timeline<I> {
         let write = self.context.background.run(move |io: I| job.run(io));
         let (written, sent) = join(write, self.send_copy(template, target, queue)).await;
         match (written.map_err(|_| CopyError::Stopped)?, sent) {
-            (Ok(layers), Ok(())) => Ok(Some(CopiedPages(layers))),
+            (Ok(layers), Ok(())) => {
+                // No index may name them before the journal has the record.
+                while self.lsns().journal < lsn {
+                    self.flush_journal().await.map_err(|error| self.not_ready(error))?;
+                }
+                Ok(Some(CopiedPages(layers)))
+            }
             // The queue ends before its time when the job fails, and then that is the reason.
             (_, Err(CopyError::Read(error))) => Err(CopyError::Read(error)),
             (Err(error), _) => Err(CopyError::Layer(error)),
             (Ok(_), Err(error)) => Err(error),
+        }
+    }
+
+    /// What must be written first cannot be.
+    fn not_ready(&self, error: impl std::fmt::Display) -> CopyError {
+        match self.stopping.get() || self.broken().is_some() {
+            true => CopyError::Stopped,
+            false => {
+                let reason = error.to_string();
+                CopyError::Read(ReadError::NotReady { timeline: self.id, reason })
+            }
         }
     }
 

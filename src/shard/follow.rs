@@ -211,6 +211,8 @@ impl<I: Io> Timeline<I> {
                     WalMessage::Data { start, bytes, .. } => {
                         pace.took(bytes.len() as u64);
                         self.take_in(start, bytes).await?;
+                        // It may have taken long, and nobody listened.
+                        watch.heard(self.context.io.now());
                     }
                     WalMessage::KeepAlive { reply_requested: true, .. } => reported = None,
                     WalMessage::KeepAlive { reply_requested: false, .. } => {}

@@ -278,7 +278,11 @@ impl<I: Io> Timeline<I> {
         let own = self.history.times.borrow().of_lsn(lsn);
         let has_own = |point: Lsn| own.is_some_and(|(from, _)| from > point);
         match self.ancestor().filter(|older| !has_own(older.lsn)) {
-            Some(older) => older.timeline.time_of(lsn.min(older.lsn)),
+            // Collection may have taken what the ancestor knew.
+            Some(older) => {
+                let time = older.timeline.time_of(lsn.min(older.lsn));
+                time.or(own.map(|(_, time)| time))
+            }
             None => Some(own?.1),
         }
     }

@@ -80,6 +80,7 @@ impl LoadError {
             LoadError::Read(error) => error.kind(),
             LoadError::Journal(error) => error.kind(),
             LoadError::Ancestor { kind, .. } => *kind,
+            LoadError::Replay(TakeInError::Ingest(error)) => error.kind(),
             _ => Kind::Corrupt,
         }
     }
@@ -124,7 +125,10 @@ pub async fn load<I: Io>(
     }
     timeline.load_history().await;
     timeline.start_writers();
-    if let Err(error) = replay(&timeline).await {
+    timeline.replaying.set(true);
+    let replayed = replay(&timeline).await;
+    timeline.replaying.set(false);
+    if let Err(error) = replayed {
         // Nobody will have the timeline, so its tasks must end here.
         timeline.abandon().await;
         return Err(error);

@@ -161,6 +161,8 @@ pub struct Timeline<I: Io> {
     pub(super) archived: Cell<bool>,
     /// A record is being ingested: the open layer must not be frozen.
     pub(super) ingesting: Cell<bool>,
+    /// The journal is being replayed: somebody waits for the timeline to be opened.
+    pub(super) replaying: Cell<bool>,
     /// Room for the changes of one record.
     pub(super) changes: Cell<Vec<Change>>,
     /// Room for what a read finds that does not wait.
@@ -329,6 +331,7 @@ impl<I: Io> Timeline<I> {
             deleting: Cell::new(false),
             archived: Cell::new(index.archived),
             ingesting: Cell::new(false),
+            replaying: Cell::new(false),
             changes: Cell::default(),
             held: Cell::default(),
             found_sizes: FoundSizes::default(),

@@ -3,7 +3,7 @@
 
 use std::time::Duration;
 
-use super::engine::{Outside, TENANT, TIMELINE, check_page, import, start};
+use super::engine::{Outside, TENANT, TIMELINE, catch_up, check_page, import, start};
 use super::{SimIo, SimOptions, SimWorld, story_seeds};
 use crate::base::TimelineId;
 use crate::io::Io;
@@ -42,7 +42,7 @@ async fn story(io: SimIo, outside: std::rc::Rc<Outside>) -> Result<(), String> {
     }
     outside.quiet.set(true);
     let end = outside.primary.borrow().record_ends().last().copied().ok_or("no record")?;
-    timeline.wait_for_lsn(end).await.map_err(|error| text(&error))?;
+    catch_up(&timeline, end, 100).await?;
     shard.checkpoint(TENANT, BRANCH).await.map_err(|error| text(&error))?;
     while timeline.compact_once().await.map_err(|error| text(&error))? {}
     let (images, before) = timeline.layer_counts();

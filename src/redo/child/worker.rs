@@ -1,5 +1,6 @@
 //! A worker at a seat: takes the requests of one tenant, has its process answer them.
 
+use std::cell::OnceCell;
 use std::collections::VecDeque;
 use std::future::Future;
 use std::pin::pin;
@@ -16,6 +17,7 @@ use nix::unistd::Pid;
 use super::inline::Sent;
 use super::process::{Process, Trouble};
 use super::{Answer, Job, add};
+use crate::base::seldom::Seldom;
 use crate::limits::{
     REDO_BATCH_BYTES, REDO_BATCH_REQUESTS, REDO_FAILED_BYTES_MAX, REDO_PROCESS_BUSY_MAX, REDO_QUIET,
 };
@@ -23,6 +25,11 @@ use crate::redo::RedoError;
 use crate::redo::failed::{self, Failed, Kept};
 use crate::redo::pool::{Seat, Shared};
 use crate::redo::protocol::Reply;
+
+thread_local! {
+    /// When what PostgreSQL refuses was in the log last.
+    static REFUSALS: (OnceCell<Instant>, Seldom) = Default::default();
+}
 
 /// Keeps the thread, and the processes that it starts, on a CPU.
 pub(in crate::redo) fn pin(cpu: Option<usize>) {
@@ -328,8 +335,14 @@ impl<'a> Worker<'a> {
         if job.failures > 1 {
             return self.answer(Err(RedoError::Refused { rel, block, message }));
         }
-        let tenant = &self.seat.tenant;
-        tracing::warn!(%tenant, %rel, block, %message, "redo failed in PostgreSQL; once more");
+        // A client may ask for such a page as often as it likes.
+        let unsaid =
+            REFUSALS.with(|(begin, seldom)| seldom.pass(begin.get_or_init(Instant::now).elapsed()));
+        if let Some(others_since) = unsaid {
+            let tenant = &self.seat.tenant;
+            tracing::warn!(%tenant, %rel, block, %message, others_since,
+                "redo failed in PostgreSQL; once more");
+        }
     }
 
     /// Keeps the request whose turn it is, for `pgstrata redo replay`.
@@ -352,6 +365,7 @@ impl<'a> Worker<'a> {
             Ok(Kept::New(path)) => tracing::warn!(%tenant, %rel, block, path = %path.display(),
                 "kept the input of a failed redo"),
             Ok(Kept::Known) => {}
+            Ok(Kept::TooLarge(_)) if job.failures > 0 => {}
             Ok(Kept::TooLarge(bytes)) => tracing::warn!(%tenant, %rel, block, bytes,
                 bytes_max = REDO_FAILED_BYTES_MAX,
                 "the input of a failed redo is not kept: it is too large"),

@@ -404,8 +404,8 @@ fn columns(layers: &[PlanLayer], config: &PlanConfig) -> Vec<Column> {
     }
     for (at, layer) in layers.iter().enumerate().filter(|(_, l)| l.is_inherited_delta()) {
         let LayerSpan { keys, lsns, .. } = &layer.span;
-        let touched = columns.iter_mut().filter(|column| overlap(keys, &column.keys));
-        touched
+        touched(&mut columns, keys)
+            .iter_mut()
             .filter(|column| lsns.end.0 > column.lsn.0.saturating_add(1))
             .for_each(|column| column.inherited.push(at));
     }
@@ -432,12 +432,17 @@ fn take(free: &mut BTreeMap<Key, Key>, keys: &KeyRange) -> Vec<KeyRange> {
     touched.iter().map(|gap| gap.start.max(keys.start)..gap.end.min(keys.end)).collect()
 }
 
+/// The columns that have some of these keys.
+fn touched<'a>(columns: &'a mut [Column], keys: &KeyRange) -> &'a mut [Column] {
+    let first = columns.partition_point(|column| column.keys.end <= keys.start);
+    let columns = columns.get_mut(first..).unwrap_or_default();
+    let count = columns.partition_point(|column| column.keys.start < keys.end);
+    columns.get_mut(..count).unwrap_or_default()
+}
+
 /// Shares the bytes of an L1 layer out among the columns that it covers.
 fn stack(columns: &mut [Column], at: usize, layer: &PlanLayer) {
-    let first = columns.partition_point(|column| column.keys.end <= layer.span.keys.start);
-    let columns = columns.get_mut(first..).unwrap_or_default();
-    let count = columns.partition_point(|column| column.keys.start < layer.span.keys.end);
-    let columns = columns.get_mut(..count).unwrap_or_default();
+    let columns = touched(columns, &layer.span.keys);
     let total: u128 = columns.iter().map(|column| u128::from(column.image_bytes)).sum();
     for column in columns {
         let lsns = &layer.span.lsns;
