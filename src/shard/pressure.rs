@@ -67,7 +67,14 @@ impl<I: Io> Timeline<I> {
             open_milli: by_memory.max(by_lsn),
             memory_percent: self.memory.used_percent(),
             layer_bytes,
-            merging: self.merging(),
+            merging: if self.compaction.is_at_rest()
+                && mutable.layers.l0_count() < config.compaction_threshold
+            {
+                // It waits for more: slowly coming WAL would only hold it up.
+                Merging::Off
+            } else {
+                self.merging()
+            },
             merge_bytes_per_s: self.compaction.capacity.bytes_per_s(),
         }
     }
