@@ -13,9 +13,10 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use glommio::{Latency, LocalExecutorBuilder, Placement, Shares};
+use glommio::{LocalExecutorBuilder, Placement};
 use pgstrata::limits::{HEARTBEAT_INTERVAL_MS, PREEMPT_INTERVAL_US};
-use pgstrata::server::mesh::{Pulse, beat};
+use pgstrata::server::mesh::{Progress, Pulse};
+use pgstrata::server::node::{Claim, start_beat, started_executor};
 
 const CPU: usize = 0;
 
@@ -32,43 +33,47 @@ fn spin(time: Duration) {
     }
 }
 
+/// Two tasks that always have something to do, and one that answers heartbeats.
+async fn work_until(progress: Progress, stop: Arc<AtomicBool>, steps: Arc<AtomicU64>) {
+    progress.begin().await;
+    start_beat(progress);
+    let workers: Vec<_> = (0..2)
+        .map(|_| {
+            let (stop, steps) = (stop.clone(), steps.clone());
+            glommio::spawn_local(async move {
+                while !stop.load(Ordering::Acquire) {
+                    spin(Duration::from_micros(50));
+                    steps.fetch_add(1, Ordering::Relaxed);
+                    glommio::yield_if_needed().await;
+                }
+            })
+        })
+        .collect();
+    for worker in workers {
+        worker.await;
+    }
+}
+
 /// Runs work that never ends on an executor for `seconds`, beside two busy threads. Returns the
 /// longest time without progress.
 fn longest_gap(seconds: u64, heartbeats: bool) -> Duration {
     let stop = Arc::new(AtomicBool::new(false));
     let work = Arc::new(AtomicU64::new(0));
     let mut pulse = Pulse::default();
-    let (progress, stopped, steps) = (pulse.progress(), stop.clone(), work.clone());
-    let executor = LocalExecutorBuilder::new(Placement::Fixed(CPU))
-        .io_memory(64 << 10)
-        .preempt_timer(Duration::from_micros(PREEMPT_INTERVAL_US))
-        .spawn(move || async move {
-            let latency = Latency::Matters(Duration::from_millis(1));
-            let queue =
-                glommio::executor().create_task_queue(Shares::default(), latency, "heartbeat");
-            glommio::spawn_local_into(beat(progress), queue).unwrap().detach();
-            let workers: Vec<_> = (0..2)
-                .map(|_| {
-                    let (stopped, steps) = (stopped.clone(), steps.clone());
-                    glommio::spawn_local(async move {
-                        while !stopped.load(Ordering::Acquire) {
-                            spin(Duration::from_micros(50));
-                            steps.fetch_add(1, Ordering::Relaxed);
-                            glommio::yield_if_needed().await;
-                        }
-                    })
-                })
-                .collect();
-            for worker in workers {
-                worker.await;
+    let make = |claim: Claim| {
+        let (progress, stopped, steps) = (pulse.progress(), stop.clone(), work.clone());
+        let builder = LocalExecutorBuilder::new(Placement::Fixed(CPU))
+            .io_memory(64 << 10)
+            .preempt_timer(Duration::from_micros(PREEMPT_INTERVAL_US));
+        builder.spawn(move || async move {
+            if claim.take() {
+                work_until(progress, stopped, steps).await;
             }
         })
-        .unwrap();
-    // Over its first task nothing could wake it yet.
-    let begin = Instant::now();
-    while work.load(Ordering::Relaxed) == 0 && begin.elapsed() < Duration::from_secs(10) {
-        thread::sleep(Duration::from_millis(1));
-    }
+    };
+    // Over its first task nothing could wake it yet, heartbeats or not.
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_time().build().unwrap();
+    let executor = runtime.block_on(started_executor(make)).unwrap();
     let hogs: Vec<_> = (0..2)
         .map(|_| {
             let stop = stop.clone();
