@@ -190,7 +190,12 @@ impl<I: Io> Compaction<I> {
 
     /// Nothing is being done or waits to be done again.
     pub(super) fn is_at_rest(&self) -> bool {
-        self.turn.is_free() && self.failures.get() == 0 && self.retired.borrow().is_empty()
+        self.has_nothing_to_do() && self.retired.borrow().is_empty()
+    }
+
+    /// No job runs, and none that failed is to be tried again.
+    pub(super) fn has_nothing_to_do(&self) -> bool {
+        self.turn.is_free() && self.failures.get() == 0
     }
 
     /// L0 layers cannot be merged.

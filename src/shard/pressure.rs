@@ -14,7 +14,7 @@ use super::health::Part;
 use super::plan::pressure::{Load, Merging, limit, may_add_l0, must_stop};
 use super::timeline::Timeline;
 use crate::io::Io;
-use crate::limits::{FROZEN_LAYERS_MAX, INGEST_PAUSE_MS, L0_LAYERS_MAX, LSN_DISTANCE_FACTOR};
+use crate::limits::{FROZEN_LAYERS_MAX, INGEST_PAUSE_MS, LSN_DISTANCE_FACTOR};
 
 /// Bugs that tests plant.
 #[cfg(test)]
@@ -67,27 +67,17 @@ impl<I: Io> Timeline<I> {
             open_milli: by_memory.max(by_lsn),
             memory_percent: self.memory.used_percent(),
             layer_bytes,
-            merging: if self.compaction.is_at_rest()
-                && mutable.layers.l0_count() < config.compaction_threshold
-            {
-                // It waits for more: slowly coming WAL would only hold it up.
-                Merging::Off
-            } else {
-                self.merging()
-            },
+            merging: self.merging(),
             merge_bytes_per_s: self.compaction.capacity.bytes_per_s(),
         }
     }
 
     /// How compaction gets on with L0 layers.
     pub(super) fn merging(&self) -> Merging {
-        if self.context.config.get().compaction_threshold > L0_LAYERS_MAX {
-            Merging::Off
-        } else if self.compaction.is_stuck() {
-            Merging::Fails
-        } else {
-            Merging::Works
-        }
+        let compaction = &self.compaction;
+        let threshold = self.context.config.get().compaction_threshold;
+        let is_idle = compaction.has_nothing_to_do();
+        Merging::of(self.l0_count(), threshold, compaction.is_stuck(), is_idle)
     }
 
     /// Bytes of WAL per second that may be taken in at the moment; `None`: as many as come.

@@ -5,8 +5,10 @@
 //! "no limit" and falls by halves, the steeper the less room there is; the lowest of them holds.
 //! That of compaction goes by how far a read has to descend: by the number of L0 layers, or by the
 //! records that a page has in them, which in a small database are many in each. What compaction
-//! gets done is measured, so that reads find the same depth however fast or slow it is. So the rate settles where as much is taken in as can be written, whatever the device is
-//! able to do, and nobody has to know that figure.
+//! gets done is measured, so that reads find the same depth however fast or slow it is. So the rate
+//! settles where as much is taken in as can be written, whatever the device is able to do, and
+//! nobody has to know that figure. Where compaction rests until there are more L0 layers, their
+//! depth slows nothing: WAL is just what it waits for.
 //!
 //! All measures are continuous: a layer counts by its fill while it is open, as one when it is
 //! frozen, and still as one when it is an L0 layer. So closing a layer or writing one does not
@@ -36,10 +38,28 @@ use crate::limits::{
 pub enum Merging {
     /// Their number goes down again.
     Works,
+    /// There are too few of them to be merged.
+    Waits,
     /// Merges fail again and again.
     Fails,
     /// There is no compaction.
     Off,
+}
+
+impl Merging {
+    /// With so many L0 layers, where they are merged at a threshold; `is_idle`: nothing is being
+    /// done, or to be done again.
+    pub fn of(l0_count: usize, threshold: usize, is_stuck: bool, is_idle: bool) -> Merging {
+        if threshold > L0_LAYERS_MAX {
+            Merging::Off
+        } else if is_stuck {
+            Merging::Fails
+        } else if is_idle && l0_count < threshold {
+            Merging::Waits
+        } else {
+            Merging::Works
+        }
+    }
 }
 
 /// What waits to be written or merged.
@@ -126,14 +146,14 @@ pub fn limit(load: &Load) -> Option<u64> {
     let l0 = match load.merging {
         Merging::Works => l0,
         Merging::Fails => l0.map(|rate| rate.max(INGEST_STUCK_BYTES_PER_S)),
-        Merging::Off => None,
+        Merging::Waits | Merging::Off => None,
     };
     [frozen, memory, l0].into_iter().flatten().min()
 }
 
 /// True if a frozen layer may become an L0 layer now.
 pub fn may_add_l0(l0_count: usize, merging: Merging) -> bool {
-    l0_count < L0_LAYERS_MAX || merging != Merging::Works
+    l0_count < L0_LAYERS_MAX || matches!(merging, Merging::Fails | Merging::Off)
 }
 
 /// True if nothing at all may be taken in: memory would grow without bound.
@@ -230,8 +250,9 @@ mod tests {
             limit(&at(1, 1 << 60)).map(|rate| rate > INGEST_FAST_BYTES_PER_S / 2),
             Some(true)
         );
-        let off = Load { merging: Merging::Off, ..at(9, 100_000) };
-        assert_eq!(limit(&off), None);
+        for merging in [Merging::Waits, Merging::Off] {
+            assert_eq!(limit(&Load { merging, ..at(9, 100_000) }), None);
+        }
         let waiting = Load { open_milli: 1000, ..at(2, 4_000) };
         assert_eq!(limit(&waiting), limit(&at(3, 4_000)));
     }
@@ -262,6 +283,31 @@ mod tests {
         // Small layers do not make it slower than that.
         let small = Load { layer_bytes: 1000, ..at(1000, Merging::Fails) };
         assert_eq!(limit(&small), Some(INGEST_STUCK_BYTES_PER_S));
+    }
+
+    #[test]
+    fn wal_that_compaction_waits_for_is_not_slowed_for_the_depth_of_reads() {
+        // Small layers of a small database: slow merges, many records of each page.
+        let load = |merging| Load {
+            l0_count: 2,
+            layer_records_milli: 6_000,
+            open_milli: 900,
+            layer_bytes: 4 * MIB,
+            merging,
+            merge_bytes_per_s: Some(MIB),
+            ..IDLE
+        };
+        let busy = Merging::of(2, 3, false, false);
+        assert!(limit(&load(busy)) < Some(MIB / 4), "{:?}", limit(&load(busy)));
+        let waits = Merging::of(2, 3, false, true);
+        assert_eq!(limit(&load(waits)), None);
+        // What is written too slowly slows it all the same.
+        assert!(limit(&Load { frozen_count: 2, ..load(waits) }).is_some());
+        // The third one is merged.
+        assert_eq!(Merging::of(3, 3, false, true), Merging::Works);
+        assert_eq!(Merging::of(2, 3, true, true), Merging::Fails);
+        assert_eq!(Merging::of(2, L0_LAYERS_MAX + 1, true, true), Merging::Off);
+        assert!(may_add_l0(2, waits));
     }
 
     #[test]
@@ -299,7 +345,12 @@ mod tests {
     }
 
     fn any_load() -> impl Strategy<Value = Load> {
-        let merging = prop::sample::select(vec![Merging::Works, Merging::Fails, Merging::Off]);
+        let merging = prop::sample::select(vec![
+            Merging::Works,
+            Merging::Waits,
+            Merging::Fails,
+            Merging::Off,
+        ]);
         let layers = (0usize..20, 0u64..=10_000, 0usize..6, 0u64..=1000);
         let merging = (merging, prop::option::of(any::<u64>()));
         (layers, 0u64..260, 0u64..u64::MAX, 0u32..64, merging).prop_map(
