@@ -372,6 +372,8 @@ pub const IDLE_LOOKS: u64 = 4;
 /// Pause between two looks at whether the tasks of a timeline that is being closed have ended, in
 /// milliseconds.
 pub const CLOSING_POLL_MS: u64 = 1;
+/// Pause between two looks at whether the other syncs of a directory have ended.
+pub const DIR_SYNC_POLL_MS: u64 = 1;
 /// Within this time each timeline that is closed and has history is opened once and collected, in
 /// milliseconds.
 pub const CLOSED_GC_PERIOD_MS: u64 = 24 * 3600 * 1000;

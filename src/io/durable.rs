@@ -67,10 +67,11 @@ pub fn temp_path(path: &Path) -> PathBuf {
 
 /// Gives a file that is written and synced its final name, durably.
 pub async fn publish<I: Io>(io: &I, temp: &Path, target: &Path) -> Result<(), IoError> {
-    io.rename(temp, target).await?;
     // A bare name has the empty path as its parent.
     let parent = target.parent().filter(|parent| !parent.as_os_str().is_empty());
-    io.sync_dir(parent.unwrap_or(Path::new("."))).await
+    let change = io.dir_change(parent.unwrap_or(Path::new(".")));
+    io.rename(temp, target).await?;
+    io.sync_dir(&change).await
 }
 
 /// Replaces or creates a small file. After a crash it is there as it was before, or as it is now.

@@ -17,7 +17,8 @@
 //!   bug of the caller and panics.
 //! - A read that reaches past the end of the file returns what there is.
 //! - Completion of a write promises nothing about durability. [`File::sync`] makes the file's
-//!   content and length durable, [`Io::sync_dir`] its directory entries (create, rename, remove).
+//!   content and length durable, [`Io::sync_dir`] its directory entries (create, rename, remove);
+//!   [`Io::dir_change`] comes before these.
 //! - A failed sync is final for the file: the caller must not sync again and go on.
 //! - A file must be closed; dropping it open is a bug that the simulator reports.
 
@@ -28,9 +29,13 @@ use std::time::Duration;
 
 use crate::base::Kind;
 
+pub use self::dir_syncs::DirChange;
+pub(crate) use self::dir_syncs::DirSyncs;
+
 mod blocking;
 #[cfg(test)]
 mod conformance;
+mod dir_syncs;
 pub mod durable;
 pub mod foreign;
 pub mod read_only;
@@ -112,6 +117,13 @@ pub struct DirEntry {
     pub len: u64,
 }
 
+/// A sync succeeded, but another one has failed since the change.
+fn proves_nothing(change: &DirChange) -> IoError {
+    let cause = "another sync of it failed, so changes may be lost".to_owned();
+    let path = change.dir().to_owned();
+    IoError { operation: "sync directory", path, cause: IoCause::Other(cause) }
+}
+
 /// A point in time of [`Io::now`]: time since an arbitrary start that never runs backwards.
 pub type Instant = Duration;
 
@@ -161,8 +173,11 @@ pub trait Io: Clone + 'static {
     async fn remove_dir_all(&self, path: &Path) -> Result<(), IoError>;
     /// Entries of a directory, sorted by name.
     async fn list(&self, dir: &Path) -> Result<Vec<DirEntry>, IoError>;
-    /// Makes the entries of a directory durable.
-    async fn sync_dir(&self, dir: &Path) -> Result<(), IoError>;
+    /// Entries of a directory are about to change: for the sync behind that.
+    fn dir_change(&self, dir: &Path) -> DirChange;
+    /// Makes the entries of a directory durable. An error, too, if another sync of it has failed
+    /// since the change began: what that one left, this one knows nothing of.
+    async fn sync_dir(&self, change: &DirChange) -> Result<(), IoError>;
     /// Gives back space that is kept for speed only: somebody who writes by other means has found
     /// the file system full. Those who write by this one need not ask.
     async fn make_room(&self) {}

@@ -24,7 +24,9 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use super::blocking::list_directory;
-use super::{ALIGNMENT, DirEntry, File, Instant, Io, IoCause, IoError, TaskClass};
+use super::{
+    ALIGNMENT, DirChange, DirEntry, DirSyncs, File, Instant, Io, IoCause, IoError, TaskClass,
+};
 use crate::limits::READ_AHEAD_BYTES;
 
 /// Past the page cache, and without waiting for whoever would write into a pipe of that name.
@@ -98,8 +100,12 @@ impl Io for ReadOnlyIo {
         list_directory(dir).map_err(|error| failed("list", dir, &error))
     }
 
-    async fn sync_dir(&self, dir: &Path) -> Result<(), IoError> {
-        Err(refused("sync directory", dir))
+    fn dir_change(&self, dir: &Path) -> DirChange {
+        DirSyncs::new().change(dir)
+    }
+
+    async fn sync_dir(&self, change: &DirChange) -> Result<(), IoError> {
+        Err(refused("sync directory", change.dir()))
     }
 
     fn now(&self) -> Instant {

@@ -18,12 +18,14 @@ use glommio::io::{Directory, DmaBuffer, DmaFile, OpenOptions, ReadResult};
 use glommio::{Latency, Shares, TaskQueueHandle};
 
 use super::blocking::list_directory;
+use super::dir_syncs::{Syncing, dir_syncs};
 use super::spares::Spares;
 use super::{
-    ALIGNMENT, DirEntry, File, Instant, Io, IoCause, IoError, TaskClass, align_up, allocated,
+    ALIGNMENT, DirChange, DirEntry, File, Instant, Io, IoCause, IoError, TaskClass, align_up,
+    allocated, proves_nothing,
 };
 use crate::limits::{
-    DEVICE_IO_BYTES_MAX, SERVE_LATENCY_US, SPARE_LONGER_SHARE, SPARE_TRIM_BYTES,
+    DEVICE_IO_BYTES_MAX, DIR_SYNC_POLL_MS, SERVE_LATENCY_US, SPARE_LONGER_SHARE, SPARE_TRIM_BYTES,
     SPARE_TRIM_PAUSE_MS,
 };
 
@@ -299,12 +301,22 @@ impl Io for UringIo {
         list_directory(dir).map_err(|error| os_error("list", dir, &error))
     }
 
-    async fn sync_dir(&self, dir: &Path) -> Result<(), IoError> {
-        let fail = |error| ring_error("sync directory", dir, error);
-        let handle = Directory::open(dir).await.map_err(fail)?;
+    fn dir_change(&self, dir: &Path) -> DirChange {
+        dir_syncs().change(dir)
+    }
+
+    async fn sync_dir(&self, change: &DirChange) -> Result<(), IoError> {
+        let fail = |error| ring_error("sync directory", change.dir(), error);
+        let handle = Directory::open(change.dir()).await.map_err(fail)?;
+        let syncing = Syncing::begin(change.dir());
         let synced = handle.sync().await;
+        let end = syncing.end(synced.is_err());
         handle.close().await.map_err(fail)?;
-        synced.map_err(fail)
+        synced.map_err(fail)?;
+        while end.is_some_and(|end| !dir_syncs().is_settled(change, end)) {
+            glommio::timer::sleep(Duration::from_millis(DIR_SYNC_POLL_MS)).await;
+        }
+        if dir_syncs().proves(change) { Ok(()) } else { Err(proves_nothing(change)) }
     }
 
     async fn make_room(&self) {

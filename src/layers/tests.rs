@@ -338,7 +338,7 @@ fn a_published_file_survives_power_loss_and_a_lost_sync_is_found() {
         let mut world = SimWorld::new(seed, options);
         let outcome = world.run(|io| async move {
             io.create_dir(dir()).await.unwrap();
-            io.sync_dir(Path::new("")).await.unwrap();
+            io.sync_dir(&io.dir_change(Path::new(""))).await.unwrap();
             write_delta(&io, &sample_entries(), Lsn(90)..Lsn(200)).await.unwrap()
         });
         let desc = outcome.unwrap();

@@ -171,10 +171,11 @@ impl<I: Io, C: Connector> Shard<I, C> {
         let io = &self.context.io;
         let timelines = self.timelines_dir(key.0);
         let dir = timelines.join(key.1.to_string());
+        let change = io.dir_change(&timelines);
         // What an earlier attempt may have left.
         io.remove_dir_all(&dir).await?;
         io.create_dir(&dir).await?;
-        io.sync_dir(&timelines).await?;
+        io.sync_dir(&change).await?;
         if let Some(times) = commit_times {
             durable::write_file_atomic(io, &dir.join(COMMIT_TIMES_FILE), &times).await?;
         }
@@ -192,8 +193,9 @@ impl<I: Io, C: Connector> Shard<I, C> {
         let timelines = self.timelines_dir(key.0);
         let io = &self.context.io;
         let removed = async {
+            let change = io.dir_change(&timelines);
             io.remove_dir_all(&timelines.join(key.1.to_string())).await?;
-            io.sync_dir(&timelines).await
+            io.sync_dir(&change).await
         };
         match removed.await {
             Ok(()) => {
@@ -326,8 +328,9 @@ impl<I: Io, C: Connector> Shard<I, C> {
             Err(error) => return Err(error),
         }
         let removed = async {
+            let change = io.dir_change(&timelines);
             io.remove_dir_all(&dir).await?;
-            io.sync_dir(&timelines).await
+            io.sync_dir(&change).await
         };
         if let Err(error) = removed.await {
             tracing::warn!(tenant = %key.0, timeline = %key.1, "{error}; the next start goes on");
@@ -482,8 +485,9 @@ impl<I: Io, C: Connector> Shard<I, C> {
         io.create_dir(&dir).await?;
         durable::write_file_atomic(io, &dir.join(DELETED_FILE), b"").await?;
         let removed = async {
+            let change = io.dir_change(&self.context.data_dir.join("tenants"));
             io.remove_dir_all(&dir).await?;
-            io.sync_dir(&self.context.data_dir.join("tenants")).await
+            io.sync_dir(&change).await
         };
         if let Err(error) = removed.await {
             tracing::warn!(%tenant, "{error}; the next start goes on");

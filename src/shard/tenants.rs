@@ -146,9 +146,10 @@ impl<I: Io, C: Connector> Shard<I, C> {
             context,
         });
         let tenants = shard.context.data_dir.join("tenants");
-        shard.context.io.create_dir(&tenants).await?;
         // Everything that will be acknowledged lies below this name.
-        shard.context.io.sync_dir(&shard.context.data_dir).await?;
+        let change = shard.context.io.dir_change(&shard.context.data_dir);
+        shard.context.io.create_dir(&tenants).await?;
+        shard.context.io.sync_dir(&change).await?;
         for entry in shard.context.io.list(&tenants).await? {
             // A tenant whose making did not end has its name with a suffix.
             let (name, half_made) = match entry.name.strip_suffix(TEMP_SUFFIX) {
@@ -251,13 +252,15 @@ impl<I: Io, C: Connector> Shard<I, C> {
         let timelines = self.timelines_dir(request.tenant);
         let tenant_dir = timelines.parent().unwrap_or(&timelines).to_owned();
         let dir = timelines.join(request.timeline.to_string());
+        let parents = [tenant_dir.parent().unwrap_or(&tenant_dir), &tenant_dir, &timelines];
+        let changes = parents.map(|parent| io.dir_change(parent));
         // What an earlier attempt may have left: its journal must not be taken for ours.
         io.remove_dir_all(&dir).await.map_err(text)?;
         for parent in [&tenant_dir, &timelines, &dir] {
             io.create_dir(parent).await.map_err(text)?;
         }
-        for parent in [tenant_dir.parent().unwrap_or(&tenant_dir), &tenant_dir, &timelines] {
-            io.sync_dir(parent).await.map_err(text)?;
+        for change in &changes {
+            io.sync_dir(change).await.map_err(text)?;
         }
         let job = ImportJob {
             owner: LayerOwner { shard: request.tenant, timeline: request.timeline },

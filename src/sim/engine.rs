@@ -208,7 +208,7 @@ pub(super) async fn import(io: SimIo) -> Result<(), String> {
         path.push(part);
         io.create_dir(&path).await.map_err(|e| text(&e))?;
         let parent = if parent.as_os_str().is_empty() { Path::new(".") } else { &parent };
-        io.sync_dir(parent).await.map_err(|e| text(&e))?;
+        io.sync_dir(&io.dir_change(parent)).await.map_err(|e| text(&e))?;
     }
     let owner = LayerOwner { shard: TENANT, timeline: TIMELINE };
     let mut writer =

@@ -18,7 +18,7 @@ use std::time::Duration;
 use super::SimOptions;
 use super::disk::Disk;
 use super::random::{Stream, Trace};
-use crate::io::TaskClass;
+use crate::io::{DirSyncs, TaskClass};
 
 /// Set by a waker, cleared before the poll.
 struct Woken(AtomicBool);
@@ -72,8 +72,9 @@ pub(super) struct State {
     /// Files of which the last read was wrong: the next one is not.
     pub misread: std::collections::BTreeSet<super::disk::Inode>,
     /// Directories of which the last sync failed, and the changes that there were by then: the
-    /// kernel may have forgotten these. A new process knows nothing of it.
+    /// kernel has forgotten these until there are others. A new process knows nothing of it.
     pub failed_dir_syncs: BTreeMap<super::disk::Inode, super::disk::DirSeq>,
+    pub dir_syncs: DirSyncs,
 }
 
 /// A change of the disk that is about to take place.

@@ -101,7 +101,7 @@ fn the_directory_of_all_tenants_survives_a_power_loss() {
         let outside = Outside::new(seed);
         let story = move |io: crate::sim::SimIo| async move {
             io.create_dir(Path::new("data")).await.unwrap();
-            io.sync_dir(Path::new(".")).await.unwrap();
+            io.sync_dir(&io.dir_change(Path::new("."))).await.unwrap();
             start_shard(&io, &outside).await.unwrap();
         };
         world.run(story).unwrap();

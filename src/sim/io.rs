@@ -14,7 +14,9 @@ use std::time::Duration;
 use super::disk::{Disk, Inode};
 use super::executor::{Shared, Sleep, State};
 use super::random::Stream;
-use crate::io::{ALIGNMENT, DirEntry, File, Instant, Io, IoCause, IoError, TaskClass, allocated};
+use crate::io::{
+    ALIGNMENT, DirChange, DirEntry, File, Instant, Io, IoCause, IoError, TaskClass, allocated,
+};
 use crate::limits::DEVICE_IO_BYTES_MAX;
 
 /// Wall clock at the start of every simulation: 2026-01-01 00:00 UTC, in microseconds.
@@ -199,31 +201,34 @@ impl Io for SimIo {
         self.metadata("list", dir, |disk| disk.list(dir)).await
     }
 
-    async fn sync_dir(&self, dir: &Path) -> Result<(), IoError> {
-        let operation = "sync directory";
+    fn dir_change(&self, dir: &Path) -> DirChange {
+        self.state(|state| state.dir_syncs.change(dir))
+    }
+
+    async fn sync_dir(&self, change: &DirChange) -> Result<(), IoError> {
+        let (operation, dir) = ("sync directory", change.dir());
         let error = |cause| IoError { operation, path: dir.to_owned(), cause };
         let (inode, seq) = self.state(|state| state.disk.begin_sync_dir(dir)).map_err(error)?;
-        self.state(|state| match state.failed_dir_syncs.remove(&inode) {
-            Some(failed)
-                if state.options.watch_dir_syncs && !state.disk.has_changed(inode, failed) =>
-            {
-                let text = format!("{}: synced again after a sync had failed", dir.display());
-                state.violations.push(text);
-            }
-            _ => {}
-        });
+        let number = self.state(|state| state.dir_syncs.begin(dir));
         self.delay(operation, dir).await;
-        if self.fault(|state| state.options.sync_error_per_million) {
-            self.state(|state| state.failed_dir_syncs.insert(inode, seq));
-            return Err(error(injected("sync")));
-        }
+        let failed = self.fault(|state| state.options.sync_error_per_million);
         self.state(|state| {
+            state.dir_syncs.end(number, failed);
+            if failed {
+                state.failed_dir_syncs.insert(inode, seq);
+                return Err(error(injected("sync")));
+            }
             state.note_change(operation, dir);
-            if !state.options.ignore_dir_sync && !state.options.ignores_sync_of(dir) {
+            // What could not be written is forgotten until the directory is changed again.
+            let forgotten = state.failed_dir_syncs.get(&inode);
+            let knows = forgotten.is_none_or(|seq| state.disk.has_changed(inode, *seq));
+            if knows && !state.options.ignore_dir_sync && !state.options.ignores_sync_of(dir) {
+                state.failed_dir_syncs.remove(&inode);
                 state.disk.sync_dir(inode, seq);
             }
-        });
-        Ok(())
+            let proves = state.dir_syncs.proves(change) || state.options.ignore_other_dir_syncs;
+            if proves { Ok(()) } else { Err(error(injected("other sync"))) }
+        })
     }
 
     fn now(&self) -> Instant {

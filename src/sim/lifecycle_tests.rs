@@ -455,11 +455,7 @@ fn a_tenant_that_was_being_deleted_does_not_come_back() {
 #[test]
 fn a_deletion_whose_sync_failed_is_made_anew() {
     for seed in 0..10 {
-        let options = SimOptions {
-            sync_error_per_million: 1_000_000,
-            watch_dir_syncs: true,
-            ..SimOptions::varied(seed)
-        };
+        let options = SimOptions { sync_error_per_million: 1_000_000, ..SimOptions::varied(seed) };
         let mut world = SimWorld::new(seed, options);
         let outside = Outside::new(seed);
         let theirs = outside.clone();

@@ -71,7 +71,7 @@ pub mod wal;
 pub use io::{SimFile, SimIo};
 pub use options::SimOptions;
 
-use crate::io::TaskClass;
+use crate::io::{DirSyncs, TaskClass};
 use disk::Disk;
 pub use executor::{Seen, Watch};
 use executor::{Shared, State, Step, Streams};
@@ -160,6 +160,7 @@ impl SimWorld {
             watch: None,
             misread: std::collections::BTreeSet::new(),
             failed_dir_syncs: BTreeMap::new(),
+            dir_syncs: DirSyncs::new(),
         };
         let shared = Shared {
             state: RefCell::new(state),

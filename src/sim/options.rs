@@ -24,9 +24,6 @@ pub struct SimOptions {
     pub write_error_per_million: u32,
     /// Chance that a sync of a file or directory fails.
     pub sync_error_per_million: u32,
-    /// A directory that is synced again after a sync failed, with nothing changed in between, is a
-    /// broken contract. Only for runs in which one task at a time changes a directory.
-    pub watch_dir_syncs: bool,
     /// Chance that a create, open, rename, remove or list fails.
     pub metadata_error_per_million: u32,
     /// Chance that a read comes back with one bit turned.
@@ -44,6 +41,8 @@ pub struct SimOptions {
     pub ignore_file_sync: bool,
     /// Plants a bug: directory syncs report success and do nothing.
     pub ignore_dir_sync: bool,
+    /// Plants a bug: a sync of a directory succeeds where another one has failed since the change.
+    pub ignore_other_dir_syncs: bool,
     /// Plants a bug: syncs of files and directories whose path ends in this report success and do
     /// nothing.
     pub ignore_syncs_of: Option<&'static str>,
@@ -62,7 +61,6 @@ impl Default for SimOptions {
             read_error_per_million: 0,
             write_error_per_million: 0,
             sync_error_per_million: 0,
-            watch_dir_syncs: false,
             metadata_error_per_million: 0,
             bit_flip_per_million: 0,
             bit_flips_stay: true,
@@ -71,6 +69,7 @@ impl Default for SimOptions {
             capacity_bytes: None,
             ignore_file_sync: false,
             ignore_dir_sync: false,
+            ignore_other_dir_syncs: false,
             ignore_syncs_of: None,
             steps_max: 10_000_000,
         }

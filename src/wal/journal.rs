@@ -169,9 +169,10 @@ impl<I: Io> Journal<I> {
     /// Opens the journal at `end`, the start of a segment for a new journal. To go on with one
     /// that has content, read it and then [`Journal::resume`].
     pub async fn open(io: I, dir: &Path, tli: u32, end: Lsn) -> Result<Self, JournalError> {
-        io.create_dir(dir).await?;
         // Syncing files in a directory says nothing about the directory's own name.
-        io.sync_dir(dir.parent().unwrap_or(Path::new("."))).await?;
+        let change = io.dir_change(dir.parent().unwrap_or(Path::new(".")));
+        io.create_dir(dir).await?;
+        io.sync_dir(&change).await?;
         Ok(Journal {
             io,
             dir: dir.to_owned(),
@@ -189,6 +190,7 @@ impl<I: Io> Journal<I> {
     /// Goes on at `end` after a replay of `from..end`: what lies before `end` is made durable
     /// (a killed process may have written it without a sync), what lies after is forgotten.
     pub async fn resume(&self, from: Lsn, end: Lsn) -> Result<(), JournalError> {
+        let change = self.io.dir_change(&self.dir);
         let numbers =
             from.segment_number(JOURNAL_SEGMENT_BYTES)..=end.segment_number(JOURNAL_SEGMENT_BYTES);
         for number in numbers {
@@ -203,7 +205,7 @@ impl<I: Io> Journal<I> {
                 Err(error) => return Err(error.into()),
             }
         }
-        self.io.sync_dir(&self.dir).await?;
+        self.io.sync_dir(&change).await?;
         let start = Lsn(align_down(end.0));
         let wanted = end.bytes_since(start) as usize;
         let block = self.read_surely(start, wanted).await?;
@@ -359,10 +361,11 @@ impl<I: Io> Journal<I> {
         match self.io.open(&path).await {
             Ok(file) => Ok(file),
             Err(error) if error.cause == IoCause::NotFound => {
+                let change = self.io.dir_change(&self.dir);
                 let file = self.io.create_zeroed(&path, JOURNAL_SEGMENT_BYTES).await?;
                 let prepared = async {
                     file.sync().await?;
-                    self.io.sync_dir(&self.dir).await
+                    self.io.sync_dir(&change).await
                 };
                 match prepared.await {
                     Ok(()) => Ok(file),
@@ -395,6 +398,7 @@ impl<I: Io> Journal<I> {
             file.close().await?;
         }
         let keep = self.segment_name(first);
+        let change = self.io.dir_change(&self.dir);
         let mut removed = 0;
         for entry in self.io.list(&self.dir).await? {
             if entry.name.len() == keep.len() && entry.name < keep {
@@ -403,7 +407,7 @@ impl<I: Io> Journal<I> {
             }
         }
         if removed > 0 {
-            self.io.sync_dir(&self.dir).await?;
+            self.io.sync_dir(&change).await?;
         }
         Ok(removed)
     }

@@ -46,6 +46,7 @@ pub fn parse_aside_name(name: &str) -> Option<Lsn> {
 /// written to the journal.
 pub async fn set_aside<I: Io>(io: &I, dir: &Path, tli: u32, end: Lsn) -> Result<(), IoError> {
     let first = end.segment_number(JOURNAL_SEGMENT_BYTES);
+    let change = io.dir_change(dir);
     let mut is_there = false;
     // By name, which is by number.
     for entry in io.list(dir).await?.into_iter().rev() {
@@ -65,11 +66,25 @@ pub async fn set_aside<I: Io>(io: &I, dir: &Path, tli: u32, end: Lsn) -> Result<
         let missing = dir.join(aside_name(&segment_name(tli, first), end));
         match io.create(&missing).await {
             Ok(file) => file.close().await?,
-            Err(error) if error.cause == IoCause::Exists => {}
+            Err(error) if error.cause == IoCause::Exists => {
+                // An earlier attempt's, whose sync has failed: a sync proves nothing without a
+                // change.
+                let temp = durable::temp_path(&missing);
+                remove_if_there(io, &temp).await?;
+                io.create(&temp).await?.close().await?;
+                io.remove(&temp).await?;
+            }
             Err(error) => return Err(error),
         }
     }
-    io.sync_dir(dir).await
+    io.sync_dir(&change).await
+}
+
+async fn remove_if_there<I: Io>(io: &I, path: &Path) -> Result<(), IoError> {
+    match io.remove(path).await {
+        Err(error) if error.cause != IoCause::NotFound => Err(error),
+        Ok(()) | Err(_) => Ok(()),
+    }
 }
 
 /// Copies a segment, unless that was done before: by now it may have been written to.
@@ -80,10 +95,7 @@ async fn copy<I: Io>(io: &I, segment: &Path, aside: &Path) -> Result<(), IoError
         Err(error) => return Err(error),
     }
     let temp = durable::temp_path(aside);
-    match io.remove(&temp).await {
-        Err(error) if error.cause != IoCause::NotFound => return Err(error),
-        Ok(()) | Err(_) => {}
-    }
+    remove_if_there(io, &temp).await?;
     let source = io.open(segment).await?;
     let target = match io.create(&temp).await {
         Ok(target) => target,

@@ -7,7 +7,9 @@ use std::path::{Path, PathBuf};
 use std::rc::Rc;
 use std::time::Duration;
 
-use crate::io::{ALIGNMENT, DirEntry, File, Instant, Io, IoCause, IoError, TaskClass};
+use crate::io::{
+    ALIGNMENT, DirChange, DirEntry, DirSyncs, File, Instant, Io, IoCause, IoError, TaskClass,
+};
 
 type Content = Rc<RefCell<Vec<u8>>>;
 type Reads = Rc<RefCell<Vec<Range<u64>>>>;
@@ -75,7 +77,10 @@ impl Io for MemoryIo {
     async fn list(&self, _: &Path) -> Result<Vec<DirEntry>, IoError> {
         Ok(Vec::new())
     }
-    async fn sync_dir(&self, _: &Path) -> Result<(), IoError> {
+    fn dir_change(&self, dir: &Path) -> DirChange {
+        DirSyncs::new().change(dir)
+    }
+    async fn sync_dir(&self, _: &DirChange) -> Result<(), IoError> {
         Ok(())
     }
     fn now(&self) -> Instant {
