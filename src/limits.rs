@@ -57,8 +57,9 @@ pub const DEVICE_IO_BYTES_MAX: usize = 1024 * 1024;
 const _: () = assert!(JOURNAL_WRITE_BYTES_MAX <= DEVICE_IO_BYTES_MAX);
 /// Largest file that is read and written whole (timeline indexes), in bytes.
 pub const SMALL_FILE_BYTES_MAX: u64 = 64 * 1024 * 1024;
-/// Tasks that serve requests and take in WAL get their turn within this time, in microseconds.
-pub const SERVE_LATENCY_US: u64 = 100;
+/// Tasks that take in WAL, or may wait, let others have their turn after this time, in
+/// microseconds.
+pub const WORK_SLICE_US: u64 = 100;
 
 /// CPUs that one node uses at most.
 pub const CORES_MAX: usize = 256;
@@ -181,8 +182,10 @@ pub const HEARTBEAT_INTERVAL_MS: u64 = 5;
 /// Wake-ups that an executor gets without answering one. glommio panics at 32,767.
 pub const HEARTBEATS_UNANSWERED_MAX: u64 = 16_000;
 
-/// Executors check so often whether a task has run for its slice.
-pub const PREEMPT_INTERVAL_US: u64 = 100;
+/// Executors that only serve requests look so often at what has come in, in microseconds: a look
+/// takes as long as sending a page does, and everything that was there at the last one is worked
+/// off by then, mostly.
+pub const PREEMPT_INTERVAL_US: u64 = 500;
 
 /// Length of a turn of a serving executor, for the kernel's scheduler.
 pub const SERVE_SLICE_US: u64 = 100;
@@ -495,7 +498,7 @@ pub const REPLY_BUFFERS_SPARE_MAX: usize = 16;
 pub const FAIR_TICK_PAGES: u64 = PAGE_REQUESTS_CONCURRENT_MAX as u64;
 /// So long after one look at all sockets there has been another one, whoever asked for it.
 pub const FAIR_TICK_MAX: std::time::Duration =
-    std::time::Duration::from_micros(4 * PREEMPT_INTERVAL_US);
+    std::time::Duration::from_micros(2 * PREEMPT_INTERVAL_US);
 /// The timer that makes an executor look at all sockets. glommio does not wait for one that has run
 /// out before it is first asked.
 pub const FAIR_TICK_PAUSE: std::time::Duration = std::time::Duration::from_micros(10);

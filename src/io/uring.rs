@@ -25,8 +25,8 @@ use super::{
     allocated, proves_nothing,
 };
 use crate::limits::{
-    DEVICE_IO_BYTES_MAX, DIR_SYNC_POLL_MS, SERVE_LATENCY_US, SPARE_LONGER_SHARE, SPARE_TRIM_BYTES,
-    SPARE_TRIM_PAUSE_MS,
+    DEVICE_IO_BYTES_MAX, DIR_SYNC_POLL_MS, SPARE_LONGER_SHARE, SPARE_TRIM_BYTES,
+    SPARE_TRIM_PAUSE_MS, WORK_SLICE_US,
 };
 
 /// One glommio executor's access to the world. Made on the executor; cheap to clone.
@@ -51,16 +51,18 @@ impl UringIo {
     /// Without `spares`, removed files are just removed.
     pub fn new(spares: Option<Arc<Spares>>) -> Self {
         let executor = glommio::executor();
-        let latency = Duration::from_micros(SERVE_LATENCY_US);
-        let matters = Latency::Matters(latency);
+        // What glommio calls latency is how soon a queue is interrupted when it runs, and whether
+        // completions of its I/O interrupt whoever runs. Requests are so short, and so many, that
+        // both would cost more than they take themselves.
+        let slice = Latency::Matters(Duration::from_micros(WORK_SLICE_US));
         let queue = |shares, latency, name| {
             executor.create_task_queue(Shares::Static(shares), latency, name)
         };
         UringIo {
             queues: Rc::new(Queues {
-                serve: queue(1000, matters, "serve"),
-                ingest: queue(500, matters, "ingest"),
-                background: queue(100, Latency::NotImportant, "background"),
+                serve: queue(1000, Latency::NotImportant, "serve"),
+                ingest: queue(500, slice, "ingest"),
+                background: queue(100, slice, "background"),
                 probed: Cell::new(false),
                 spares,
                 #[allow(clippy::disallowed_methods, reason = "this is the door to the clock")]
