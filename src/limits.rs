@@ -182,9 +182,9 @@ pub const HEARTBEAT_INTERVAL_MS: u64 = 5;
 /// Wake-ups that an executor gets without answering one. glommio panics at 32,767.
 pub const HEARTBEATS_UNANSWERED_MAX: u64 = 16_000;
 
-/// Executors that only serve requests look so often at what has come in, in microseconds: a look
-/// takes as long as sending a page does, and everything that was there at the last one is worked
-/// off by then, mostly.
+/// Executors that only serve requests look so often at what has come in, in microseconds. A look
+/// is two system calls and a timer, and what was there at the last one is worked off by then,
+/// mostly.
 pub const PREEMPT_INTERVAL_US: u64 = 500;
 
 /// Length of a turn of a serving executor, for the kernel's scheduler.
@@ -375,7 +375,7 @@ pub const IDLE_LOOKS: u64 = 4;
 /// Pause between two looks at whether the tasks of a timeline that is being closed have ended, in
 /// milliseconds.
 pub const CLOSING_POLL_MS: u64 = 1;
-/// Pause between two looks at whether the other syncs of a directory have ended.
+/// Pause between two looks at whether the other syncs of a directory have ended, in milliseconds.
 pub const DIR_SYNC_POLL_MS: u64 = 1;
 /// Within this time each timeline that is closed and has history is opened once and collected, in
 /// milliseconds.

@@ -43,10 +43,10 @@ const WORDS: &[&str] = &[
     concat!("FIX", "ME"),
     concat!("TO", "DO"),
     concat!("XX", "X"),
-    "dbg!(",
+    concat!("db", "g!("),
     concat!("to", "do!("),
-    "unimplemented!(",
-    "#[ignore",
+    concat!("unimple", "mented!("),
+    concat!("#[ign", "ore"),
 ];
 
 struct Source {

@@ -55,7 +55,7 @@ pub fn serve(args: ServeArgs) -> Result<(), CommandError> {
     runtime.block_on(run(Arc::new(config)))
 }
 
-/// Every layer file that was read stays open, so the node takes all the files it may have.
+/// Connections and layer files that are read stay open, so the node takes all the files it may have.
 fn raise_file_limit() {
     let files = Resource::RLIMIT_NOFILE;
     let raised = getrlimit(files).and_then(|(_, hard)| setrlimit(files, hard, hard));

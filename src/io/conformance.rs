@@ -1,15 +1,18 @@
 //! One suite that every implementation of [`Io`] has to pass, so that what the simulator proves
 //! holds on the ring as well.
 
+use std::cell::Cell;
 use std::future::Future;
 use std::panic::AssertUnwindSafe;
 use std::path::{Path, PathBuf};
+use std::rc::Rc;
 use std::sync::Arc;
 use std::time::Duration;
 
 use futures_util::FutureExt;
 use futures_util::future::join_all;
 
+use super::dir_syncs::Syncing;
 use super::durable::{self, DurableError};
 use super::spares::Spares;
 use super::uring::UringIo;
@@ -300,12 +303,35 @@ fn the_ring_conforms() {
             let spares = Spares::new(&inner.join("spare"), 1 << 30);
             spares.prepare().unwrap();
             suite(UringIo::new(Some(Arc::new(spares))), inner.join("with")).await;
-            suite(UringIo::new(None), inner.join("without")).await;
+            let io = UringIo::new(None);
+            suite(io.clone(), inner.join("without")).await;
+            syncs_beside_others(io, inner.join("with")).await;
         });
     });
     let result = run.join();
     std::fs::remove_dir_all(&dir).unwrap();
     result.unwrap();
+}
+
+/// What the simulator does not have: syncs of other executors, which it must wait for.
+async fn syncs_beside_others(io: UringIo, dir: PathBuf) {
+    let change = io.dir_change(&dir);
+    drop(Syncing::begin(&dir));
+    assert!(io.sync_dir(&change).await.is_err(), "one that was given up may have failed");
+    let (change, elsewhere) = (io.dir_change(&dir), Syncing::begin(&dir.join("elsewhere")));
+    for fails in [false, true] {
+        let (other, ended) = (Syncing::begin(&dir), Rc::new(Cell::new(false)));
+        let (theirs, later) = (ended.clone(), io.clone());
+        io.spawn(TaskClass::Background, async move {
+            later.sleep(Duration::from_millis(20)).await;
+            theirs.set(true);
+            other.end(fails);
+        });
+        assert_eq!(io.sync_dir(&change).await.is_err(), fails);
+        assert!(ended.get(), "it was not waited for");
+    }
+    elsewhere.end(false);
+    io.sync_dir(&io.dir_change(&dir)).await.unwrap();
 }
 
 #[test]

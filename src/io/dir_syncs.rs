@@ -16,6 +16,8 @@ use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
+use super::{IoCause, IoError};
+
 /// A change of a directory that is about to be made, to be given to
 /// [`Io::sync_dir`](super::Io::sync_dir) afterwards.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -83,9 +85,14 @@ impl DirSyncs {
         !self.under_way.range(..end).any(|(_, dir)| *dir == change.dir)
     }
 
-    /// A sync that succeeded proves that the change is durable.
-    pub fn proves(&self, change: &DirChange) -> bool {
-        self.failed(&change.dir) == change.failed
+    /// What a sync that succeeded proves: that the change is durable, or nothing.
+    pub fn proof(&self, change: &DirChange) -> Result<(), IoError> {
+        if self.failed(&change.dir) == change.failed {
+            return Ok(());
+        }
+        let cause = "another sync of it failed, so changes may be lost".to_owned();
+        let path = change.dir.clone();
+        Err(IoError { operation: "sync directory", path, cause: IoCause::Other(cause) })
     }
 }
 
@@ -99,24 +106,24 @@ pub(super) fn dir_syncs() -> MutexGuard<'static, DirSyncs> {
 }
 
 /// A sync of this process that is under way. One that is given up has perhaps failed.
-pub(super) struct Syncing(Option<SyncNumber>);
+pub(super) struct Syncing(SyncNumber);
 
 impl Syncing {
     pub fn begin(dir: &Path) -> Syncing {
-        Syncing(Some(dir_syncs().begin(dir)))
+        Syncing(dir_syncs().begin(dir))
     }
 
     /// See [`DirSyncs::end`].
-    pub fn end(mut self, failed: bool) -> Option<SyncNumber> {
-        self.0.take().map(|number| dir_syncs().end(number, failed))
+    pub fn end(self, failed: bool) -> SyncNumber {
+        let number = self.0;
+        std::mem::forget(self);
+        dir_syncs().end(number, failed)
     }
 }
 
 impl Drop for Syncing {
     fn drop(&mut self) {
-        if let Some(number) = self.0.take() {
-            dir_syncs().end(number, true);
-        }
+        dir_syncs().end(self.0, true);
     }
 }
 
@@ -134,13 +141,13 @@ mod tests {
         let elsewhere = syncs.change(Path::new(B));
         let number = syncs.begin(one.dir());
         syncs.end(number, true);
-        assert!(!syncs.proves(&one) && !syncs.proves(&other));
+        assert!(syncs.proof(&one).is_err() && syncs.proof(&other).is_err());
         // Other directories have nothing to do with it, nor has what is changed from now on.
-        assert!(syncs.proves(&elsewhere));
+        assert_eq!(syncs.proof(&elsewhere), Ok(()));
         let again = syncs.change(Path::new(A));
         let number = syncs.begin(again.dir());
         syncs.end(number, false);
-        assert!(syncs.proves(&again) && !syncs.proves(&other));
+        assert!(syncs.proof(&again).is_ok() && syncs.proof(&other).is_err());
     }
 
     #[test]
@@ -155,7 +162,7 @@ mod tests {
         // One that began later could not be told of what came before.
         let later = syncs.begin(Path::new(A));
         syncs.end(first, true);
-        assert!(syncs.is_settled(&change, end) && !syncs.proves(&change));
+        assert!(syncs.is_settled(&change, end) && syncs.proof(&change).is_err());
         syncs.end(later, false);
         syncs.end(elsewhere, false);
         assert!(syncs.under_way.is_empty());

@@ -74,13 +74,18 @@ pub async fn publish<I: Io>(io: &I, temp: &Path, target: &Path) -> Result<(), Io
     io.sync_dir(&change).await
 }
 
+/// Removes a file that need not be there.
+pub(crate) async fn remove_if_there<I: Io>(io: &I, path: &Path) -> Result<(), IoError> {
+    match io.remove(path).await {
+        Err(error) if error.cause != IoCause::NotFound => Err(error),
+        Ok(()) | Err(_) => Ok(()),
+    }
+}
+
 /// Replaces or creates a small file. After a crash it is there as it was before, or as it is now.
 pub async fn write_file_atomic<I: Io>(io: &I, path: &Path, body: &[u8]) -> Result<(), IoError> {
     let temp = temp_path(path);
-    match io.remove(&temp).await {
-        Err(error) if error.cause != IoCause::NotFound => return Err(error),
-        Ok(()) | Err(_) => {}
-    }
+    remove_if_there(io, &temp).await?;
     let file = io.create(&temp).await?;
     let written = write_container(&file, body).await;
     file.close().await?;

@@ -117,13 +117,6 @@ pub struct DirEntry {
     pub len: u64,
 }
 
-/// A sync succeeded, but another one has failed since the change.
-fn proves_nothing(change: &DirChange) -> IoError {
-    let cause = "another sync of it failed, so changes may be lost".to_owned();
-    let path = change.dir().to_owned();
-    IoError { operation: "sync directory", path, cause: IoCause::Other(cause) }
-}
-
 /// A point in time of [`Io::now`]: time since an arbitrary start that never runs backwards.
 pub type Instant = Duration;
 

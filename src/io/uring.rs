@@ -22,7 +22,7 @@ use super::dir_syncs::{Syncing, dir_syncs};
 use super::spares::Spares;
 use super::{
     ALIGNMENT, DirChange, DirEntry, File, Instant, Io, IoCause, IoError, TaskClass, align_up,
-    allocated, proves_nothing,
+    allocated,
 };
 use crate::limits::{
     DEVICE_IO_BYTES_MAX, DIR_SYNC_POLL_MS, SPARE_LONGER_SHARE, SPARE_TRIM_BYTES,
@@ -315,10 +315,10 @@ impl Io for UringIo {
         let end = syncing.end(synced.is_err());
         handle.close().await.map_err(fail)?;
         synced.map_err(fail)?;
-        while end.is_some_and(|end| !dir_syncs().is_settled(change, end)) {
+        while !dir_syncs().is_settled(change, end) {
             glommio::timer::sleep(Duration::from_millis(DIR_SYNC_POLL_MS)).await;
         }
-        if dir_syncs().proves(change) { Ok(()) } else { Err(proves_nothing(change)) }
+        dir_syncs().proof(change)
     }
 
     async fn make_room(&self) {

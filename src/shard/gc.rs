@@ -31,7 +31,7 @@ use super::tenants::Shard;
 use super::timeline::Timeline;
 use super::timestamps::AtTime;
 use crate::base::{Kind, Lsn, TimelineId};
-use crate::io::{Io, IoCause, IoError, durable};
+use crate::io::{Io, IoError, durable};
 use crate::limits::{
     COMMIT_TIME_AHEAD_S_MAX, GC_NAMES_MAX, GC_READERS_POLL_MS, GC_READERS_POLLS, GC_SETTING_LOOK_MS,
 };
@@ -288,12 +288,9 @@ impl<I: Io> Timeline<I> {
         if let Err(error) = layer.close().await {
             tracing::warn!(tenant = %self.tenant, timeline = %self.id, "closing {name}: {error}");
         }
-        match self.context.io.remove(&self.context.dir.join(&name)).await {
-            Ok(()) => {}
-            Err(error) if error.cause == IoCause::NotFound => {}
-            Err(error) => {
-                tracing::warn!(tenant = %self.tenant, timeline = %self.id, "{error}");
-            }
+        let path = self.context.dir.join(&name);
+        if let Err(error) = durable::remove_if_there(&self.context.io, &path).await {
+            tracing::warn!(tenant = %self.tenant, timeline = %self.id, "{error}");
         }
     }
 

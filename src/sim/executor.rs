@@ -231,6 +231,7 @@ impl Shared {
         state.timers.clear();
         state.disk.kill();
         state.failed_dir_syncs.clear();
+        state.dir_syncs = DirSyncs::new();
         state.stopping = false;
     }
 

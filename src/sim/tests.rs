@@ -2,7 +2,7 @@
 //! writer which forgets a sync is found.
 
 use std::cell::Cell;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use super::*;
@@ -11,6 +11,16 @@ use crate::io::{ALIGNMENT, File, Io, IoCause};
 
 /// Seeds within which a planted bug has to be found.
 const CANARY_SEEDS: u64 = 50;
+
+/// The version with which a small file begins; 0 where there is none.
+fn version_found(world: &mut SimWorld, path: PathBuf) -> Result<u64, String> {
+    let read = world.run(|io| async move { durable::read_file(&io, &path).await });
+    match read.map_err(|error| error.to_string())? {
+        Ok(body) => Ok(u64::from_le_bytes(*body.first_chunk().unwrap())),
+        Err(DurableError::Io(error)) if error.cause == IoCause::NotFound => Ok(0),
+        Err(error) => Err(error.to_string()),
+    }
+}
 
 /// A writer that replaces one small file again and again and says which versions it was told
 /// are durable; a crash at a random step; then a reader. The hash of the run, or what was lost.
@@ -40,13 +50,8 @@ fn replace_and_crash(seed: u64, planted: SimOptions) -> Result<u64, String> {
             })
             .map_err(|error| error.to_string())?;
         world.crash();
-        let (told, target) = (*acknowledged.borrow(), path.clone());
-        let read = world.run(|io| async move { durable::read_file(&io, &target).await });
-        let found = match read.map_err(|error| error.to_string())? {
-            Ok(body) => u64::from_le_bytes(*body.first_chunk().unwrap()),
-            Err(DurableError::Io(error)) if error.cause == IoCause::NotFound => 0,
-            Err(error) => return Err(error.to_string()),
-        };
+        let told = *acknowledged.borrow();
+        let found = version_found(&mut world, path.clone())?;
         if found != told && found != told + 1 {
             return Err(format!("version {told} was acknowledged, {found} found"));
         }
@@ -79,7 +84,6 @@ fn canary_skipped_dir_sync_is_found() {
     assert!(found.is_some(), "not found in {CANARY_SEEDS} seeds");
 }
 
-/// Tasks that write, sleep, draw and talk; the hash of it all.
 /// Two tasks write a file each into one directory, over and over, on a disk where syncs fail; then
 /// the power goes. What was acknowledged must be there.
 fn two_writers_and_a_crash(seed: u64, planted: bool) -> Result<u64, String> {
@@ -118,16 +122,9 @@ fn two_writers_and_a_crash(seed: u64, planted: bool) -> Result<u64, String> {
     });
     run.map_err(|error| error.to_string())?;
     world.crash();
+    world.run(|io| async move { io.set_faults(false) }).map_err(|error| error.to_string())?;
     for (name, told) in ["one", "other"].into_iter().zip(told) {
-        let read = world.run(|io| async move {
-            io.set_faults(false);
-            durable::read_file(&io, &dir.join(name)).await
-        });
-        let found = match read.map_err(|error| error.to_string())? {
-            Ok(body) => u64::from_le_bytes(*body.first_chunk().unwrap()),
-            Err(DurableError::Io(error)) if error.cause == IoCause::NotFound => 0,
-            Err(error) => return Err(error.to_string()),
-        };
+        let found = version_found(&mut world, dir.join(name))?;
         if found < told.get() {
             return Err(format!("{name}: version {} was acknowledged, {found} found", told.get()));
         }
@@ -143,6 +140,7 @@ fn a_failed_sync_of_a_directory_is_everybodys_who_changed_it() {
     println!("found at seed {:?}", found.expect("the planted bug is not found"));
 }
 
+/// Tasks that write, sleep, draw and talk; the hash of it all.
 fn busy_run(seed: u64) -> Result<u64, String> {
     let mut world = SimWorld::new(seed, SimOptions::swarm(seed));
     let run = world.run(|io| async move {

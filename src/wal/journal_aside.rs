@@ -70,7 +70,7 @@ pub async fn set_aside<I: Io>(io: &I, dir: &Path, tli: u32, end: Lsn) -> Result<
                 // An earlier attempt's, whose sync has failed: a sync proves nothing without a
                 // change.
                 let temp = durable::temp_path(&missing);
-                remove_if_there(io, &temp).await?;
+                durable::remove_if_there(io, &temp).await?;
                 io.create(&temp).await?.close().await?;
                 io.remove(&temp).await?;
             }
@@ -78,13 +78,6 @@ pub async fn set_aside<I: Io>(io: &I, dir: &Path, tli: u32, end: Lsn) -> Result<
         }
     }
     io.sync_dir(&change).await
-}
-
-async fn remove_if_there<I: Io>(io: &I, path: &Path) -> Result<(), IoError> {
-    match io.remove(path).await {
-        Err(error) if error.cause != IoCause::NotFound => Err(error),
-        Ok(()) | Err(_) => Ok(()),
-    }
 }
 
 /// Copies a segment, unless that was done before: by now it may have been written to.
@@ -95,7 +88,7 @@ async fn copy<I: Io>(io: &I, segment: &Path, aside: &Path) -> Result<(), IoError
         Err(error) => return Err(error),
     }
     let temp = durable::temp_path(aside);
-    remove_if_there(io, &temp).await?;
+    durable::remove_if_there(io, &temp).await?;
     let source = io.open(segment).await?;
     let target = match io.create(&temp).await {
         Ok(target) => target,
