@@ -123,6 +123,8 @@ fn a_node_names_what_is_wrong() {
     let ids = ["--tenant", tenant.as_str(), "--timeline", timeline.as_str()];
     let verify = ["verify", "--pgdata", &data, "--node", &page_address, "--lsn", &lsn];
     says(&[&verify[..], &ids].concat(), "sum of relation forks");
+    // Without an LSN, where the directory stands.
+    says(&[&verify[..5], &ids].concat(), &format!("at {lsn}\n"));
     cluster.start().unwrap();
     refuses(&[&verify[..], &ids].concat(), "was not shut down");
 

@@ -45,6 +45,8 @@ const UNLOGGED_LSN_AT: usize = 128;
 /// Where it begins (`FirstNormalUnloggedLSN`).
 const FIRST_UNLOGGED_LSN: u64 = 1000;
 const VERSION: u32 = 1300;
+/// Length of a checkpoint's record: header (24), tag and length of the data (2), data, aligned.
+const CHECKPOINT_RECORD_BYTES: u64 = (24 + 2 + CHECKPOINT_BYTES as u64).next_multiple_of(8);
 const CATALOG_VERSION: u32 = 202_209_061;
 
 /// What the file says.
@@ -198,6 +200,32 @@ impl ControlFile {
             data_checksum_version: number(252),
             wal_segment_bytes: u64::from(segment),
         })
+    }
+
+    /// The LSN at which the files of a server that was shut down stand. A primary's last record is
+    /// its shutdown's checkpoint, which changes no page. A stand-by's shutdown writes all pages if
+    /// a checkpoint came since the last restart point, and else none (`CreateRestartPoint`); both
+    /// move `minRecoveryPoint`, so `None`, not known, where it lies behind the end of the
+    /// checkpoint. `None` also for a server that was not shut down.
+    pub fn stands_at(&self) -> Option<Lsn> {
+        match self.state {
+            DbState::ShutDown => Some(self.checkpoint_lsn),
+            DbState::ShutDownInRecovery => {
+                let end = self.checkpoint_end()?;
+                (self.min_recovery_point == end).then_some(end)
+            }
+            _ => None,
+        }
+    }
+
+    /// End of the last checkpoint's record, as of any record: what follows it is aligned.
+    fn checkpoint_end(&self) -> Option<Lsn> {
+        let layout = WalLayout { segment_bytes: self.wal_segment_bytes, system_id: None };
+        let start = self.checkpoint_lsn;
+        let next_page = Lsn(start.0 - start.page_offset()).checked_add(WAL_PAGE_SIZE)?;
+        let end = start.checked_add(CHECKPOINT_RECORD_BYTES)?;
+        let header = if end > next_page { layout.header_len(next_page) } else { 0 };
+        end.checked_add(header as u64)
     }
 }
 
@@ -375,6 +403,26 @@ mod tests {
         let read = ControlFile::parse(&file).unwrap();
         assert_eq!((read.checkpoint, read.checkpoint_lsn), (checkpoint, Lsn(5)));
         assert_eq!(with_parameters(b"short", &new), &b"short"[..]);
+    }
+
+    /// The record of a checkpoint is 120 bytes long, and a page header more over a page's end.
+    #[test]
+    fn where_a_cluster_stands() {
+        let at = |state: u32, checkpoint: u64, recovered: u64| {
+            let mut file = sample();
+            put(&mut file, 16, &state.to_le_bytes());
+            put(&mut file, 32, &checkpoint.to_le_bytes());
+            put(&mut file, 136, &recovered.to_le_bytes());
+            seal(&mut file);
+            ControlFile::parse(&file).unwrap().stands_at()
+        };
+        assert_eq!(at(1, 0x0800_0060, 0), Some(Lsn(0x0800_0060)));
+        assert_eq!(at(6, 0x0800_0060, 0), None, "in production");
+        assert_eq!(at(2, 0x0800_0060, 0x0800_00D8), Some(Lsn(0x0800_00D8)));
+        assert_eq!(at(2, 0x0800_0060, 0x0800_0110), None, "replayed more");
+        assert_eq!(at(2, 0x0800_1F88, 0x0800_2000), Some(Lsn(0x0800_2000)), "up to the page's end");
+        assert_eq!(at(2, 0x0800_1FC0, 0x0800_2050), Some(Lsn(0x0800_2050)), "on the next page");
+        assert_eq!(at(2, 0x08FF_FFC0, 0x0900_0060), Some(Lsn(0x0900_0060)), "in the next segment");
     }
 
     #[test]
