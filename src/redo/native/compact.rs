@@ -1,101 +1,108 @@
 //! Taking items out of a page, and closing the gaps (`src/backend/storage/page/bufpage.c`).
 //!
-//! PostgreSQL moves items in different ways, depending on their order and number; where no two
-//! of them overlap, all ways leave the same bytes, the hole included, as nothing but the places
-//! where items end up is written. That no two overlap is checked here. Half of the time that redo
-//! of pruning takes is spent here, so nothing is copied or cleared that need not be.
+//! PostgreSQL moves items one by one or in groups, within the page if they lie there in the order
+//! in which they will, else out of a copy. Nothing but the places where items end up is written,
+//! the rest of the hole keeps what stood there. Out of a copy each item is what it was; within
+//! the page too if no two of them overlap, which is checked here. Half of the time that redo of
+//! pruning takes is spent here, so nothing is copied or cleared that need not be.
 
 use super::page::{
     Bounds, Fit, HAS_FREE_LINES, HEADER, HEAP_LINES_MAX, INDEX_LINES_MAX, LINE, Line,
-    aligned_bounds, change_flags, item, line, lines, max_align, move_bytes, put, set_line,
-    set_lower, set_upper, slice_at,
+    aligned_bounds, change_flags, item, line, lines, max_align, move_bytes, put, put_u32, set_line,
+    set_lower, set_upper, slice_at, u32_at,
 };
-use crate::base::page::{PAGE_SIZE, Page};
+use crate::base::page::Page;
 
-/// An item that stays: its line pointer's number afterwards, its place, its length with padding.
-#[derive(Clone, Copy, Default)]
-struct Kept {
-    number: u16,
-    offset: u16,
-    len: u16,
+/// All line pointers.
+fn all_lines(page: &Page, bounds: Bounds) -> Fit<impl Iterator<Item = Line>> {
+    let array = slice_at(page, HEADER, bounds.lower - HEADER)?;
+    Ok(array.as_chunks().0.iter().map(|packed| Line::unpack(u32::from_le_bytes(*packed))))
 }
 
-impl Kept {
-    /// Line pointers have no larger numbers, nor have pages.
-    fn new(number: usize, offset: usize, len: usize) -> Kept {
-        Kept { number: number as u16, offset: offset as u16, len: len as u16 }
-    }
-
-    fn offset(self) -> usize {
-        usize::from(self.offset)
-    }
-
-    fn len(self) -> usize {
-        usize::from(self.len)
-    }
+/// What [`survey`] found about the items of a page.
+struct Survey {
+    /// Each item begins before the one whose line pointer comes before.
+    descend: bool,
+    /// Items from here on are where they are to be.
+    settled: usize,
 }
 
-/// Marks eight-byte units of the page as taken.
-struct Taken([u64; PAGE_SIZE / 512]);
-
-impl Taken {
-    fn take(&mut self, offset: usize, len: usize) -> Fit<()> {
-        let (mut unit, end) = (offset / 8, (offset + len) / 8);
-        while unit < end {
-            let (from, to) = (unit % 64, (end - unit / 64 * 64).min(64));
-            let mask = (u64::MAX << from) & (u64::MAX >> (64 - to));
-            let word = self.0.get_mut(unit / 64).ok_or("an item lies outside of the page")?;
-            if *word & mask != 0 {
-                return Err("items overlap");
-            }
-            *word |= mask;
-            unit += to - from;
-        }
-        Ok(())
-    }
-}
-
-/// Moves the items to the end of the page, in the order of `items` (`compactify_tuples`).
-fn compactify(page: &mut Page, items: &[Kept], bounds: Bounds) -> Fit<()> {
-    let mut taken = Taken([0; PAGE_SIZE / 512]);
-    let (mut descend, mut before) = (true, bounds.special);
-    for kept in items {
-        if kept.offset() < bounds.upper || kept.offset() + kept.len() > bounds.special {
+/// Checks that all items lie where items may; if they descend, also that none lies on another.
+fn survey(page: &Page, bounds: Bounds) -> Fit<Survey> {
+    let mut found = Survey { descend: true, settled: bounds.special };
+    let (mut before, mut in_place, mut overlap) = (bounds.special, true, false);
+    for line in all_lines(page, bounds)?.filter(Line::has_storage) {
+        let (offset, end) = (line.offset, line.offset + max_align(line.len));
+        if offset < bounds.upper || end > bounds.special {
             return Err("an item lies outside of the items' space");
         }
-        if !kept.offset().is_multiple_of(8) {
+        if !offset.is_multiple_of(8) {
             return Err("an item is not aligned");
         }
-        taken.take(kept.offset(), kept.len())?;
-        descend &= kept.offset() < before;
-        before = kept.offset();
-    }
-    let mut upper = bounds.special;
-    let mut rest = items;
-    // What is in its place stays there.
-    while let Some((kept, after)) = rest.split_first() {
-        if kept.offset() + kept.len() != upper {
-            break;
+        in_place &= end == found.settled;
+        if in_place {
+            found.settled = offset;
         }
-        upper = kept.offset();
-        rest = after;
+        found.descend &= offset < before;
+        overlap |= end > before;
+        before = offset;
     }
+    match found.descend && overlap {
+        true => Err("items overlap"),
+        false => Ok(found),
+    }
+}
+
+/// Items that lie behind each other, and go on doing so elsewhere: from, end, and where to.
+#[derive(Clone, Copy)]
+struct Run {
+    from: usize,
+    end: usize,
+    to: usize,
+}
+
+impl Run {
+    /// `old` is the page from `old_at` on as it was, if items may have been written over meanwhile.
+    fn carry_out(self, page: &mut Page, old: Option<&[u8]>, old_at: usize) -> Fit<()> {
+        let Run { from, end, to } = self;
+        match old {
+            _ if from == to => Ok(()),
+            Some(old) => put(page, to, slice_at(old, from - old_at, end - from)?),
+            None => move_bytes(page, from, to, end - from),
+        }
+    }
+}
+
+/// Moves the items to the end of the page, in the order of their line pointers
+/// (`compactify_tuples`).
+fn compactify(page: &mut Page, bounds: Bounds) -> Fit<()> {
+    let Survey { descend, settled } = survey(page, bounds)?;
     // One that lies before another never lands on that one's old place, if that has moved first.
-    let old = match descend || rest.is_empty() {
-        true => Vec::new(),
-        false => slice_at(page, bounds.upper, upper - bounds.upper)?.to_vec(),
+    let old = match descend {
+        true => None,
+        false => Some(slice_at(page, bounds.upper, settled - bounds.upper)?.to_vec()),
     };
-    for kept in rest {
-        upper = upper.checked_sub(kept.len()).ok_or("items are larger than their space")?;
-        match descend {
-            true => move_bytes(page, kept.offset(), upper, kept.len())?,
-            false => put(page, upper, slice_at(&old, kept.offset() - bounds.upper, kept.len())?)?,
+    let mut run = Run { from: bounds.special, end: bounds.special, to: bounds.special };
+    for place in (HEADER..bounds.lower).step_by(LINE) {
+        let line = Line::unpack(u32_at(page, place)?);
+        if !line.has_storage() {
+            continue;
         }
-        let number = usize::from(kept.number);
-        let moved = line(page, number)?;
-        set_line(page, number, Line { offset: upper, ..moved })?;
+        let size = max_align(line.len);
+        let to = run.to.checked_sub(size).filter(|to| *to >= bounds.lower);
+        let to = to.ok_or("items are larger than their space")?;
+        if line.offset + size == run.from {
+            run = Run { from: line.offset, to, ..run };
+        } else {
+            run.carry_out(page, old.as_deref(), bounds.upper)?;
+            run = Run { from: line.offset, end: line.offset + size, to };
+        }
+        if line.offset != to {
+            put_u32(page, place, Line { offset: to, ..line }.pack())?;
+        }
     }
-    set_upper(page, upper)
+    run.carry_out(page, old.as_deref(), bounds.upper)?;
+    set_upper(page, run.to)
 }
 
 /// Closes the gaps in a heap page after line pointers were cut from their items, takes unused line
@@ -106,27 +113,17 @@ pub(super) fn repair_fragmentation(page: &mut Page) -> Fit<()> {
     if count > HEAP_LINES_MAX {
         return Err("a heap page has too many line pointers");
     }
-    let mut items = [Kept::default(); HEAP_LINES_MAX];
-    let (mut stored, mut unused, mut last_used, mut total) = (0, 0, 0, 0);
+    let (mut unused, mut last_used) = (0, 0);
     for number in 1..=count {
-        let found = line(page, number)?;
-        if !found.is_used() {
-            set_line(page, number, Line::UNUSED)?;
+        let place = HEADER + LINE * (number - 1);
+        if Line::unpack(u32_at(page, place)?).is_used() {
+            last_used = number;
+        } else {
+            put_u32(page, place, Line::UNUSED.pack())?;
             unused += 1;
-            continue;
-        }
-        last_used = number;
-        if found.has_storage() {
-            let len = max_align(found.len);
-            *items.get_mut(stored).ok_or("too many items")? = Kept::new(number, found.offset, len);
-            stored += 1;
-            total += len;
         }
     }
-    if total > bounds.special - bounds.lower {
-        return Err("items are larger than their space");
-    }
-    compactify(page, items.get(..stored).unwrap_or_default(), bounds)?;
+    compactify(page, bounds)?;
     let cut = count - last_used;
     set_lower(page, bounds.lower - LINE * cut)?;
     set_free_lines(page, unused > cut)
@@ -173,11 +170,12 @@ fn index_item(page: &Page, number: usize, bounds: Bounds) -> Fit<Line> {
 
 /// Adds `shift` to the offsets of all items at or before `offset`.
 fn shift_lines(page: &mut Page, offset: usize, shift: isize, only_stored: bool) -> Fit<()> {
-    for number in 1..=lines(page)? {
-        let found = line(page, number)?;
+    let end = HEADER + LINE * lines(page)?;
+    for place in (HEADER..end).step_by(LINE) {
+        let found = Line::unpack(u32_at(page, place)?);
         if found.offset <= offset && (found.has_storage() || !only_stored) {
             let moved = found.offset.checked_add_signed(shift).ok_or("an item would be lost")?;
-            set_line(page, number, Line { offset: moved, ..found })?;
+            put_u32(page, place, Line { offset: moved, ..found }.pack())?;
         }
     }
     Ok(())
@@ -231,29 +229,25 @@ pub(super) fn index_multi_delete(page: &mut Page, numbers: &[u8]) -> Fit<()> {
     if count > INDEX_LINES_MAX {
         return Err("an index page has too many line pointers");
     }
-    let mut items = [Kept::default(); INDEX_LINES_MAX];
-    let (mut kept, mut total) = (0, 0);
+    let mut kept = 0;
     let mut delete = numbers().peekable();
     for number in 1..=count {
         let found = index_item(page, number, bounds)?;
         if delete.next_if_eq(&number).is_some() {
             continue;
         }
-        let len = max_align(found.len);
-        *items.get_mut(kept).ok_or("too many items")? = Kept::new(kept + 1, found.offset, len);
+        if !found.has_storage() {
+            return Err("a line pointer of an index page has no item");
+        }
         kept += 1;
-        total += len;
         // Never before it is read.
         set_line(page, kept, found)?;
     }
     if delete.next().is_some() {
         return Err("offsets of items to be deleted are out of order or too high");
     }
-    if total > bounds.special - bounds.lower {
-        return Err("items are larger than their space");
-    }
     set_lower(page, HEADER + LINE * kept)?;
-    compactify(page, items.get(..kept).unwrap_or_default(), bounds)
+    compactify(page, aligned_bounds(page)?)
 }
 
 /// Replaces an item of an index page in its place; what lies before it moves if the size differs
@@ -283,22 +277,7 @@ pub(super) fn index_overwrite(page: &mut Page, number: usize, new: &[u8]) -> Fit
 mod tests {
     use super::super::page::LineState;
     use super::*;
-
-    #[test]
-    fn units_are_taken_once() {
-        for (start, end) in [(0, 1), (0, 64), (3, 64), (3, 65), (60, 200), (64, 128), (1000, 1024)]
-        {
-            let mut taken = Taken([0; PAGE_SIZE / 512]);
-            taken.take(start * 8, (end - start) * 8).unwrap();
-            for unit in 0..PAGE_SIZE / 8 {
-                let word = taken.0[unit / 64];
-                assert_eq!(word >> (unit % 64) & 1 == 1, (start..end).contains(&unit), "{unit}");
-                let free = Taken(taken.0).take(unit * 8, 8).is_ok();
-                assert_eq!(free, !(start..end).contains(&unit), "{unit}");
-            }
-        }
-        assert!(Taken([0; PAGE_SIZE / 512]).take(PAGE_SIZE - 8, 16).is_err());
-    }
+    use crate::base::page::PAGE_SIZE;
 
     /// A page whose line pointers are `items`, all of its bytes different where items are.
     fn page_of(items: &[(usize, usize)]) -> Page {
@@ -316,16 +295,14 @@ mod tests {
     #[test]
     fn items_move_to_the_end_in_their_order_whatever_that_is() {
         let (upper, special) = (4096, 8176);
-        let bounds = Bounds { lower: 0, upper, special };
         let descending = [(8168, 8), (8136, 24), (7000, 1000), (4104, 96), (4096, 8)];
         let some_in_place = [(8152, 24), (8128, 24), (4096, 8), (6000, 80), (5000, 800)];
         let ascending = [(4096, 8), (4104, 96), (7000, 1000), (8136, 24), (8168, 8)];
         for items in [descending, some_in_place, ascending] {
             let before = page_of(&items);
             let mut page = before;
-            let kept: Vec<Kept> =
-                (1..).zip(items).map(|(number, (at, len))| Kept::new(number, at, len)).collect();
-            compactify(&mut page, &kept, bounds).unwrap();
+            let lower = HEADER + LINE * items.len();
+            compactify(&mut page, Bounds { lower, upper, special }).unwrap();
             let mut end = special;
             for (number, (offset, len)) in (1..).zip(items) {
                 end -= len;

@@ -11,10 +11,9 @@ use super::heap_tuple::{
     clear_hot_updated, is_only_locked, set_ctid, set_prunable, set_xmax_bits, write_header,
 };
 use super::page::{
-    ALL_VISIBLE, Add, Fit, Line, change_flags, init, item, item_pointer, normal_item, put, put_u32,
-    reserve, rest_at, size_at, slice_at, u8_at, u16_at, u32_at,
+    ALL_VISIBLE, Add, Fit, Line, change_flags, init, item_pointer, move_bytes, normal_item, put,
+    put_u32, reserve, rest_at, size_at, slice_at, u8_at, u16_at, u32_at,
 };
-use crate::base::page::PAGE_SIZE;
 
 /// `XLOG_HEAP_INIT_PAGE`.
 pub(super) const INIT_PAGE: u8 = 0x80;
@@ -85,15 +84,33 @@ fn clear_all_visible(at: &mut Redoing<'_>, flags: u8, flag: u8) -> Fit<()> {
     }
 }
 
+/// Bytes of a new tuple.
+#[derive(Clone, Copy)]
+enum Part<'a> {
+    /// From the record.
+    Record(&'a [u8]),
+    /// From another tuple of the page.
+    Page { from: usize, len: usize },
+}
+
+impl Part<'_> {
+    fn len(&self) -> usize {
+        match *self {
+            Part::Record(bytes) => bytes.len(),
+            Part::Page { len, .. } => len,
+        }
+    }
+}
+
 /// Adds a tuple of logged header and `parts`, which follow each other.
 fn add_tuple(
     at: &mut Redoing<'_>,
     number: u16,
     header: LoggedHeader,
     xmax: u32,
-    parts: &[&[u8]],
+    parts: &[Part<'_>],
 ) -> Fit<()> {
-    let len: usize = TUPLE_HEADER + parts.iter().map(|part| part.len()).sum::<usize>();
+    let len: usize = TUPLE_HEADER + parts.iter().map(Part::len).sum::<usize>();
     if len > TUPLE_BYTES_MAX {
         return Err("a tuple is too long");
     }
@@ -102,7 +119,14 @@ fn add_tuple(
     write_header(at.page, place, header, xids, item_pointer(at.view.number, number))?;
     let mut end = place + TUPLE_HEADER;
     for part in parts {
-        put(at.page, end, part)?;
+        match *part {
+            Part::Record(bytes) => put(at.page, end, bytes)?,
+            // PostgreSQL puts the tuple together elsewhere: it must not be written over before.
+            Part::Page { from, .. } if from < place + len => {
+                return Err("a tuple lies in free space");
+            }
+            Part::Page { from, len } => move_bytes(at.page, from, end, len)?,
+        }
         end += part.len();
     }
     Ok(())
@@ -126,7 +150,7 @@ fn insert(at: &mut Redoing<'_>) -> Fit<()> {
     }
     let data = at.view.data;
     let header = logged_header(data, 0)?;
-    add_tuple(at, number, header, 0, &[rest_at(data, LOGGED_HEADER)?])?;
+    add_tuple(at, number, header, 0, &[Part::Record(rest_at(data, LOGGED_HEADER)?)])?;
     at.set_lsn();
     clear_all_visible(at, flags, ALL_VISIBLE_CLEARED)
 }
@@ -152,7 +176,7 @@ pub(super) fn multi_insert(at: &mut Redoing<'_>) -> Fit<()> {
         let len = size_at(data, from)?;
         let header = logged_header(data, from + 2)?;
         from += MULTI_INSERT_TUPLE;
-        add_tuple(at, number, header, 0, &[slice_at(data, from, len)?])?;
+        add_tuple(at, number, header, 0, &[Part::Record(slice_at(data, from, len)?)])?;
         from += len;
     }
     if from != data.len() {
@@ -264,15 +288,10 @@ fn update_new(at: &mut Redoing<'_>, old: Option<Line>) -> Fit<()> {
     let header = logged_header(data, from)?;
     let logged = rest_at(data, from + LOGGED_HEADER)?;
     if prefix == 0 && suffix == 0 {
-        add_tuple(at, number, header, xmax, &[logged])?;
+        add_tuple(at, number, header, xmax, &[Part::Record(logged)])?;
     } else {
         let old = old.ok_or("an update takes bytes from a tuple on another page")?;
-        let old = item(at.page, old, TUPLE_HEADER)?;
-        // The parts must outlive the page's change.
-        let mut copy = [0; PAGE_SIZE];
-        let copy = copy.get_mut(..old.len()).ok_or("a tuple is too long")?;
-        copy.copy_from_slice(old);
-        let old_data = usize::from(u8_at(copy, HOFF)?);
+        let old_data = usize::from(u8_at(at.page, old.offset + HOFF)?);
         let (head, middle) = match prefix {
             0 => (&[][..], logged),
             _ => {
@@ -281,10 +300,20 @@ fn update_new(at: &mut Redoing<'_>, old: Option<Line>) -> Fit<()> {
                 logged.split_at_checked(head).ok_or("a tuple's data is cut")?
             }
         };
-        let first = slice_at(copy, old_data, prefix)?;
-        let last = copy.len().checked_sub(suffix).ok_or("a suffix is longer than its tuple")?;
-        let last = rest_at(copy, last)?;
-        add_tuple(at, number, header, xmax, &[head, first, middle, last])?;
+        let inside = |from: Option<usize>, len: usize| -> Fit<Part<'_>> {
+            let from = from.filter(|from| from.checked_add(len).is_some_and(|to| to <= old.len));
+            let outside = "an update takes bytes from outside of the old tuple";
+            Ok(Part::Page { from: old.offset + from.ok_or(outside)?, len })
+        };
+        let first = inside(Some(old_data), prefix)?;
+        let last = inside(old.len.checked_sub(suffix), suffix)?;
+        add_tuple(
+            at,
+            number,
+            header,
+            xmax,
+            &[Part::Record(head), first, Part::Record(middle), last],
+        )?;
     }
     clear_all_visible(at, flags, NEW_ALL_VISIBLE_CLEARED)?;
     at.set_lsn();

@@ -154,7 +154,8 @@ impl Line {
     /// A line pointer of an item that is gone but may still be pointed at.
     pub(super) const DEAD: Line = Line { offset: 0, state: LineState::Dead, len: 0 };
 
-    fn unpack(value: u32) -> Line {
+    /// As it stands in the page.
+    pub(super) fn unpack(value: u32) -> Line {
         let state = match value >> 15 & 3 {
             0 => LineState::Unused,
             1 => LineState::Normal,
@@ -164,7 +165,8 @@ impl Line {
         Line { offset: (value & 0x7FFF) as usize, state, len: (value >> 17) as usize }
     }
 
-    fn pack(self) -> u32 {
+    /// To stand in the page.
+    pub(super) fn pack(self) -> u32 {
         let state = match self.state {
             LineState::Unused => 0,
             LineState::Normal => 1,

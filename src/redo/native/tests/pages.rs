@@ -72,13 +72,29 @@ fn items_out_of_order_are_compacted_too() {
     assert_eq!(line(&page, 1).unwrap().offset, 8176 - 48);
 }
 
+/// PostgreSQL moves items within the page if their places descend: what they share is lost then.
+/// Else it takes them out of a copy.
 #[test]
-fn overlapping_items_are_refused() {
-    let mut page = page_of(&[8, 16, 24, 32, 40]);
-    let other = line(&page, 2).unwrap();
-    set_line(&mut page, 5, other).unwrap();
-    assert!(index_multi_delete(&mut page.clone(), &u16s(&[1, 3, 4])).is_err());
+fn overlapping_items_are_refused_unless_they_are_copied() {
+    let old = page_of(&[8, 16, 24, 32, 40]);
+    let mut page = old;
+    let second = line(&page, 2).unwrap();
+    set_line(&mut page, 3, Line { offset: second.offset - 8, ..second }).unwrap();
+    assert!(index_multi_delete(&mut page.clone(), &u16s(&[1, 4, 5])).is_err());
     assert!(repair_fragmentation(&mut page).is_err());
+
+    let mut page = old;
+    set_line(&mut page, 5, second).unwrap();
+    index_multi_delete(&mut page, &u16s(&[1, 3, 4])).unwrap();
+    assert_eq!(items(&page), [vec![2; 16], vec![2; 16]]);
+    assert_eq!(bounds(&page).unwrap().upper, 8176 - 2 * 16);
+    let whole = Line { offset: bounds(&old).unwrap().upper, len: 112, ..second };
+    let mut page = old;
+    (1..=5).for_each(|number| set_line(&mut page, number, whole).unwrap());
+    for lower in [24 + 4 * 5, 8176 - 5 * 112 + 8] {
+        page[12..14].copy_from_slice(&u16s(&[lower]));
+        assert_eq!(repair_fragmentation(&mut page.clone()).is_ok(), lower == 44, "{lower}");
+    }
 }
 
 #[test]
