@@ -303,6 +303,12 @@ impl Process {
         Ok(Some(answer))
     }
 
+    /// Reads what output there is.
+    pub(super) fn read_now(&mut self) -> Result<(), String> {
+        self.read_log();
+        self.read_replies()
+    }
+
     /// Waits until there is output, at most `wait`, and reads it.
     pub(super) fn read_within(&mut self, wait: Duration) -> Result<(), String> {
         let mut fds = [

@@ -13,10 +13,10 @@ use super::page::{
 };
 use crate::base::page::Page;
 
-/// All line pointers.
-fn all_lines(page: &Page, bounds: Bounds) -> Fit<impl Iterator<Item = Line>> {
-    let array = slice_at(page, HEADER, bounds.lower - HEADER)?;
-    Ok(array.as_chunks().0.iter().map(|packed| Line::unpack(u32::from_le_bytes(*packed))))
+/// Where the line pointers stand. A part of one before `pd_lower` is none.
+fn places(lower: usize) -> impl Iterator<Item = usize> {
+    let count = lower.saturating_sub(HEADER) / LINE;
+    (HEADER..HEADER + LINE * count).step_by(LINE)
 }
 
 /// What [`survey`] found about the items of a page.
@@ -31,7 +31,11 @@ struct Survey {
 fn survey(page: &Page, bounds: Bounds) -> Fit<Survey> {
     let mut found = Survey { descend: true, settled: bounds.special };
     let (mut before, mut in_place, mut overlap) = (bounds.special, true, false);
-    for line in all_lines(page, bounds)?.filter(Line::has_storage) {
+    for place in places(bounds.lower) {
+        let line = Line::unpack(u32_at(page, place)?);
+        if !line.has_storage() {
+            continue;
+        }
         let (offset, end) = (line.offset, line.offset + max_align(line.len));
         if offset < bounds.upper || end > bounds.special {
             return Err("an item lies outside of the items' space");
@@ -83,7 +87,7 @@ fn compactify(page: &mut Page, bounds: Bounds) -> Fit<()> {
         false => Some(slice_at(page, bounds.upper, settled - bounds.upper)?.to_vec()),
     };
     let mut run = Run { from: bounds.special, end: bounds.special, to: bounds.special };
-    for place in (HEADER..bounds.lower).step_by(LINE) {
+    for place in places(bounds.lower) {
         let line = Line::unpack(u32_at(page, place)?);
         if !line.has_storage() {
             continue;
@@ -170,8 +174,7 @@ fn index_item(page: &Page, number: usize, bounds: Bounds) -> Fit<Line> {
 
 /// Adds `shift` to the offsets of all items at or before `offset`.
 fn shift_lines(page: &mut Page, offset: usize, shift: isize, only_stored: bool) -> Fit<()> {
-    let end = HEADER + LINE * lines(page)?;
-    for place in (HEADER..end).step_by(LINE) {
+    for place in places(HEADER + LINE * lines(page)?) {
         let found = Line::unpack(u32_at(page, place)?);
         if found.offset <= offset && (found.has_storage() || !only_stored) {
             let moved = found.offset.checked_add_signed(shift).ok_or("an item would be lost")?;

@@ -97,6 +97,20 @@ fn overlapping_items_are_refused_unless_they_are_copied() {
     }
 }
 
+/// What stands there may look like a line pointer that leads anywhere.
+#[test]
+fn a_part_of_a_line_pointer_is_none() {
+    let mut page = page_of(&[8, 16, 24]);
+    let (first, third) = (line(&page, 1).unwrap(), line(&page, 3).unwrap());
+    set_line(&mut page, 1, third).unwrap();
+    set_line(&mut page, 3, first).unwrap();
+    page[12..14].copy_from_slice(&u16s(&[24 + 4 * 3 + 2]));
+    page[36..40].copy_from_slice(&[8, 0x80, 16, 0]);
+    repair_fragmentation(&mut page).unwrap();
+    assert_eq!(items(&page), [vec![3; 24], vec![2; 16], vec![1; 8]]);
+    assert_eq!(page[36..40], [8, 0x80, 16, 0]);
+}
+
 #[test]
 fn items_are_replaced_in_their_place() {
     let old = page_of(&[8, 16, 24]);
