@@ -25,12 +25,13 @@ pub struct Coverage {
 
 impl Coverage {
     /// True if native redo does as much of the load alone as is promised for pgbench and for loads
-    /// like TPC-C.
+    /// like TPC-C. A load without records shows nothing.
     pub fn is_enough(&self) -> bool {
         let has = |part: u64, whole: u64, least: u64| {
             part.saturating_mul(1000) >= whole.saturating_mul(least)
         };
-        has(self.records_native, self.records, REDO_NATIVE_RECORDS_PERMILLE)
+        self.records > 0
+            && has(self.records_native, self.records, REDO_NATIVE_RECORDS_PERMILLE)
             && has(self.versions_native, self.versions, REDO_NATIVE_PAGES_PERMILLE)
             && has(self.pages_native, self.pages, REDO_NATIVE_PAGES_PERMILLE)
     }
@@ -91,6 +92,8 @@ mod tests {
             let error = judged(&loads, 0).unwrap_err();
             assert!(error.contains(&second.to_string()), "{error}");
         }
+        let nothing = Coverage { load: PGBENCH.to_owned(), ..Coverage::default() };
+        assert!(judged(&[nothing], 0).is_err());
         let mut unequal = CompareReport::default();
         unequal.kinds.insert((10, 0), Sums { different: 1, ..Sums::default() });
         assert!(unequal.judge(0).is_err());
