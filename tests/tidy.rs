@@ -36,8 +36,16 @@ const IMPORTS: &[(&str, &[&str])] = &[
 ];
 
 /// Where `glommio::` may appear.
-const GLOMMIO: &[&str] =
-    &["io/uring.rs", "server/", "redo/child", "wal/receiver", "main.rs", "cli/", "io/conformance"];
+const GLOMMIO: &[&str] = &[
+    "io/direct.rs",
+    "io/uring.rs",
+    "server/",
+    "redo/child",
+    "wal/receiver",
+    "main.rs",
+    "cli/",
+    "io/conformance",
+];
 
 const WORDS: &[&str] = &[
     concat!("FIX", "ME"),

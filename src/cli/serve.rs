@@ -31,6 +31,25 @@ pub struct ServeArgs {
     settings: Vec<String>,
 }
 
+/// True for threads of executors (`server/node.rs` names them).
+fn is_executor(thread: Option<&str>) -> bool {
+    thread.is_some_and(|name| name.starts_with("serve-") || name.starts_with("background-"))
+}
+
+/// Ends the process where an executor panics, once that is in the log. Its tasks would never be
+/// run again, nor dropped: whoever waits for one of them would wait for ever, an orderly stop too.
+/// All that was acknowledged is synced, so the next start has it.
+fn abort_with_executors() {
+    let say = std::panic::take_hook();
+    std::panic::set_hook(Box::new(move |panic| {
+        say(panic);
+        if is_executor(std::thread::current().name()) {
+            tracing::error!("an executor panicked, which is a bug; the node ends at once");
+            std::process::abort();
+        }
+    }));
+}
+
 /// Runs the node until a signal ends it.
 pub fn serve(args: ServeArgs) -> Result<(), CommandError> {
     let mut config = Config::load(args.config.as_deref(), &args.settings)?;
@@ -48,6 +67,7 @@ pub fn serve(args: ServeArgs) -> Result<(), CommandError> {
         .into());
     }
     raise_file_limit();
+    abort_with_executors();
     let _lock = prepare(&config)?;
     config.data_dir = std::fs::canonicalize(&config.data_dir)?;
     let _trimming = spares(&config).start_trimming()?;
@@ -155,4 +175,35 @@ async fn run(config: Arc<Config>) -> Result<(), CommandError> {
     stopped?;
     tracing::info!("stopped; everything is synced");
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::process::ExitStatusExt;
+    use std::process::{Command, Stdio};
+
+    use super::*;
+
+    const THREAD: &str = "PGSTRATA_TEST_PANIC_IN";
+
+    /// In a process of its own, which is this test again.
+    #[test]
+    fn a_panic_of_an_executor_ends_the_process() {
+        if let Ok(name) = std::env::var(THREAD) {
+            abort_with_executors();
+            let thread = std::thread::Builder::new().name(name);
+            assert!(thread.spawn(|| panic!("on purpose")).unwrap().join().is_err());
+            return;
+        }
+        let ended = |name: &str| {
+            let mut again = Command::new(std::env::current_exe().unwrap());
+            again.args(["--exact", "cli::serve::tests::a_panic_of_an_executor_ends_the_process"]);
+            again.env(THREAD, name).stdout(Stdio::null()).stderr(Stdio::null());
+            again.status().unwrap()
+        };
+        for name in ["serve-0-1", "background-3-8"] {
+            assert_eq!(ended(name).signal(), Some(nix::libc::SIGABRT), "{name}");
+        }
+        assert!(ended("wal-redo").success());
+    }
 }

@@ -36,6 +36,7 @@ mod blocking;
 #[cfg(test)]
 mod conformance;
 mod dir_syncs;
+mod direct;
 pub mod durable;
 pub mod foreign;
 pub mod read_only;

@@ -19,6 +19,7 @@ use glommio::{Latency, Shares, TaskQueueHandle};
 
 use super::blocking::list_directory;
 use super::dir_syncs::{Syncing, dir_syncs};
+use super::direct::{file_len, open_direct};
 use super::spares::Spares;
 use super::{
     ALIGNMENT, DirChange, DirEntry, File, Instant, Io, IoCause, IoError, TaskClass, align_up,
@@ -223,15 +224,10 @@ impl Io for UringIo {
 
     async fn create(&self, path: &Path) -> Result<UringFile, IoError> {
         self.noted(self.probe_device(path).await).await?;
-        let file = OpenOptions::new()
-            .read(true)
-            .write(true)
-            .create_new(true)
-            .mode(0o600)
-            .dma_open(path)
-            .await
-            .map_err(|error| ring_error("create", path, error));
-        let file = self.noted(file).await?;
+        let mut options = OpenOptions::new();
+        options.read(true).write(true).create_new(true).mode(0o600);
+        let file = open_direct(&options, path).await;
+        let file = self.noted(file.map_err(|error| os_error("create", path, &error))).await?;
         Ok(UringFile { io: self.clone(), file, path: path.to_owned() })
     }
 
@@ -248,12 +244,8 @@ impl Io for UringIo {
 
     async fn open(&self, path: &Path) -> Result<UringFile, IoError> {
         self.noted(self.probe_device(path).await).await?;
-        let file = OpenOptions::new()
-            .read(true)
-            .write(true)
-            .dma_open(path)
-            .await
-            .map_err(|error| ring_error("open", path, error))?;
+        let file = open_direct(OpenOptions::new().read(true).write(true), path).await;
+        let file = file.map_err(|error| os_error("open", path, &error))?;
         Ok(UringFile { io: self.clone(), file, path: path.to_owned() })
     }
 
@@ -446,7 +438,7 @@ impl File for UringFile {
     }
 
     async fn len(&self) -> Result<u64, IoError> {
-        self.file.file_size().await.map_err(|error| self.error("size of", error))
+        file_len(&self.file).map_err(|error| os_error("size of", &self.path, &error))
     }
 
     async fn close(self) -> Result<(), IoError> {
