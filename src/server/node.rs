@@ -162,7 +162,8 @@ pub struct Node {
     heartbeat: tokio::task::JoinHandle<()>,
 }
 
-/// Says when the main future of an executor ends, by a panic of any of its tasks too.
+/// Says when the main future of an executor ends. A panic of another task is not heard of here:
+/// glommio leaves all futures of the executor as they are (so the program ends then).
 struct Guard {
     core: usize,
     died: Sender<usize>,
