@@ -11,6 +11,7 @@ use std::process::Command;
 use common::*;
 use pgstrata::base::Lsn;
 use pgstrata::cli::demo_node::DemoNode;
+use pgstrata::wal::control_file::ControlFile;
 
 /// Runs the program, not for longer than half a minute; whether it succeeded, and what it said.
 fn pgstrata(args: &[&str]) -> (bool, String) {
@@ -123,8 +124,10 @@ fn a_node_names_what_is_wrong() {
     let ids = ["--tenant", tenant.as_str(), "--timeline", timeline.as_str()];
     let verify = ["verify", "--pgdata", &data, "--node", &page_address, "--lsn", &lsn];
     says(&[&verify[..], &ids].concat(), "sum of relation forks");
-    // Without an LSN, where the directory stands.
-    says(&[&verify[..5], &ids].concat(), &format!("at {lsn}\n"));
+    // Without an LSN, where the directory stands: at the shutdown's checkpoint.
+    let control = std::fs::read(cluster.data().join("global/pg_control")).unwrap();
+    let stands_at = ControlFile::parse(&control).unwrap().checkpoint_lsn;
+    says(&[&verify[..5], &ids].concat(), &format!("at {stands_at}\n"));
     cluster.start().unwrap();
     refuses(&[&verify[..], &ids].concat(), "was not shut down");
 
