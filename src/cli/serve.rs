@@ -15,7 +15,7 @@ use super::admin_client::CommandError;
 use super::service::{NodeShard, REDO_DIR, find_library, spares};
 use crate::admin::{AdminState, serve as serve_admin};
 use crate::config::Config;
-use crate::server::node::Node;
+use crate::server::node::{Node, abort_with_executors};
 
 /// Version of the data directory's layout.
 const LAYOUT_VERSION: &str = "1\n";
@@ -29,25 +29,6 @@ pub struct ServeArgs {
     /// One setting, over the file's.
     #[arg(short = 'c', value_name = "KEY=VALUE")]
     settings: Vec<String>,
-}
-
-/// True for threads of executors (`server/node.rs` names them).
-fn is_executor(thread: Option<&str>) -> bool {
-    thread.is_some_and(|name| name.starts_with("serve-") || name.starts_with("background-"))
-}
-
-/// Ends the process where an executor panics, once that is in the log. Its tasks would never be
-/// run again, nor dropped: whoever waits for one of them would wait for ever, an orderly stop too.
-/// All that was acknowledged is synced, so the next start has it.
-fn abort_with_executors() {
-    let say = std::panic::take_hook();
-    std::panic::set_hook(Box::new(move |panic| {
-        say(panic);
-        if is_executor(std::thread::current().name()) {
-            tracing::error!("an executor panicked, which is a bug; the node ends at once");
-            std::process::abort();
-        }
-    }));
 }
 
 /// Runs the node until a signal ends it.
@@ -153,15 +134,11 @@ async fn run(config: Arc<Config>) -> Result<(), CommandError> {
     // Programs that start a node read these two lines.
     println!("page service at {}", node.address());
     println!("admin API at http://{admin_address}");
-    let died = tokio::select! {
-        _ = terminate.recv() => None,
-        _ = interrupt.recv() => None,
-        error = node.died() => Some(error),
-    };
-    match &died {
-        None => tracing::info!("stopping; a second signal ends the node at once"),
-        Some(error) => tracing::error!("{error}; stopping the node"),
+    tokio::select! {
+        _ = terminate.recv() => {}
+        _ = interrupt.recv() => {}
     }
+    tracing::info!("stopping; a second signal ends the node at once");
     let stopped = tokio::select! {
         stopped = node.stop() => stopped,
         _ = terminate.recv() => return Err("ended at once by a second signal".into()),
@@ -169,41 +146,7 @@ async fn run(config: Arc<Config>) -> Result<(), CommandError> {
     };
     let _ = stop_admin.send(());
     let _ = admin.await;
-    if let Some(error) = died {
-        return Err(error.into());
-    }
     stopped?;
     tracing::info!("stopped; everything is synced");
     Ok(())
-}
-
-#[cfg(test)]
-mod tests {
-    use std::os::unix::process::ExitStatusExt;
-    use std::process::{Command, Stdio};
-
-    use super::*;
-
-    const THREAD: &str = "PGSTRATA_TEST_PANIC_IN";
-
-    /// In a process of its own, which is this test again.
-    #[test]
-    fn a_panic_of_an_executor_ends_the_process() {
-        if let Ok(name) = std::env::var(THREAD) {
-            abort_with_executors();
-            let thread = std::thread::Builder::new().name(name);
-            assert!(thread.spawn(|| panic!("on purpose")).unwrap().join().is_err());
-            return;
-        }
-        let ended = |name: &str| {
-            let mut again = Command::new(std::env::current_exe().unwrap());
-            again.args(["--exact", "cli::serve::tests::a_panic_of_an_executor_ends_the_process"]);
-            again.env(THREAD, name).stdout(Stdio::null()).stderr(Stdio::null());
-            again.status().unwrap()
-        };
-        for name in ["serve-0-1", "background-3-8"] {
-            assert_eq!(ended(name).signal(), Some(nix::libc::SIGABRT), "{name}");
-        }
-        assert!(ended("wal-redo").success());
-    }
 }

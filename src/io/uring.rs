@@ -95,9 +95,9 @@ impl UringIo {
             let _ = std::fs::remove_file(&probe);
             return Err(fail(error));
         }
-        let opened = DmaFile::open(&probe).await;
+        let opened = open_direct(OpenOptions::new().read(true).write(true), &probe).await;
         let removed = std::fs::remove_file(&probe).map_err(fail);
-        let file = opened.map_err(|error| ring_error("probe", &probe, error))?;
+        let file = opened.map_err(fail)?;
         file.close().await.map_err(|error| ring_error("probe", &probe, error))?;
         // Only now: whoever opens a file meanwhile must probe for himself.
         self.queues.probed.set(true);

@@ -14,6 +14,8 @@ use futures_util::future::LocalBoxFuture;
 
 use crate::base::{BlockNumber, Kind, Lsn, RelTag};
 
+#[cfg(test)]
+mod captured;
 pub mod child;
 pub mod excerpt;
 pub mod failed;

@@ -158,23 +158,30 @@ pub struct Node {
     serve: Vec<ExecutorJoinHandle<()>>,
     background: Vec<ExecutorJoinHandle<()>>,
     jobs: Vec<Sender<Job>>,
-    died: Receiver<usize>,
     heartbeat: tokio::task::JoinHandle<()>,
 }
 
-/// Says when the main future of an executor ends. A panic of another task is not heard of here:
-/// glommio leaves all futures of the executor as they are (so the program ends then).
-struct Guard {
-    core: usize,
-    died: Sender<usize>,
-    asked: bool,
+/// What names of executors' threads begin with; a dash follows.
+const SERVE: &str = "serve";
+const BACKGROUND: &str = "background";
+
+fn is_executor(thread: Option<&str>) -> bool {
+    let kind = thread.and_then(|name| name.split_once('-')).map(|(kind, _)| kind);
+    matches!(kind, Some(SERVE | BACKGROUND))
 }
 
-impl Guard {
-    /// The executor ends before it has begun.
-    fn dismiss(mut self) {
-        self.asked = true;
-    }
+/// From now on a panic of an executor ends the process, once it is in the log. glommio neither runs
+/// nor drops the tasks of an executor that unwound: whoever waits for one of them would wait for
+/// ever, and an orderly stop too. What was acknowledged is synced, so the next start has it.
+pub fn abort_with_executors() {
+    let say = std::panic::take_hook();
+    std::panic::set_hook(Box::new(move |panic| {
+        say(panic);
+        if is_executor(std::thread::current().name()) {
+            tracing::error!("an executor panicked, which is a bug; the node ends at once");
+            std::process::abort();
+        }
+    }));
 }
 
 /// Who is first to take it: an executor that runs its first task, or the control thread that has
@@ -219,15 +226,6 @@ pub async fn started_executor<T: Send + 'static>(
         tracing::warn!("an executor fell asleep before its first task; making another");
     }
     Err("executors fall asleep before their first task".to_owned())
-}
-
-impl Drop for Guard {
-    fn drop(&mut self) {
-        if !self.asked {
-            // The channel has room for every executor.
-            let _ = self.died.try_send(self.core);
-        }
-    }
 }
 
 fn builder(name: &str, core: usize, cpu: usize, io_memory: usize) -> LocalExecutorBuilder {
@@ -278,7 +276,6 @@ impl Node {
         let cpus = cpus(&config);
         let tls = socket::load(&config).map_err(NodeError::Listen)?;
         let (mesh, inboxes) = Mesh::new(cpus.len());
-        let (died_sender, died) = async_channel::bounded(2 * cpus.len());
         // Hearts beat before there is an executor: it may fall asleep while it loads its shards.
         let pulses: Vec<[Pulse; 2]> = cpus.iter().map(|_| Default::default()).collect();
         let progress: Vec<[Progress; 2]> =
@@ -289,7 +286,6 @@ impl Node {
             serve: Vec::new(),
             background: Vec::new(),
             jobs: Vec::new(),
-            died,
             heartbeat: tokio::spawn(beat_all(pulses.into_iter().flatten().collect())),
         };
         let mut ready = Vec::new();
@@ -302,20 +298,17 @@ impl Node {
             let (config, tls) = (config.clone(), tls.clone());
             let context = CoreContext { core, cores: cpus.len(), cpu, config, background, tls };
             let (started, is_started) = async_channel::bounded(1);
-            let guard = || Guard { core, died: died_sender.clone(), asked: false };
             let serve = started_executor(|claim| {
                 let (context, inbox, mesh) = (context.clone(), inbox.clone(), mesh.clone());
-                let (progress, started, guard) = (serve_progress.clone(), started.clone(), guard());
-                builder("serve", core, cpu, 512 << 10).spawn(move || async move {
-                    match claim.take() {
-                        true => run_core::<S>(context, inbox, mesh, progress, started, guard).await,
-                        false => guard.dismiss(),
+                let (progress, started) = (serve_progress.clone(), started.clone());
+                builder(SERVE, core, cpu, 512 << 10).spawn(move || async move {
+                    if claim.take() {
+                        run_core::<S>(context, inbox, mesh, progress, started).await;
                     }
                 })
             });
             let serve = serve.await;
-            let background =
-                start_background(core, cpu, &queue, &background_progress, &guard).await;
+            let background = start_background(core, cpu, &queue, &background_progress).await;
             ready.push(is_started);
             for (handle, list) in [(serve, &mut node.serve), (background, &mut node.background)] {
                 match handle {
@@ -367,12 +360,6 @@ impl Node {
         self.address
     }
 
-    /// Waits until an executor ends unasked.
-    pub async fn died(&self) -> NodeError {
-        let core = self.died.recv().await.unwrap_or_default();
-        NodeError::Died { core }
-    }
-
     /// Stops everything, with all data synced.
     ///
     /// # Errors
@@ -417,21 +404,19 @@ async fn start_background(
     cpu: usize,
     queue: &Receiver<Job>,
     progress: &Progress,
-    guard: &dyn Fn() -> Guard,
 ) -> Result<ExecutorJoinHandle<()>, String> {
     started_executor(|claim| {
-        let (queue, progress, guard) = (queue.clone(), progress.clone(), guard());
-        builder("background", core, cpu, 128 << 10).spawn(move || async move {
-            match claim.take() {
-                true => run_background(queue, progress, guard).await,
-                false => guard.dismiss(),
+        let (queue, progress) = (queue.clone(), progress.clone());
+        builder(BACKGROUND, core, cpu, 128 << 10).spawn(move || async move {
+            if claim.take() {
+                run_background(queue, progress).await;
             }
         })
     })
     .await
 }
 
-async fn run_background(queue: Receiver<Job>, progress: Progress, mut guard: Guard) {
+async fn run_background(queue: Receiver<Job>, progress: Progress) {
     priority::lower();
     progress.begin().await;
     start_beat(progress.clone());
@@ -449,7 +434,6 @@ async fn run_background(queue: Receiver<Job>, progress: Progress, mut guard: Gua
     while running.get() > 0 {
         glommio::timer::sleep(Duration::from_millis(2)).await;
     }
-    guard.asked = true;
 }
 
 async fn run_core<S: CoreService>(
@@ -458,7 +442,6 @@ async fn run_core<S: CoreService>(
     mesh: Mesh,
     progress: Progress,
     started: Sender<Result<(), String>>,
-    mut guard: Guard,
 ) {
     priority::shorten_turns();
     progress.begin().await;
@@ -468,7 +451,6 @@ async fn run_core<S: CoreService>(
         Ok(backend) => Rc::new(backend),
         Err(problem) => {
             let _ = started.try_send(Err(problem));
-            guard.asked = true;
             return;
         }
     };
@@ -510,13 +492,11 @@ async fn run_core<S: CoreService>(
                 stopper.close();
                 drain(&service).await;
                 service.backend.shutdown().await;
-                guard.asked = true;
                 let _ = reply.send(());
                 return;
             }
         }
     }
-    guard.asked = true;
 }
 
 /// Waits for connections to end, but not for long.

@@ -24,7 +24,7 @@ use bytes::{Bytes, BytesMut};
 use super::change::Parameters;
 use super::checkpoint::{CHECKPOINT_BYTES, Checkpoint};
 use super::page::WalLayout;
-use super::start_point::StartPoint;
+use super::start_point::{RECORD_BYTES, StartPoint};
 use crate::base::checksum::crc32c;
 use crate::base::lsn::WAL_PAGE_SIZE;
 use crate::base::page::PAGE_SIZE;
@@ -45,8 +45,6 @@ const UNLOGGED_LSN_AT: usize = 128;
 /// Where it begins (`FirstNormalUnloggedLSN`).
 const FIRST_UNLOGGED_LSN: u64 = 1000;
 const VERSION: u32 = 1300;
-/// Length of a checkpoint's record: header (24), tag and length of the data (2), data, aligned.
-const CHECKPOINT_RECORD_BYTES: u64 = (24 + 2 + CHECKPOINT_BYTES as u64).next_multiple_of(8);
 const CATALOG_VERSION: u32 = 202_209_061;
 
 /// What the file says.
@@ -223,7 +221,7 @@ impl ControlFile {
         let layout = WalLayout { segment_bytes: self.wal_segment_bytes, system_id: None };
         let start = self.checkpoint_lsn;
         let next_page = Lsn(start.0 - start.page_offset()).checked_add(WAL_PAGE_SIZE)?;
-        let end = start.checked_add(CHECKPOINT_RECORD_BYTES)?;
+        let end = start.checked_add(RECORD_BYTES as u64)?.align();
         let header = if end > next_page { layout.header_len(next_page) } else { 0 };
         end.checked_add(header as u64)
     }

@@ -33,8 +33,8 @@ use crate::base::wal_record::WAL_RECORD_CRC_AT;
 
 /// `XLR_BLOCK_ID_DATA_SHORT`: the header of main data of up to 255 bytes.
 const SHORT_DATA: u8 = 255;
-/// Length of the record in bytes.
-const RECORD_BYTES: usize = HEADER + 2 + CHECKPOINT_BYTES;
+/// Length of the record in bytes, before alignment.
+pub(super) const RECORD_BYTES: usize = HEADER + 2 + CHECKPOINT_BYTES;
 
 /// A place in WAL where a server can start.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

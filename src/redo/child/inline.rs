@@ -159,16 +159,20 @@ impl Lease<'_> {
         if sent.written < sent.frames.len() {
             return None;
         }
-        // It has the CPU next, and mostly answers before it gives it back: that is cheaper to see
-        // by looking than to wait for with a clock.
-        std::thread::yield_now();
-        process.read_now().ok()?;
-        let mut left = REDO_INLINE_WAIT;
+        let (mut looked, mut left) = (false, REDO_INLINE_WAIT);
         while let Some(job) = sent.jobs.front() {
             process.page = Some((job.rel, job.block));
             if let Some(reply) = process.plain_reply(job.records == 0).ok()? {
                 add(&shared.counters.inline, 1);
                 answer(shared, self.seat, sent.jobs.pop_front()?, Ok(reply));
+                continue;
+            }
+            if !looked {
+                // It has the CPU next, and mostly answers before it gives it back: that is cheaper
+                // to see by looking than to wait for with a clock.
+                std::thread::yield_now();
+                process.read_now().ok()?;
+                looked = true;
                 continue;
             }
             if left.is_zero() {

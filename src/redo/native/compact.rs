@@ -14,9 +14,8 @@ use super::page::{
 use crate::base::page::Page;
 
 /// Where the line pointers stand. A part of one before `pd_lower` is none.
-fn places(lower: usize) -> impl Iterator<Item = usize> {
-    let count = lower.saturating_sub(HEADER) / LINE;
-    (HEADER..HEADER + LINE * count).step_by(LINE)
+fn places(page: &Page) -> Fit<impl Iterator<Item = usize> + use<>> {
+    Ok((HEADER..HEADER + LINE * lines(page)?).step_by(LINE))
 }
 
 /// What [`survey`] found about the items of a page.
@@ -31,7 +30,7 @@ struct Survey {
 fn survey(page: &Page, bounds: Bounds) -> Fit<Survey> {
     let mut found = Survey { descend: true, settled: bounds.special };
     let (mut before, mut in_place, mut overlap) = (bounds.special, true, false);
-    for place in places(bounds.lower) {
+    for place in places(page)? {
         let line = Line::unpack(u32_at(page, place)?);
         if !line.has_storage() {
             continue;
@@ -87,7 +86,7 @@ fn compactify(page: &mut Page, bounds: Bounds) -> Fit<()> {
         false => Some(slice_at(page, bounds.upper, settled - bounds.upper)?.to_vec()),
     };
     let mut run = Run { from: bounds.special, end: bounds.special, to: bounds.special };
-    for place in places(bounds.lower) {
+    for place in places(page)? {
         let line = Line::unpack(u32_at(page, place)?);
         if !line.has_storage() {
             continue;
@@ -118,8 +117,7 @@ pub(super) fn repair_fragmentation(page: &mut Page) -> Fit<()> {
         return Err("a heap page has too many line pointers");
     }
     let (mut unused, mut last_used) = (0, 0);
-    for number in 1..=count {
-        let place = HEADER + LINE * (number - 1);
+    for (number, place) in (1..).zip(places(page)?) {
         if Line::unpack(u32_at(page, place)?).is_used() {
             last_used = number;
         } else {
@@ -174,7 +172,7 @@ fn index_item(page: &Page, number: usize, bounds: Bounds) -> Fit<Line> {
 
 /// Adds `shift` to the offsets of all items at or before `offset`.
 fn shift_lines(page: &mut Page, offset: usize, shift: isize, only_stored: bool) -> Fit<()> {
-    for place in places(HEADER + LINE * lines(page)?) {
+    for place in places(page)? {
         let found = Line::unpack(u32_at(page, place)?);
         if found.offset <= offset && (found.has_storage() || !only_stored) {
             let moved = found.offset.checked_add_signed(shift).ok_or("an item would be lost")?;

@@ -491,3 +491,29 @@ fn who_does_not_start_up_is_sent_away() {
     futures_lite::future::block_on(serve(&mut client, Session::default(), &service));
     assert!(String::from_utf8_lossy(&client.0).contains("did not start up in time"));
 }
+
+const PANICKING_THREAD: &str = "PGSTRATA_TEST_PANIC_IN";
+
+/// In a process of its own, which is this test again.
+#[test]
+fn a_panic_of_an_executor_ends_the_process() {
+    use std::os::unix::process::ExitStatusExt;
+    use std::process::{Command, Stdio};
+
+    if let Ok(name) = std::env::var(PANICKING_THREAD) {
+        abort_with_executors();
+        let thread = std::thread::Builder::new().name(name);
+        assert!(thread.spawn(|| panic!("on purpose")).unwrap().join().is_err());
+        return;
+    }
+    let ended = |name: &str| {
+        let mut again = Command::new(std::env::current_exe().unwrap());
+        again.args(["--exact", "server::node::tests::a_panic_of_an_executor_ends_the_process"]);
+        again.env(PANICKING_THREAD, name).stdout(Stdio::null()).stderr(Stdio::null());
+        again.status().unwrap()
+    };
+    for name in ["serve-0-1", "background-3-8"] {
+        assert_eq!(ended(name).signal(), Some(nix::libc::SIGABRT), "{name}");
+    }
+    assert!(ended("wal-redo").success());
+}

@@ -1,7 +1,7 @@
 //! Against a real PostgreSQL, and against a script that behaves badly.
 
 use std::os::unix::fs::PermissionsExt;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::atomic::Ordering;
 use std::task::Poll;
 use std::time::Duration;
@@ -13,6 +13,7 @@ use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
 use super::*;
+use crate::redo::captured::captured;
 use crate::redo::child::tests::{ask, children, heap_page, insert, inserts, lock, settings};
 use crate::redo::child::{ChildRedo, ChildSettings};
 use crate::redo::{Redo, RedoError, RedoRequest, protocol};
@@ -254,36 +255,64 @@ async fn send_first<F: Future + Unpin>(redo: &ChildRedo, request: &mut F) {
     assert!(redo.near.jobs.borrow().is_empty());
 }
 
-/// What comes of itself is no answer: the process is replaced, and the request tried again.
-#[test]
-fn nonsense_is_found_out() {
-    let _lock = lock();
-    let dir = std::env::temp_dir().join(format!("pgstrata-inline-{}", std::process::id()));
-    std::fs::create_dir_all(&dir).unwrap();
-    std::fs::set_permissions(&dir, PermissionsExt::from_mode(0o755)).unwrap();
+/// A directory of scripts that stand for `postgres`.
+struct Fakes(PathBuf);
+
+impl Drop for Fakes {
+    fn drop(&mut self) {
+        let _ = std::fs::remove_dir_all(&self.0);
+    }
+}
+
+/// Answers with a page of zeros.
+const ZEROS: &str = "printf '\\000\\000\\040\\000\\000'; head -c 8192 /dev/zero";
+
+/// Reads a request like [`first`].
+fn take_first() -> String {
     let mut frames = Vec::new();
     protocol::encode_request(&first(1), &mut frames).unwrap();
-    let pong = "walredo 2 postgres 150000 sandbox seccomp hint-bits off";
-    let page = "printf '\\000\\000\\040\\000\\000'; head -c 8192 /dev/zero";
-    let nonsense = [
-        // A status that there is none of, text instead of a page, and two pages for one request.
-        "printf '\\000\\000\\000\\002\\007no'".to_owned(),
-        "printf '\\000\\000\\000\\002\\002up'".to_owned(),
-        format!("{page}; {page}"),
-    ];
-    for (n, nonsense) in nonsense.iter().enumerate() {
-        let fake = dir.join(format!("postgres-{n}"));
+    format!("head -c {} >/dev/null", frames.len())
+}
+
+impl Fakes {
+    fn new(name: &str) -> Self {
+        let dir = std::env::temp_dir().join(format!("pgstrata-{name}-{}", std::process::id()));
+        std::fs::create_dir_all(&dir).unwrap();
+        std::fs::set_permissions(&dir, PermissionsExt::from_mode(0o755)).unwrap();
+        Fakes(dir)
+    }
+
+    /// It starts as ours does, answers one request, and a while later does `then`.
+    fn that_does(&self, name: &str, then: &str) -> ChildSettings {
+        let pong = "walredo 2 postgres 150000 sandbox seccomp hint-bits off";
         let script = format!(
             "#!/bin/sh\npong() {{ head -c $1 >/dev/null; printf '\\000\\000\\000\\0{:o}\\002{pong}'; }}\n\
-             pong 5\npong 6\nhead -c {} >/dev/null\n{page}\nsleep 0.2\n{nonsense}\ncat >/dev/null\n",
+             pong 5\npong 6\n{}\n{ZEROS}\nsleep 0.2\n{then}\ncat >/dev/null\n",
             pong.len(),
-            frames.len(),
+            take_first(),
         );
+        let fake = self.0.join(name);
         std::fs::write(&fake, script).unwrap();
         std::fs::set_permissions(&fake, PermissionsExt::from_mode(0o755)).unwrap();
         let mut settings = settings(false);
         (settings.postgres_bin, settings.walredo_so) = (fake, "".into());
-        let redo = started(settings);
+        settings
+    }
+}
+
+/// What comes of itself is no answer: the process is replaced, and the request tried again.
+#[test]
+fn nonsense_is_found_out() {
+    let _lock = lock();
+    let fakes = Fakes::new("nonsense");
+    let nonsense = [
+        // A status that there is none of, text instead of a page, and two pages for one request.
+        "printf '\\000\\000\\000\\002\\007no'".to_owned(),
+        "printf '\\000\\000\\000\\002\\002up'".to_owned(),
+        format!("{ZEROS}; {ZEROS}"),
+    ];
+    for (n, nonsense) in nonsense.iter().enumerate() {
+        let redo = started(fakes.that_does(&n.to_string(), nonsense));
         let pid = pid(&redo);
         std::thread::sleep(Duration::from_secs(2));
         if n == 2 {
@@ -296,6 +325,22 @@ fn nonsense_is_found_out() {
         assert_eq!(failures(&redo), 1, "{n}");
         assert!(block_on(redo.shutdown()));
     }
-    std::fs::remove_dir_all(&dir).unwrap();
     assert_eq!(children(), Vec::<u32>::new());
+}
+
+/// What a process says is told with the page that it was asked for, on the short way too.
+#[test]
+fn complaints_are_those_of_the_page_that_was_asked_for() {
+    let _lock = lock();
+    let fakes = Fakes::new("complaints");
+    let complains = format!("echo ouch >&2\n{}\n{ZEROS}", take_first());
+    let redo = started(fakes.that_does("complains", &complains));
+    std::thread::sleep(Duration::from_secs(2));
+    let mut page = None;
+    // On the thread of the caller, thus on the short way.
+    let text = captured(|| page = Some(block_on(redo.redo(first(9)))));
+    assert_eq!(page, Some(Ok(vec![0; 8192].into())));
+    let told = text.lines().find(|line| line.contains("wal-redo: ouch"));
+    assert!(told.is_some_and(|line| line.contains("block=9")), "{text}");
+    assert!(block_on(redo.shutdown()));
 }

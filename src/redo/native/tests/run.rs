@@ -1,8 +1,6 @@
 //! Chains: what goes to the other service, with which page, and how it is counted.
 
 use std::cell::RefCell;
-use std::io::Write;
-use std::sync::{Arc, Mutex};
 use std::time::Instant;
 
 use futures_lite::future::block_on;
@@ -11,6 +9,7 @@ use futures_util::future::LocalBoxFuture;
 
 use super::super::run::NativeRedo;
 use super::*;
+use crate::redo::captured::captured;
 use crate::redo::{Redo, RedoError, RedoRequest};
 
 /// Stands for the child: notes requests, and answers with the page but for one byte per record.
@@ -116,38 +115,19 @@ fn a_misfit_gets_the_page_as_it_was_before_it() {
     assert_eq!(redo.counters().misfits.get(), 1);
 }
 
-/// Lines of the log.
-#[derive(Clone, Default)]
-struct Lines(Arc<Mutex<Vec<u8>>>);
-
-impl Write for Lines {
-    fn write(&mut self, bytes: &[u8]) -> std::io::Result<usize> {
-        self.0.lock().unwrap().extend_from_slice(bytes);
-        Ok(bytes.len())
-    }
-
-    fn flush(&mut self) -> std::io::Result<()> {
-        Ok(())
-    }
-}
-
 #[test]
 fn misfits_are_all_counted_and_said_once_in_a_while() {
-    let lines = Lines::default();
-    let writer = lines.clone();
-    let log = tracing_subscriber::fmt().with_ansi(false).with_writer(move || writer.clone());
     let begin = Instant::now();
     // Line pointer 9 of a page with two.
     let misfit = heap::insert(9, 0).bytes();
     let several = [redo(), redo()];
-    tracing::subscriber::with_default(log.finish(), || {
+    let text = captured(|| {
         for redo in several.iter().cycle().take(1000) {
             rebuild(redo, Some(&heap::page()), std::slice::from_ref(&misfit)).unwrap();
         }
     });
     let counted: u64 = several.iter().map(|redo| redo.counters().misfits.get()).sum();
     assert_eq!(counted, 1000);
-    let text = String::from_utf8(lines.0.lock().unwrap().clone()).unwrap();
     let said = text.matches("left to the wal-redo process").count() as u64;
     assert!((1..=1 + begin.elapsed().as_secs()).contains(&said), "{said} lines: {text}");
 }
