@@ -11,6 +11,11 @@ use serde::{Deserialize, Serialize};
 
 use crate::limits::{CORES_MAX, L0_LAYERS_URGENT, QUOTA_BYTES_IN_FLIGHT, QUOTA_REQUESTS_PER_S};
 
+/// What `checkpoint_timeout_s` may be: the executor's timers end the process where the sum of time
+/// and pause has no representation.
+pub const CHECKPOINT_TIMEOUT_S: RangeInclusive<u64> = 1..=10 * 365 * 24 * 3600;
+/// The same in words.
+pub const CHECKPOINT_TIMEOUT_TEXT: &str = "must be from 1 to 315360000 (10 years)";
 /// What `image_layer_bytes` and `compaction_target_bytes` may be, in bytes.
 pub const LAYER_TARGET_BYTES: RangeInclusive<u64> = 1024 * 1024..=1 << 30;
 /// The same in words.
@@ -222,8 +227,8 @@ impl Config {
         if self.checkpoint_distance_bytes < 64 * 1024 {
             return fail("checkpoint_distance_bytes", "must be at least 65536");
         }
-        if self.checkpoint_timeout_s == 0 {
-            return fail("checkpoint_timeout_s", "must be at least 1");
+        if !CHECKPOINT_TIMEOUT_S.contains(&self.checkpoint_timeout_s) {
+            return fail("checkpoint_timeout_s", CHECKPOINT_TIMEOUT_TEXT);
         }
         if !LAYER_TARGET_BYTES.contains(&self.image_layer_bytes) {
             return fail("image_layer_bytes", LAYER_TARGET_TEXT);
@@ -301,7 +306,9 @@ mod tests {
     fn mistakes_are_named() {
         let text = |overrides: &[&str]| load(overrides).unwrap_err().to_string();
         assert!(text(&["chekpoint_timeout_s=3"]).contains("did you mean 'checkpoint_timeout_s'?"));
-        assert!(text(&["checkpoint_timeout_s=0"]).contains("at least 1"));
+        assert!(text(&["checkpoint_timeout_s=0"]).contains("from 1 to 315360000"));
+        let most = format!("checkpoint_timeout_s={}", i64::MAX);
+        assert!(text(&[&most]).contains("from 1 to 315360000"));
         assert!(text(&["cores=[1, 1]"]).contains("twice"));
         assert!(text(&["tls_key_file=/k"]).contains("both or neither"));
         assert!(text(&["cores"]).contains("key=value"));

@@ -261,8 +261,14 @@ pub const EXECUTOR_START_MS_MAX: u64 = 2_000;
 /// Executors that are made for one place before the node gives up.
 pub const EXECUTOR_STARTS_MAX: usize = 5;
 
+/// A node that is done waits so long for clients of its admin API.
+pub const ADMIN_STOP_MAX: std::time::Duration = std::time::Duration::from_secs(5);
+/// A node that may have fewer files open warns of it.
+pub const OPEN_FILES_FEW: u64 = 1024;
 /// Layer files that a core keeps open, each with a descriptor.
 pub const LAYER_READERS_MAX: usize = 4096;
+/// The same, where the process may have few files open.
+pub const LAYER_READERS_MIN: usize = 16;
 /// Memory of the indexes and filters of the layer files that a core keeps open, in bytes.
 pub const LAYER_READERS_BYTES_MAX: usize = 256 * 1024 * 1024;
 /// Of the open layer files, so many eighths stay when there are too many.

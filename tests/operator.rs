@@ -71,6 +71,7 @@ fn commands_name_what_is_wrong() {
         refuses(&["status", "--admin", admin], "http://HOST:PORT");
     }
     refuses(&["tenant", "create", "-c", "gc_period_s=soon"], "gc_period_s=soon: that is no number");
+    refuses(&["redo", "compare", "--from", "0/1000000"], "--wal");
     refuses(&["simulate", "--seeds", "0"], "--seeds");
     refuses(&[&["bench", "ingest", "-T", "0"][..], &ids].concat(), "--time");
     let library = format!("walredo_library={}", root.0.display());
@@ -83,7 +84,7 @@ fn commands_name_what_is_wrong() {
 fn a_node_names_what_is_wrong() {
     let root = Root::new("operator");
     let mut cluster = root.stopped_cluster();
-    let node = root.node(&[]);
+    let mut node = root.node(&[]);
     let (admin, id) = (node.admin_url(), Id(1, 1));
     let (tenant, timeline) = (id.shard().to_string(), id.timeline().to_string());
     let data = cluster.data().to_str().unwrap().to_owned();
@@ -93,6 +94,10 @@ fn a_node_names_what_is_wrong() {
     let other = format!("data_dir={}", root.join("other").display());
     let serve = ["serve", "-c", "listen_http_addr=127.0.0.1:0", "-c", &pages, "-c", &other];
     refuses(&serve, &format!("cannot listen at {}", node.page_address()));
+    let mut few = Command::new("prlimit");
+    let few = few.args(["--nofile=300:300", env!("CARGO_BIN_EXE_pgstrata")]).args(serve).output();
+    let text = String::from_utf8(few.unwrap().stderr).unwrap();
+    assert!(text.contains("may have only 300 files open"), "{text}");
 
     let (status, body) = http(&node, "POST", "/v1/status", "");
     assert!(status == 405 && body.contains("\"error\":\"/v1/status is nothing to POST"), "{body}");
@@ -103,11 +108,16 @@ fn a_node_names_what_is_wrong() {
         (r#""source": {"primary": {"conninfo": "hst=a"}}"#, "'hst' is no keyword"),
         (r#""source": {"primary": {"conninfo": "host=a user=a", "slot": "A-B"}}"#, "A-B"),
         (r#""source": {"backup": {"path": "/a", "primary": "host"}}"#, "'='"),
+        (r#""source": {"backup": {"path": "/a", "slot": "s"}}"#, "no primary"),
+        (r#""source": {"primary": {"conninfo": "host=a user=a", "slot_name": "s"}}"#, "slot_name"),
     ];
     for (source, part) in wrong {
         let body = format!(r#"{{"timeline": "{timeline}", {source}}}"#);
         let (status, text) = http(&node, "POST", &path, &body);
-        assert!(status == 400 && text.contains(part), "{source}: {status} {text}");
+        assert!(
+            (status == 400 || status == 422) && text.contains(part),
+            "{source}: {status} {text}"
+        );
     }
     assert!(node.admin().unwrap().timelines().unwrap().is_empty());
 
@@ -118,6 +128,17 @@ fn a_node_names_what_is_wrong() {
     let body = format!(r#"{{"timeline": "{unknown}", "branch": {{"ancestor": "{unknown}"}}}}"#);
     let (status, text) = http(&node, "POST", &path, &body);
     assert!(status == 404 && text.contains("is not on this node"), "{status} {text}");
+
+    for (method, what, body) in [
+        ("PUT", "checkpoint", ""),
+        ("PUT", "do_gc", "{}"),
+        ("GET", "lsn_lease", ""),
+        ("GET", "keyspace", ""),
+        ("GET", "get_timestamp_of_lsn?lsn=0/1", ""),
+    ] {
+        let (status, text) = http(&node, method, &format!("{path}/{unknown}/{what}"), body);
+        assert!(status == 404 && text.contains("is not on this node"), "{what}: {status} {text}");
+    }
 
     let page_address = node.page_address();
     let lsn = start.to_string();
@@ -140,6 +161,13 @@ fn a_node_names_what_is_wrong() {
         });
         branches_say_where_they_can_be_read(&node, &cluster, &admin);
     });
+    // A request that does not end does not keep the node.
+    let mut endless = TcpStream::connect(admin.replace("http://", "")).unwrap();
+    endless
+        .write_all(b"POST /v1/tenant HTTP/1.1\r\nhost: a\r\ncontent-length: 10\r\n\r\n")
+        .unwrap();
+    std::thread::sleep(std::time::Duration::from_millis(100));
+    node.stop().unwrap();
     let log = std::fs::read_to_string(node.log_path()).unwrap();
     assert!(log.contains("INFO") && !log.contains('\x1b'), "colours in a file: {log}");
 }

@@ -255,6 +255,7 @@ where
             config,
             block_cache_bytes: Config::default().block_cache_bytes as usize,
             page_cache_bytes: (defaults.page_cache_bytes / scale) as usize,
+            layer_files_max: pgstrata::limits::LAYER_READERS_MAX,
             memory_budget_bytes,
             connector: Replay { from, wal, open: gate.clone() },
             redo: Rc::new(Children(data_dir)),

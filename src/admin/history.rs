@@ -6,7 +6,7 @@ use axum::extract::{Json, Path, Query, State};
 use axum::routing::{get, put};
 use serde::Deserialize;
 
-use super::routes::{AdminState, ApiError, bad_request};
+use super::routes::{AdminState, ApiError, bad_request, told};
 use crate::base::{Lsn, TenantShardId, TimelineId, Timestamp};
 use crate::server::mesh::Control;
 use crate::server::router::owner;
@@ -38,7 +38,10 @@ pub(super) async fn ask(
     let timeline: TimelineId = names.1.parse().map_err(bad_request)?;
     let core = owner(&tenant, state.mesh.cores());
     let question = |reply| Control::History(tenant, timeline, request, reply);
-    Ok(Json(state.ask(core, question).await??))
+    match state.ask(core, question).await? {
+        Ok(reply) => Ok(Json(reply)),
+        Err(error) => Err(told(state, names, error).await),
+    }
 }
 
 #[derive(Deserialize)]

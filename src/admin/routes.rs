@@ -26,7 +26,7 @@
 //! | GET `/v1/redo` | wal-redo processes by core: tenant, pid, age, requests, last redo |
 //! | GET `/metrics` | Prometheus text |
 //!
-//! Points in time are RFC 3339. Errors are `{"error": "what happened"}` with 400, 404, 409 or 503,
+//! Points in time are RFC 3339. Errors are `{"error": "what happened"}` with 400, 404, 409, 500 or 503,
 //! and the same once more as `msg`, where clients of other pageservers look for it. They also send
 //! bodies (`null`) with GET and DELETE, which are read and not looked at. What replies have for
 //! them: [`super::wire`].
@@ -409,15 +409,29 @@ async fn detach_ancestor(
     Ok(StatusCode::ACCEPTED)
 }
 
+/// What is said when something about a timeline failed: if there is none, that.
+pub(super) async fn told(
+    state: &AdminState,
+    names: &(String, String),
+    error: ControlError,
+) -> ApiError {
+    match find_timeline(state, names.clone()).await {
+        Err(missing) if missing.status == StatusCode::NOT_FOUND => missing,
+        Ok(_) | Err(_) => error.into(),
+    }
+}
+
 async fn checkpoint(
     State(state): State<AdminState>,
-    Path((tenant, timeline)): Path<(String, String)>,
+    Path(names): Path<(String, String)>,
 ) -> Result<StatusCode, ApiError> {
-    let tenant: TenantShardId = tenant.parse().map_err(bad_request)?;
-    let timeline: TimelineId = timeline.parse().map_err(bad_request)?;
+    let tenant: TenantShardId = names.0.parse().map_err(bad_request)?;
+    let timeline: TimelineId = names.1.parse().map_err(bad_request)?;
     let core = owner(&tenant, state.mesh.cores());
-    state.ask(core, |reply| Control::Checkpoint(tenant, timeline, reply)).await??;
-    Ok(StatusCode::NO_CONTENT)
+    match state.ask(core, |reply| Control::Checkpoint(tenant, timeline, reply)).await? {
+        Ok(()) => Ok(StatusCode::NO_CONTENT),
+        Err(error) => Err(told(&state, &names, error).await),
+    }
 }
 
 /// The wal-redo processes of one core that are bound to a tenant.

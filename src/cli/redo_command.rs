@@ -73,7 +73,7 @@ pub struct CompareArgs {
     #[arg(long, value_name = "DIR", requires = "from")]
     wal: Option<PathBuf>,
     /// Start of the first record to compare.
-    #[arg(long)]
+    #[arg(long, requires = "wal")]
     from: Option<Lsn>,
     /// Stop after the last record that ends at or before this position; otherwise at the end of
     /// the WAL.
@@ -81,10 +81,10 @@ pub struct CompareArgs {
     to: Option<Lsn>,
     /// The data directory as it was at the first position; without it, pages of which the WAL has no
     /// image begin as zeros.
-    #[arg(long, value_name = "DIR")]
+    #[arg(long, value_name = "DIR", requires = "wal")]
     pgdata: Option<PathBuf>,
     /// The WAL is of a cluster with data checksums or `wal_log_hints`.
-    #[arg(long)]
+    #[arg(long, requires = "wal")]
     hint_bits: bool,
     /// What runs on the primary that is made.
     #[arg(long, value_enum, default_value = "all")]

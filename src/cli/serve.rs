@@ -15,6 +15,7 @@ use super::admin_client::CommandError;
 use super::service::{NodeShard, REDO_DIR, find_library, spares};
 use crate::admin::{AdminState, serve as serve_admin};
 use crate::config::Config;
+use crate::limits::{ADMIN_STOP_MAX, OPEN_FILES_FEW};
 use crate::server::node::{Node, abort_with_executors};
 
 /// Version of the data directory's layout.
@@ -59,9 +60,14 @@ pub fn serve(args: ServeArgs) -> Result<(), CommandError> {
 /// Connections and layer files that are read stay open, so the node takes all the files it may have.
 fn raise_file_limit() {
     let files = Resource::RLIMIT_NOFILE;
-    let raised = getrlimit(files).and_then(|(_, hard)| setrlimit(files, hard, hard));
-    if let Err(error) = raised {
-        tracing::warn!("the limit of open files stays as it is: {error}");
+    let raised = getrlimit(files).and_then(|(_, hard)| setrlimit(files, hard, hard).map(|()| hard));
+    match raised {
+        Ok(hard) if hard < OPEN_FILES_FEW => tracing::warn!(
+            "the node may have only {hard} files open, and whoever needs one more gets an error; \
+             give it {OPEN_FILES_FEW} or more (ulimit -Hn, or LimitNOFILE= of its service)"
+        ),
+        Ok(_) => {}
+        Err(error) => tracing::warn!("the limit of open files stays as it is: {error}"),
     }
 }
 
@@ -145,7 +151,12 @@ async fn run(config: Arc<Config>) -> Result<(), CommandError> {
         _ = interrupt.recv() => return Err("ended at once by a second signal".into()),
     };
     let _ = stop_admin.send(());
-    let _ = admin.await;
+    // A client that never ends its request does not keep the node.
+    tokio::select! {
+        _ = tokio::time::timeout(ADMIN_STOP_MAX, admin) => {}
+        _ = terminate.recv() => {}
+        _ = interrupt.recv() => {}
+    }
     stopped?;
     tracing::info!("stopped; everything is synced");
     Ok(())

@@ -8,12 +8,15 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use futures_util::future::LocalBoxFuture;
+use nix::sys::resource::{Resource, getrlimit};
 
 use crate::base::TenantShardId;
 use crate::config::Config;
 use crate::io::spares::Spares;
 use crate::io::uring::UringIo;
-use crate::limits::{REDO_IDLE, REDO_PROCESSES_MAX, REDO_SLICE, REDO_SPARES};
+use crate::limits::{
+    LAYER_READERS_MAX, LAYER_READERS_MIN, REDO_IDLE, REDO_PROCESSES_MAX, REDO_SLICE, REDO_SPARES,
+};
 use crate::redo::child::{ChildRedo, ChildStatus};
 use crate::redo::native::run::{NativeCounters, NativeRedo};
 use crate::redo::pool::{Pool, PoolSettings};
@@ -37,6 +40,19 @@ const SPARE_DIR: &str = "spare";
 /// Where the node keeps space of removed files.
 pub fn spares(config: &Config) -> Spares {
     Spares::new(&config.data_dir.join(SPARE_DIR), config.spare_bytes)
+}
+
+/// Files that the process may have open.
+fn open_files_max() -> u64 {
+    // It cannot fail with these arguments.
+    getrlimit(Resource::RLIMIT_NOFILE).map_or(0, |(files, _)| files)
+}
+
+/// Layer files that each of `cores` cores keeps open where the process may have `files` open: half
+/// of them in all, as connections, journals and jobs have files too.
+fn layer_files_max(files: u64, cores: usize) -> usize {
+    let share = usize::try_from(files / 2).unwrap_or(usize::MAX) / cores.max(1);
+    share.clamp(LAYER_READERS_MIN, LAYER_READERS_MAX)
 }
 
 /// One core's shard.
@@ -63,6 +79,7 @@ impl CoreService for NodeShard {
             config: TimelineConfig::from(&**config),
             block_cache_bytes: config.block_cache_bytes as usize,
             page_cache_bytes: config.page_cache_bytes as usize,
+            layer_files_max: layer_files_max(open_files_max(), cores),
             memory_budget_bytes: config.memory_budget_bytes,
             connector: PrimaryConnector,
             redo: Rc::new(ChildFactory::new(config, context.cpu)),
@@ -263,6 +280,15 @@ mod tests {
 
     use super::*;
     use crate::redo::child::tests::{ask, inserts};
+
+    #[test]
+    fn layer_files_leave_half_of_the_files_to_others() {
+        assert_eq!(layer_files_max(1_048_576, 2), LAYER_READERS_MAX);
+        assert_eq!(layer_files_max(u64::MAX, 1), LAYER_READERS_MAX);
+        assert_eq!(layer_files_max(4096, 2), 1024);
+        assert_eq!(layer_files_max(1024, 4), 128);
+        assert_eq!(layer_files_max(0, 4), LAYER_READERS_MIN);
+    }
 
     /// What a job in the background rebuilds is counted with the rest, while it goes on and after.
     #[test]

@@ -244,7 +244,7 @@ impl<I: Io, C: Connector> Shard<I, C> {
         let dir = self.tenant_dir(tenant);
         if has(&io.list(&dir).await?, DELETED_FILE) {
             tracing::info!(%tenant, "removing the rest of a deleted tenant");
-            return io.remove_dir_all(&dir).await;
+            return self.remove_deleted(&dir).await;
         }
         let stored = self.read_config(&dir).await;
         let slot = self.new_tenant(stored.as_ref().copied().unwrap_or_default());
@@ -470,10 +470,12 @@ impl<I: Io, C: Connector> Shard<I, C> {
         Ok(timeline)
     }
 
-    /// Starts to take in WAL, if the timeline has a source and may.
+    /// Starts to take in WAL, if the timeline has a source and may, and does not already.
     pub(super) fn start_following(&self, timeline: &Rc<Timeline<I>>) {
         timeline.stop_signal.clear();
-        timeline.follow_ended.set(false);
+        if !timeline.follow_ended.replace(false) {
+            return;
+        }
         let follow = timeline.clone().follow(self.context.connector.clone());
         self.context.io.spawn(TaskClass::Ingest, follow);
     }

@@ -178,6 +178,9 @@ impl<I: Io> Timeline<I> {
                 }
                 self.part_waits(Part::Checkpoint, format!("{error}; trying again"));
                 self.context.io.sleep(Duration::from_millis(CHECKPOINT_RETRY_MS)).await;
+                if self.stopping.get() {
+                    return;
+                }
             }
             // There may have been no place for another frozen layer until now.
             if !self.ingesting.get() && !self.stopping.get() {
@@ -198,6 +201,9 @@ impl<I: Io> Timeline<I> {
             }
             // Others write too; they must not wait for the room.
             let _turn = self.checkpoint_turn.acquire().await;
+            if self.abandoned.get() {
+                return Ok(());
+            }
             let oldest = self.mutable.borrow().frozen.first().cloned();
             if let Some(frozen) = oldest
                 && self.has_l0_room()
@@ -329,6 +335,7 @@ impl<I: Io> Timeline<I> {
             let _checkpoint = self.checkpoint_turn.acquire().await;
             let _flush = self.flush_turn.acquire().await;
             self.end_marking().await;
+            self.abandoned.set(true);
         }
         let layers: Vec<_> =
             self.mutable.borrow().layers.iter().map(|(_, layer)| layer.clone()).collect();

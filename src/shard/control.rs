@@ -13,7 +13,7 @@ pub use crate::redo::histogram::HistogramCounts;
 
 /// Where a new timeline comes from.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "snake_case")]
+#[serde(rename_all = "snake_case", deny_unknown_fields)]
 pub enum TimelineSource {
     /// A running primary: base backup, then streaming.
     Primary {

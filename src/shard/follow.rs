@@ -144,7 +144,7 @@ impl<I: Io> Timeline<I> {
     }
 
     /// True when no WAL comes in any more.
-    pub(super) fn has_stopped_following(&self) -> bool {
+    pub(crate) fn has_stopped_following(&self) -> bool {
         self.follow_ended.get()
     }
 

@@ -30,6 +30,7 @@ pub struct BranchPoint {
 
 /// Where the timeline's WAL comes from.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub struct WalSourceConfig {
     /// libpq connection string.
     pub conninfo: String,

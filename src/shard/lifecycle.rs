@@ -13,11 +13,13 @@
 //! | delete a tenant | its file `deleted` | the tenant | files, removed at start |
 
 use std::rc::Rc;
+use std::sync::Arc;
 use std::time::Duration;
 
-use super::activate::{Ancestry, Brief, Slot, TimelineKey};
-use super::control::{Change, ControlError, CreateBranch};
+use super::activate::{Brief, Slot, TimelineKey};
+use super::control::{Change, ControlError, CreateBranch, CreateTimeline};
 use super::follow::Connector;
+use super::import::Progress;
 use super::index::{BranchPoint, DELETED_FILE, INDEX_FILE, INDEX_VERSION, TimelineIndex};
 use super::reader::ReadError;
 use super::tenant_config::{CONFIG_FILE, TenantConfig};
@@ -29,11 +31,11 @@ use crate::base::{Kind, TenantShardId};
 use crate::io::{Io, IoCause, IoError, TaskClass, durable};
 use crate::limits::{STOP_POLL_MS, STOP_WAIT_MS};
 
-fn refused(message: impl Into<String>) -> ControlError {
+pub(super) fn refused(message: impl Into<String>) -> ControlError {
     ControlError { kind: Kind::Invalid, message: message.into() }
 }
 
-fn later(message: impl Into<String>) -> ControlError {
+pub(super) fn later(message: impl Into<String>) -> ControlError {
     ControlError { kind: Kind::Retry, message: message.into() }
 }
 
@@ -57,47 +59,37 @@ impl<I: Io, C: Connector> Shard<I, C> {
                 self.create_tenant(tenant, config).await
             }
             Change::Tenant { tenant, config, create: false } => {
-                let turn = self.turn_of(tenant)?;
-                let _turn = turn.acquire().await;
-                self.configure_tenant(tenant, config).await
+                self.in_turn(tenant, self.configure_tenant(tenant, config)).await
             }
-            Change::DeleteTenant(tenant) => {
-                let turn = self.turn_of(tenant)?;
-                let _turn = turn.acquire().await;
-                self.delete_tenant(tenant).await
-            }
+            Change::DeleteTenant(tenant) => self.in_turn(tenant, self.delete_tenant(tenant)).await,
             Change::Branch(request) => {
-                let turn = self.turn_of(request.tenant)?;
-                let _turn = turn.acquire().await;
-                self.create_branch(request).await
+                self.in_turn(request.tenant, self.create_branch(request)).await
             }
             Change::DeleteTimeline(tenant, id) => {
-                let turn = self.turn_of(tenant)?;
-                let _turn = turn.acquire().await;
-                self.delete_timeline((tenant, id)).await
+                self.in_turn(tenant, self.delete_timeline((tenant, id))).await
             }
             Change::Archive(tenant, id, archived) => {
-                let turn = self.turn_of(tenant)?;
-                let _turn = turn.acquire().await;
-                self.archive((tenant, id), archived).await
+                self.in_turn(tenant, self.archive((tenant, id), archived)).await
             }
             Change::DetachAncestor(tenant, id) => {
-                let turn = self.turn_of(tenant)?;
-                let _turn = turn.acquire().await;
-                let timeline = self.activate((tenant, id)).await?;
-                let fail = |error: super::detach::DetachError| ControlError {
-                    kind: error.kind(),
-                    message: error.to_string(),
-                };
-                timeline.begin_detach().map_err(fail)?;
-                // It may take long; the timeline's own state says how it goes.
-                let work = async move {
-                    let _ = timeline.detach().await;
-                };
-                self.context.io.spawn(TaskClass::Background, work);
-                Ok(())
+                self.in_turn(tenant, self.begin_detaching((tenant, id))).await
             }
         }
+    }
+
+    async fn begin_detaching(self: &Rc<Self>, key: TimelineKey) -> Result<(), ControlError> {
+        let timeline = self.activate(key).await?;
+        let fail = |error: super::detach::DetachError| ControlError {
+            kind: error.kind(),
+            message: error.to_string(),
+        };
+        timeline.begin_detach().map_err(fail)?;
+        // It may take long; the timeline's own state says how it goes.
+        let work = async move {
+            let _ = timeline.detach().await;
+        };
+        self.context.io.spawn(TaskClass::Background, work);
+        Ok(())
     }
 
     /// The turn of a tenant that exists.
@@ -105,6 +97,74 @@ impl<I: Io, C: Connector> Shard<I, C> {
         let tenants = self.tenants.borrow();
         let slot = tenants.get(&tenant).ok_or(ReadError::TenantNotFound(tenant))?;
         Ok(slot.turn.clone())
+    }
+
+    /// Carries a change out when all that came before it have been.
+    async fn in_turn(
+        &self,
+        tenant: TenantShardId,
+        change: impl Future<Output = Result<(), ControlError>>,
+    ) -> Result<(), ControlError> {
+        let turn = self.turn_of(tenant)?;
+        let _turn = turn.acquire().await;
+        // It may have been deleted meanwhile, and made anew.
+        match self.turn_of(tenant) {
+            Ok(now) if Rc::ptr_eq(&now, &turn) => change.await,
+            _ => Err(ReadError::TenantNotFound(tenant).into()),
+        }
+    }
+
+    /// Begins to make a timeline from a cluster, and its tenant if there is none.
+    pub(super) async fn import_in_turn(
+        self: &Rc<Self>,
+        request: CreateTimeline,
+    ) -> Result<(), ControlError> {
+        let tenant = request.tenant;
+        loop {
+            let is_new = !self.tenants.borrow().contains_key(&tenant);
+            self.config_of(tenant);
+            let turn = self.turn_of(tenant)?;
+            let _turn = turn.acquire().await;
+            if !self.turn_of(tenant).is_ok_and(|now| Rc::ptr_eq(&now, &turn)) {
+                // Deleted meanwhile.
+                continue;
+            }
+            let begun = self.begin_import(request).await;
+            if begun.is_err() && is_new {
+                self.tenants.borrow_mut().remove(&tenant);
+            }
+            return begun;
+        }
+    }
+
+    async fn begin_import(self: &Rc<Self>, request: CreateTimeline) -> Result<(), ControlError> {
+        let (tenant, id) = (request.tenant, request.timeline);
+        if self.stopping.get() {
+            let message = "the node is shutting down".to_owned();
+            return Err(ControlError { kind: Kind::Shutdown, message });
+        }
+        // What is left of a tenant of the same name would take the new one along.
+        let dir = self.tenant_dir(tenant);
+        match self.context.io.list(&dir).await {
+            Ok(entries) if entries.iter().any(|entry| entry.name == DELETED_FILE) => {
+                self.remove_deleted(&dir).await?;
+            }
+            Err(error) if error.cause != IoCause::NotFound => return Err(error.into()),
+            Ok(_) | Err(_) => {}
+        }
+        self.refuse_existing(tenant, id).await?;
+        let name = format!("timeline {id} of tenant {tenant}");
+        match self.slots.borrow().get(&(tenant, id)) {
+            None | Some(Slot::Failed(_)) => {}
+            Some(Slot::Damaged(reason, _)) => {
+                return Err(refused(format!("{name} exists but cannot be opened: {reason}")));
+            }
+            Some(_) => return Err(refused(format!("{name} exists already"))),
+        }
+        let progress = Arc::new(Progress::default());
+        self.slots.borrow_mut().insert((tenant, id), Slot::Importing(progress.clone()));
+        self.context.io.spawn(TaskClass::Background, self.clone().create(request, progress));
+        Ok(())
     }
 
     async fn create_branch(self: &Rc<Self>, request: CreateBranch) -> Result<(), ControlError> {
@@ -211,86 +271,6 @@ impl<I: Io, C: Connector> Shard<I, C> {
         }
     }
 
-    async fn delete_timeline(self: &Rc<Self>, key: TimelineKey) -> Result<(), ControlError> {
-        self.until_opened(key.0).await;
-        let (open, ancestry) = {
-            let slots = self.slots.borrow();
-            match slots.get(&key) {
-                None => return Err(ReadError::TimelineNotFound(key.0, key.1).into()),
-                Some(Slot::Importing(_)) => {
-                    let text = format!("timeline {} is being imported; wait for its end", key.1);
-                    return Err(later(text));
-                }
-                Some(slot @ Slot::Ready(timeline)) => (Some(timeline.clone()), slot.ancestry()),
-                Some(slot) => (None, slot.ancestry()),
-            }
-        };
-        self.refuse_branches(key)?;
-        if let Some(timeline) = &open {
-            self.close_gate(timeline).await?;
-        }
-        self.slots.borrow_mut().insert(key, Slot::Deleting(ancestry));
-        let removed = async {
-            if let Some(timeline) = &open {
-                self.end_following(timeline).await?;
-                timeline.abandon().await;
-            }
-            self.remove_timeline(key).await.map_err(ControlError::from)
-        };
-        if let Err(error) = removed.await {
-            let reason = format!("its deletion failed ({}); delete it again", error.message);
-            self.slots.borrow_mut().insert(key, Slot::Damaged(reason, ancestry));
-            return Err(error);
-        }
-        self.slots.borrow_mut().remove(&key);
-        if let Ancestry::Branch(point) = ancestry
-            && let Some(Slot::Ready(older)) = self.slots.borrow().get(&(key.0, point.timeline))
-        {
-            older.set_branch(key.1, None);
-        }
-        Ok(())
-    }
-
-    /// A timeline is not deleted while others need it.
-    fn refuse_branches(&self, key: TimelineKey) -> Result<(), ControlError> {
-        let branches = self.branches_of(key);
-        if branches.is_empty() {
-            return Ok(());
-        }
-        let names: Vec<String> = branches
-            .iter()
-            .map(|(id, lsn)| match lsn.is_valid() {
-                true => format!("{id} (at {lsn})"),
-                false => format!("{id} (damaged: it may be one)"),
-            })
-            .collect();
-        Err(refused(format!(
-            "timeline {} has branches: {}; delete or detach them first",
-            key.1,
-            names.join(", ")
-        )))
-    }
-
-    /// Lets no read in any more, and waits until none is under way.
-    async fn close_gate(&self, timeline: &Timeline<I>) -> Result<(), ControlError> {
-        timeline.deleting.set(true);
-        timeline.gate.close();
-        timeline.waiters.fail_all();
-        if self.wait_until(|| timeline.gate.is_idle() && !timeline.is_detaching()).await {
-            return Ok(());
-        }
-        timeline.reopen();
-        Err(later(format!("reads of timeline {} do not end; try again", timeline.id)))
-    }
-
-    async fn end_following(&self, timeline: &Timeline<I>) -> Result<(), ControlError> {
-        timeline.stop_following();
-        match self.wait_until(|| timeline.has_stopped_following()).await {
-            true => Ok(()),
-            false => Err(later(format!("timeline {} does not stop following", timeline.id))),
-        }
-    }
-
     pub(super) async fn wait_until(&self, done: impl Fn() -> bool) -> bool {
         let mut waited_ms = 0;
         while !done() && waited_ms < STOP_WAIT_MS {
@@ -298,44 +278,6 @@ impl<I: Io, C: Connector> Shard<I, C> {
             waited_ms += STOP_POLL_MS;
         }
         done()
-    }
-
-    /// Waits until no timeline of the tenant is being opened.
-    async fn until_opened(&self, tenant: TenantShardId) {
-        let opening = |slot: &Slot<I>| matches!(slot, Slot::Loading(_));
-        while self.of_tenant(tenant, |_, slot| opening(slot)).contains(&true) {
-            self.context.io.sleep(Duration::from_millis(STOP_POLL_MS)).await;
-        }
-    }
-
-    /// The timeline ceases to exist with the rename; what remains after that is only space.
-    async fn remove_timeline(&self, key: TimelineKey) -> Result<(), IoError> {
-        let io = &self.context.io;
-        let timelines = self.timelines_dir(key.0);
-        let dir = timelines.join(key.1.to_string());
-        match durable::publish(io, &dir.join(INDEX_FILE), &dir.join(DELETED_FILE)).await {
-            Ok(()) => {}
-            // An import that failed, or a deletion that failed after this step: the new name may
-            // not be durable. To sync the directory once more would prove nothing, for the kernel
-            // forgets what it could not write; so a mark is made that was not there before.
-            Err(error) if error.cause == IoCause::NotFound => {
-                match durable::write_file_atomic(io, &dir.join(DELETED_FILE), b"").await {
-                    // The directory is not there, either.
-                    Err(error) if error.cause == IoCause::NotFound => return Ok(()),
-                    written => written?,
-                }
-            }
-            Err(error) => return Err(error),
-        }
-        let removed = async {
-            let change = io.dir_change(&timelines);
-            io.remove_dir_all(&dir).await?;
-            io.sync_dir(&change).await
-        };
-        if let Err(error) = removed.await {
-            tracing::warn!(tenant = %key.0, timeline = %key.1, "{error}; the next start goes on");
-        }
-        Ok(())
     }
 
     async fn archive(
@@ -431,69 +373,6 @@ impl<I: Io, C: Connector> Shard<I, C> {
         }
         Ok(())
     }
-
-    async fn delete_tenant(self: &Rc<Self>, tenant: TenantShardId) -> Result<(), ControlError> {
-        self.until_opened(tenant).await;
-        let mut open = Vec::new();
-        for slot in self.of_tenant(tenant, |_, slot| match slot {
-            Slot::Importing(_) => Err(()),
-            Slot::Ready(timeline) => Ok(Some(timeline.clone())),
-            _ => Ok(None),
-        }) {
-            let text =
-                || format!("a timeline of tenant {tenant} is being imported; wait for its end");
-            open.extend(slot.map_err(|()| later(text()))?);
-        }
-        for (number, timeline) in open.iter().enumerate() {
-            if let Err(error) = self.close_gate(timeline).await {
-                open.iter().take(number).for_each(|other| other.reopen());
-                return Err(error);
-            }
-        }
-        let ids = self.of_tenant(tenant, |id, slot| (id, slot.ancestry()));
-        for (id, ancestry) in &ids {
-            self.slots.borrow_mut().insert((tenant, *id), Slot::Deleting(*ancestry));
-        }
-        let removed = async {
-            for timeline in &open {
-                self.end_following(timeline).await?;
-            }
-            for timeline in &open {
-                timeline.abandon().await;
-            }
-            self.remove_tenant(tenant).await.map_err(ControlError::from)
-        };
-        if let Err(error) = removed.await {
-            let reason = format!("deleting its tenant failed ({}); do it again", error.message);
-            for (id, ancestry) in ids {
-                let slot = Slot::Damaged(reason.clone(), ancestry);
-                self.slots.borrow_mut().insert((tenant, id), slot);
-            }
-            return Err(error);
-        }
-        for (id, _) in ids {
-            self.slots.borrow_mut().remove(&(tenant, id));
-        }
-        self.tenants.borrow_mut().remove(&tenant);
-        self.forget_redo(tenant).await;
-        Ok(())
-    }
-
-    /// The tenant ceases to exist with its mark; what remains after that is only space.
-    async fn remove_tenant(&self, tenant: TenantShardId) -> Result<(), IoError> {
-        let (io, dir) = (&self.context.io, self.tenant_dir(tenant));
-        io.create_dir(&dir).await?;
-        durable::write_file_atomic(io, &dir.join(DELETED_FILE), b"").await?;
-        let removed = async {
-            let change = io.dir_change(&self.context.data_dir.join("tenants"));
-            io.remove_dir_all(&dir).await?;
-            io.sync_dir(&change).await
-        };
-        if let Err(error) = removed.await {
-            tracing::warn!(%tenant, "{error}; the next start goes on");
-        }
-        Ok(())
-    }
 }
 
 impl<I: Io> Timeline<I> {
@@ -506,17 +385,6 @@ impl<I: Io> Timeline<I> {
                 .map_err(|error| ControlError { kind: error.kind(), message: error.to_string() })?;
         }
         Ok(())
-    }
-
-    /// It is not deleted after all.
-    fn reopen(&self) {
-        self.deleting.set(false);
-        self.gate.reopen();
-    }
-
-    /// A detaching is under way; it ends soon when the gate is closed.
-    fn is_detaching(&self) -> bool {
-        self.mutable.borrow().detach.as_ref().is_some_and(|state| state.error.is_none())
     }
 
     /// Writes the index as the timeline stands.

@@ -1,15 +1,10 @@
 //! The repository slice of one core: tenants and their timelines.
 //!
 //! [`tenants`] holds them, [`timeline`] is one of them. WAL comes in through [`follow`], which
-//! gives records to [`ingest`] and [`apply`]; [`checkpoint`] moves values from memory to files, [`compact`] merges these;
-//! [`get_page`] reads; [`import`] makes a timeline, [`load`] opens one again.
-//! gives records to [`ingest`] and [`apply`]; [`checkpoint`] moves values from memory to files;
-//! [`get_page`] reads; [`import`] makes a timeline, [`load`] opens one again. [`history`] says how
-//! far back it can be read, [`gc`] removes what nobody can need. A timeline that nobody uses is
-//! closed again (`idle`).
 //! gives records to [`ingest`] and [`apply`], as fast as [`pressure`] lets it; [`checkpoint`] moves
-//! values from memory to files, [`compact`] merges these; [`get_page`] reads; [`import`] makes a timeline, [`load`] opens one again. [`history`] says how
-//! far back it can be read, [`gc`] removes what nobody can need.
+//! values from memory to files, [`compact`] merges these; [`get_page`] reads; [`import`] makes a
+//! timeline, [`load`] opens one again. [`history`] says how far back it can be read, [`gc`] removes
+//! what nobody can need. A timeline that nobody uses is closed again (`idle`).
 //!
 //! Synchronous methods change state, asynchronous ones wait; no borrow lives across an `.await`.
 
@@ -23,7 +18,8 @@ pub mod checkpoint;
 pub mod compact;
 pub mod control;
 mod copy_database;
-pub mod detach;
+mod delete;
+mod detach;
 pub mod follow;
 pub mod gate;
 pub mod gc;

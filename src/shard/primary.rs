@@ -31,6 +31,7 @@ impl TimelineSource {
             TimelineSource::Backup { primary, slot, .. }
             | TimelineSource::Pgdata { primary, slot, .. } => match primary {
                 Some(conninfo) => check(conninfo, slot.as_deref()),
+                None if slot.is_some() => Err("a slot is given, but no primary".to_owned()),
                 None => Ok(()),
             },
         }

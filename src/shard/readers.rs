@@ -11,7 +11,7 @@ use std::rc::{Rc, Weak};
 
 use crate::io::{Io, TaskClass};
 use crate::layers::FileLayer;
-use crate::limits::{LAYER_READERS_BYTES_MAX, LAYER_READERS_KEPT_OF_8, LAYER_READERS_MAX};
+use crate::limits::{LAYER_READERS_BYTES_MAX, LAYER_READERS_KEPT_OF_8};
 
 /// Places without an open file that are remembered before they are sorted out.
 const SLOTS_EMPTY_MAX: usize = 256;
@@ -42,21 +42,20 @@ pub struct Readers<I: Io> {
     bytes_max: Cell<usize>,
 }
 
-impl<I: Io> Default for Readers<I> {
-    fn default() -> Self {
+impl<I: Io> Readers<I> {
+    /// None yet, and at most `count_max` of them.
+    pub fn new(count_max: usize) -> Self {
         Readers {
             slots: RefCell::default(),
             count: Cell::new(0),
             bytes: Cell::new(0),
             opened: Cell::new(0),
             clock: Cell::new(0),
-            count_max: Cell::new(LAYER_READERS_MAX),
+            count_max: Cell::new(count_max),
             bytes_max: Cell::new(LAYER_READERS_BYTES_MAX),
         }
     }
-}
 
-impl<I: Io> Readers<I> {
     /// Layer files that are open.
     pub fn count(&self) -> usize {
         self.count.get()

@@ -6,13 +6,15 @@ use std::path::PathBuf;
 use std::rc::Rc;
 use std::sync::Arc;
 
+use futures_channel::oneshot;
+
 use super::index::IndexLayer;
 use super::layer_map::LayerSpan;
 use super::memory::Resident;
 use super::readers::{Readers, Slot};
 use super::timeline::TimelineContext;
 use crate::base::{Key, KeyRange, Lsn, LsnRange};
-use crate::io::Io;
+use crate::io::{Io, TaskClass};
 use crate::layers::{
     Answer, BlockCache, FileLayer, FrozenLayer, InputLayer, LayerError, LayerName, LayerOwner,
     Newest, Values,
@@ -38,6 +40,8 @@ pub(super) enum Source<I: Io> {
     /// In its file.
     File(Rc<FileLayer<I>>),
 }
+
+type Opened<I> = Result<Rc<FileLayer<I>>, LayerError>;
 
 impl<I: Io> Source<I> {
     /// Appends the values of `key` within `lsns` to `out`, newest first, up to the first base.
@@ -125,20 +129,43 @@ impl<I: Io> StoredLayer<I> {
     }
 
     /// The open file; opens it if need be.
-    pub(super) async fn reader(&self) -> Result<Rc<FileLayer<I>>, LayerError> {
+    ///
+    /// Who asks may go away at any time, as clients do, but a file that is being opened must not be
+    /// dropped half way: it would be closed by a system call that blocks. So a task of its own opens
+    /// it.
+    pub(super) async fn reader(self: &Rc<Self>) -> Result<Rc<FileLayer<I>>, LayerError> {
         if let Some(reader) = self.readers.get(&self.slot) {
             return Ok(reader);
         }
-        let cache = self.cache.clone();
-        let opened = FileLayer::open(&self.io, &self.dir, &self.name, self.owner, cache).await?;
-        match self.readers.get(&self.slot) {
-            // Another read opened it meanwhile.
-            Some(reader) => {
-                opened.close().await?;
-                Ok(reader)
-            }
-            None => Ok(self.readers.put(&self.slot, opened, &self.io)),
+        let (asker, answer) = oneshot::channel();
+        self.io.spawn(TaskClass::Serve, self.clone().open(asker));
+        match answer.await {
+            Ok(opened) => opened,
+            // The executor ends, and its tasks with it.
+            Err(oneshot::Canceled) => std::future::pending().await,
         }
+    }
+
+    /// Opens the file for `asker`. If that one has gone the layer may be about to go as well, and
+    /// the file is closed again.
+    async fn open(self: Rc<Self>, asker: oneshot::Sender<Opened<I>>) {
+        let cache = self.cache.clone();
+        let opened = FileLayer::open(&self.io, &self.dir, &self.name, self.owner, cache).await;
+        let answer = match opened {
+            Err(error) => Err(error),
+            Ok(opened) => match self.readers.get(&self.slot) {
+                // Another read opened it meanwhile.
+                Some(reader) => opened.close().await.map(|()| reader),
+                None if asker.is_canceled() => {
+                    if let Err(error) = opened.close().await {
+                        tracing::warn!("a layer file that nobody wants any more: {error}");
+                    }
+                    return;
+                }
+                None => Ok(self.readers.put(&self.slot, opened, &self.io)),
+            },
+        };
+        let _ = asker.send(answer);
     }
 
     /// [`Source::collect`], if it need not wait. `None` also after an error and where a layer in
@@ -151,7 +178,7 @@ impl<I: Io> StoredLayer<I> {
     }
 
     /// Where it is read: in memory or in its file, which is opened if need be.
-    pub(super) async fn source(&self) -> Result<Source<I>, LayerError> {
+    pub(super) async fn source(self: &Rc<Self>) -> Result<Source<I>, LayerError> {
         match self.in_memory() {
             Some(layer) => Ok(Source::Memory(layer)),
             None => Ok(Source::File(self.reader().await?)),
@@ -160,7 +187,7 @@ impl<I: Io> StoredLayer<I> {
 
     /// For every key of the range, its newest value with `lsn < below`, unless `out` has a newer.
     pub async fn scan(
-        &self,
+        self: &Rc<Self>,
         keys: &KeyRange,
         below: Lsn,
         out: &mut Newest,

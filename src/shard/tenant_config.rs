@@ -11,8 +11,8 @@ use super::reader::PageQuota;
 use super::timeline::TimelineConfig;
 use crate::base::Kind;
 use crate::config::{
-    COMPACTION_THRESHOLD, COMPACTION_THRESHOLD_TEXT, IMAGE_PERCENT, IMAGE_PERCENT_TEXT,
-    LAYER_TARGET_BYTES, LAYER_TARGET_TEXT,
+    CHECKPOINT_TIMEOUT_S, CHECKPOINT_TIMEOUT_TEXT, COMPACTION_THRESHOLD, COMPACTION_THRESHOLD_TEXT,
+    IMAGE_PERCENT, IMAGE_PERCENT_TEXT, LAYER_TARGET_BYTES, LAYER_TARGET_TEXT,
 };
 
 /// File name within the tenant's directory.
@@ -110,12 +110,12 @@ impl TenantConfig {
         if self.checkpoint_distance_bytes.is_some_and(|bytes| bytes < 64 * 1024) {
             return fail("checkpoint_distance_bytes", "must be at least 65536");
         }
-        if self.checkpoint_timeout_s == Some(0) {
-            return fail("checkpoint_timeout_s", "must be at least 1");
-        }
         let outside = |value: Option<u64>, range: RangeInclusive<u64>| {
             value.is_some_and(|value| !range.contains(&value))
         };
+        if outside(self.checkpoint_timeout_s, CHECKPOINT_TIMEOUT_S) {
+            return fail("checkpoint_timeout_s", CHECKPOINT_TIMEOUT_TEXT);
+        }
         if outside(self.image_layer_bytes, LAYER_TARGET_BYTES) {
             return fail("image_layer_bytes", LAYER_TARGET_TEXT);
         }

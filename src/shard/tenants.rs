@@ -83,6 +83,8 @@ pub struct ShardContext<I: Io, C: Connector> {
     pub block_cache_bytes: usize,
     /// Memory for recently rebuilt pages, in bytes.
     pub page_cache_bytes: usize,
+    /// Layer files that may be open.
+    pub layer_files_max: usize,
     /// Memory for open and frozen layers, in bytes.
     pub memory_budget_bytes: u64,
     /// Connects to WAL sources.
@@ -132,7 +134,7 @@ impl<I: Io, C: Connector> Shard<I, C> {
         let pages = Rc::new(PageCache::new(context.page_cache_bytes));
         let shard = Rc::new(Shard {
             cache,
-            readers: Rc::default(),
+            readers: Rc::new(Readers::new(context.layer_files_max)),
             recent: Rc::default(),
             pages,
             memory: MemoryBudget::new(context.memory_budget_bytes),
@@ -223,7 +225,7 @@ impl<I: Io, C: Connector> Shard<I, C> {
     }
 
     /// Brings a base backup in, then opens the timeline. Runs as a task of its own.
-    async fn create(self: Rc<Self>, request: CreateTimeline, progress: Arc<Progress>) {
+    pub(super) async fn create(self: Rc<Self>, request: CreateTimeline, progress: Arc<Progress>) {
         let key = (request.tenant, request.timeline);
         let slot = match self.import(&request, progress).await {
             Ok(timeline) => {
@@ -421,30 +423,7 @@ impl<I: Io, C: Connector> CoreControl for Rc<Shard<I, C>> {
     }
 
     async fn create_timeline(&self, request: CreateTimeline) -> Result<(), ControlError> {
-        if self.stopping.get() {
-            let message = "the node is shutting down".to_owned();
-            return Err(ControlError { kind: Kind::Shutdown, message });
-        }
-        self.refuse_existing(request.tenant, request.timeline).await?;
-        let progress = Arc::new(Progress::default());
-        {
-            let mut slots = self.slots.borrow_mut();
-            let key = (request.tenant, request.timeline);
-            let name = format!("timeline {} of tenant {}", key.1, key.0);
-            let refuse = |message| Err(ControlError { kind: Kind::Invalid, message });
-            match slots.get(&key) {
-                None | Some(Slot::Failed(_)) => {}
-                Some(Slot::Damaged(reason, _)) => {
-                    return refuse(format!("{name} exists but cannot be opened: {reason}"));
-                }
-                Some(_) => return refuse(format!("{name} exists already")),
-            }
-            slots.insert(key, Slot::Importing(progress.clone()));
-        }
-        // The tenant exists from here on.
-        self.config_of(request.tenant);
-        self.context.io.spawn(TaskClass::Background, self.clone().create(request, progress));
-        Ok(())
+        self.import_in_turn(request).await
     }
 
     async fn checkpoint(

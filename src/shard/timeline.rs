@@ -155,6 +155,8 @@ pub struct Timeline<I: Io> {
     pub(super) compaction: Compaction<I>,
     /// Reads under way, those of branches too. Closed when the timeline goes away.
     pub(super) gate: Gate,
+    /// All that writes of itself has ended; nothing writes any more.
+    pub(super) abandoned: Cell<bool>,
     /// The timeline is being deleted.
     pub(super) deleting: Cell<bool>,
     /// Takes in no WAL and answers only its branches.
@@ -328,6 +330,7 @@ impl<I: Io> Timeline<I> {
             index_turn: Turn::default(),
             compaction: Compaction::default(),
             gate: Gate::default(),
+            abandoned: Cell::new(false),
             deleting: Cell::new(false),
             archived: Cell::new(index.archived),
             ingesting: Cell::new(false),
@@ -338,7 +341,7 @@ impl<I: Io> Timeline<I> {
             stopping: Cell::new(false),
             usage: Usage::new(open_since),
             stop_signal: Signal::new(),
-            follow_ended: Cell::new(false),
+            follow_ended: Cell::new(true),
             source_connected: Cell::new(false),
             health: RefCell::default(),
             logical_base: Cell::new(LogicalBase::Unknown),

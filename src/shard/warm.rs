@@ -90,7 +90,7 @@ impl<I: Io> Timeline<I> {
 impl<I: Io> StoredLayer<I> {
     /// Brings what these pages need of this layer into the cache, until it is over or there is an
     /// error: reads try again, and are told what is wrong.
-    async fn warm_up(&self, keys: &[Key], io: &I, is_over: impl Fn() -> bool) {
+    async fn warm_up(self: &Rc<Self>, keys: &[Key], io: &I, is_over: impl Fn() -> bool) {
         if keys.is_empty() || is_over() {
             return;
         }

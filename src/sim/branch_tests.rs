@@ -509,7 +509,7 @@ fn scenario(seed: u64, story: &Rc<Story>) -> Result<u64, String> {
 #[test]
 fn trees_of_timelines_are_right_through_crashes() {
     let story = Rc::new(Story::default());
-    for seed in story_seeds(32) {
+    for seed in story_seeds(40) {
         if let Err(problem) = scenario(seed, &story) {
             panic!("seed {seed}: {problem}");
         }

@@ -23,6 +23,7 @@ use crate::base::{
 };
 use crate::io::{Io, TaskClass, durable};
 use crate::layers::{ImageWriter, LayerOwner};
+use crate::limits::LAYER_READERS_MAX;
 use crate::shard::background;
 use crate::shard::control::CoreControl;
 use crate::shard::follow::Connector;
@@ -89,6 +90,10 @@ pub(super) struct Outside {
     pub(super) cache_bytes: Cell<Option<usize>>,
     /// Everything that the background executor does takes so many times as long.
     pub(super) background_slowness: Cell<u32>,
+    /// Whoever wants to connect waits.
+    pub(super) connecting_hangs: Cell<bool>,
+    /// One owner more than there are connections.
+    pub(super) connections: Rc<()>,
 }
 
 impl Outside {
@@ -116,6 +121,8 @@ impl Outside {
             timeline_idle_ms: Cell::new(0),
             cache_bytes: Cell::new(None),
             background_slowness: Cell::new(1),
+            connecting_hangs: Cell::new(false),
+            connections: Rc::new(()),
         })
     }
 }
@@ -131,6 +138,7 @@ pub(super) struct SimSource {
     outside: Rc<Outside>,
     conninfo: String,
     at: Lsn,
+    _counted: Rc<()>,
 }
 
 impl Connector for SimConnector {
@@ -142,7 +150,12 @@ impl Connector for SimConnector {
         _: &ClusterIdentity,
     ) -> Result<SimSource, SourceError> {
         let (io, outside) = (self.io.clone(), self.outside.clone());
-        Ok(SimSource { io, outside, conninfo: source.conninfo.clone(), at: Lsn::INVALID })
+        while outside.connecting_hangs.get() {
+            io.sleep(Duration::from_millis(1)).await;
+        }
+        let (conninfo, at, _counted) =
+            (source.conninfo.clone(), Lsn::INVALID, outside.connections.clone());
+        Ok(SimSource { io, outside, conninfo, at, _counted })
     }
 }
 
@@ -282,6 +295,7 @@ pub(super) async fn start_shard(io: &SimIo, outside: &Rc<Outside>) -> Result<Sim
         } else {
             block_cache_bytes / 4
         },
+        layer_files_max: LAYER_READERS_MAX,
         memory_budget_bytes: if large { 1 << 30 } else { budget },
         connector: SimConnector { io: io.clone(), outside: outside.clone() },
         redo: Rc::new(ToyRedoFactory),

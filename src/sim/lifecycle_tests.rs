@@ -290,7 +290,7 @@ fn what_makes_no_sense_is_refused_with_a_reason() {
         refused(Change::DetachAncestor(TENANT, TIMELINE), "has no ancestor").await;
         refused(Change::DeleteTenant(tenant), "is not on this node").await;
         let config = TenantConfig { checkpoint_timeout_s: Some(0), ..SETTINGS };
-        refused(Change::Tenant { tenant: TENANT, config, create: false }, "at least 1").await;
+        refused(Change::Tenant { tenant: TENANT, config, create: false }, "from 1 to").await;
         refused(Change::Tenant { tenant, config: SETTINGS, create: false }, "not on").await;
         let create = Change::Tenant { tenant: TENANT, config: SETTINGS, create: true };
         refused(create, "exists already").await;

@@ -58,6 +58,8 @@ mod journal_tests;
 mod lifecycle_tests;
 mod options;
 #[cfg(test)]
+mod overlap_tests;
+#[cfg(test)]
 mod pressure_tests;
 pub mod primary;
 pub mod random;

@@ -2,6 +2,8 @@
 
 use std::time::Duration;
 
+use futures_util::future::select;
+
 use super::engine::{Outside, check_page, import, start};
 use super::{SimIo, SimOptions, SimWorld};
 use crate::io::Io;
@@ -9,6 +11,33 @@ use crate::shard::control::CoreControl;
 
 /// Files that reads, a warm-up and a look at small values have in hand at once.
 const IN_HAND: usize = 24;
+
+/// The simulator hears of a file that is dropped without being closed.
+#[test]
+fn who_asks_may_go_away_while_a_file_is_opened() {
+    for seed in 0..40 {
+        let mut world = SimWorld::new(seed, SimOptions::varied(seed));
+        let outside = Outside::new(seed);
+        outside.compaction.set(Some((2, 50)));
+        outside.layer_bytes.set(Some((16 * 1024, 16 * 1024)));
+        let story = move |io: SimIo| async move {
+            import(io.clone()).await.unwrap();
+            let (shard, timeline) = start(&io, &outside).await.unwrap();
+            shard.readers.set_bounds(3, usize::MAX);
+            while shard.timelines().iter().all(|info| info.layer_count < 6) {
+                io.sleep(Duration::from_millis(1)).await;
+            }
+            for _ in 0..100 {
+                let patience = io.sleep(Duration::from_micros(io.random_u64() % 300));
+                let read = std::pin::pin!(check_page(&timeline, &outside, &io));
+                select(read, std::pin::pin!(patience)).await;
+            }
+            shard.shutdown().await;
+            assert_eq!(shard.readers.count(), 0, "seed {seed}");
+        };
+        world.run(story).unwrap_or_else(|error| panic!("seed {seed}: {error}"));
+    }
+}
 
 #[test]
 fn open_layer_files_are_bounded() {

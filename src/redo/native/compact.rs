@@ -248,7 +248,8 @@ pub(super) fn index_multi_delete(page: &mut Page, numbers: &[u8]) -> Fit<()> {
         return Err("offsets of items to be deleted are out of order or too high");
     }
     set_lower(page, HEADER + LINE * kept)?;
-    compactify(page, aligned_bounds(page)?)
+    // PostgreSQL compares with the space that there was before line pointers went.
+    compactify(page, bounds)
 }
 
 /// Replaces an item of an index page in its place; what lies before it moves if the size differs

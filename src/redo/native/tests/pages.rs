@@ -97,6 +97,20 @@ fn overlapping_items_are_refused_unless_they_are_copied() {
     }
 }
 
+/// What is left may be larger than the space between the old line pointers and the special space,
+/// where items overlap, though not than that behind the line pointers that are left.
+#[test]
+fn the_space_is_that_before_line_pointers_went() {
+    let mut page = page_of(&[8; 20]);
+    let whole = Line { offset: 4096, len: 808, ..line(&page, 1).unwrap() };
+    page[14..16].copy_from_slice(&u16s(&[4096]));
+    (1..=10).for_each(|number| set_line(&mut page, number, whole).unwrap());
+    let gone: Vec<u16> = (11..=20).collect();
+    assert!(index_multi_delete(&mut page.clone(), &u16s(&gone)).is_err());
+    set_line(&mut page, 1, Line { len: 800, ..whole }).unwrap();
+    index_multi_delete(&mut page, &u16s(&gone)).unwrap();
+}
+
 /// What stands there may look like a line pointer that leads anywhere.
 #[test]
 fn a_part_of_a_line_pointer_is_none() {
